@@ -1,0 +1,1 @@
+"""Speed and accuracy benchmarks, each one command; results are kept with their hardware."""

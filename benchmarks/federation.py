@@ -1,0 +1,76 @@
+"""Train the clients of a partition once, without Flower, and keep their uploads on disk.
+
+Methods and settings that start from the same uploads are compared on exactly the same ones. What is
+cached depends only on the settings that a client sees, the number of clients and the code that trains.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+from fedmitr_flwr import augment, glyphs, models, training, vit
+from fedmitr_flwr.data import ImageSpec, Source, load_source, partition_indices
+from fedmitr_flwr.models import build_model, initial_state
+from fedmitr_flwr.pipeline import ClientModel
+from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.training import train_local
+
+CLIENT_STAGES = ("data", "partition", "model", "train")
+
+
+@dataclass(frozen=True)
+class Federation:
+    """Uploads of all clients that have data, and what the server knows beside them."""
+
+    source: Source
+    initial: dict[str, torch.Tensor]
+    clients: list[ClientModel]
+
+    @property
+    def spec(self) -> ImageSpec:
+        return self.source.spec
+
+
+def train_federation(settings: Settings, num_clients: int, cache: Path) -> Federation:
+    """Train every client as the ClientApp does, or read the uploads of an earlier call."""
+    source = load_source(settings.data)
+    initial = initial_state(settings, source.spec)
+    folder = cache / _digest(settings, num_clients)
+    folder.mkdir(parents=True, exist_ok=True)
+    clients = []
+    for number, rows in enumerate(partition_indices(source.train, settings.partition, num_clients)):
+        if len(rows) == 0:
+            continue
+        path = folder / f"{number}.safetensors"
+        if not path.is_file():
+            model = build_model(settings.model, source.spec)
+            model.load_state_dict(initial)
+            images = source.train.subset(rows)
+            device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+            seed = settings.run.seed + number
+            result = train_local(model, images, source.spec, settings.train, seed=seed, device=device)
+            state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
+            about = {"num_examples": str(result.num_examples), "histogram": json.dumps(result.histogram)}
+            scratch = path.with_suffix(f".{os.getpid()}")
+            save_file(state, scratch, metadata=about)
+            scratch.replace(path)
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
+        clients.append(ClientModel(state, int(about["num_examples"]), tuple(json.loads(about["histogram"]))))
+    return Federation(source, initial, clients)
+
+
+def _digest(settings: Settings, num_clients: int) -> str:
+    code = [Path(str(module.__file__)).read_text() for module in (augment, glyphs, models, training, vit)]
+    seen = {key: value for key, value in settings.flat().items() if key.split(".")[0] in CLIENT_STAGES}
+    recipe = json.dumps([seen, settings.run.seed, num_clients, code, torch.__version__], sort_keys=True)
+    return hashlib.sha256(recipe.encode()).hexdigest()[:16]

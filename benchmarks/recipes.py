@@ -1,0 +1,100 @@
+"""Compare settings of the server's stages on the same uploads, by default on the validation split.
+
+    python -m benchmarks.recipes --seeds 1,2,3 \
+        --variant "plain:" --variant "no noise:distill.noise=0;distill.mix=0"
+
+Each variant names changes to the demo's settings (or those of --conf). Prints a table, and writes one JSON
+line for each run to --results.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import platform
+import statistics
+import time
+import tomllib
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.federation import train_federation
+from fedmitr_flwr.evaluate import evaluate
+from fedmitr_flwr.observe import Observer
+from fedmitr_flwr.pipeline import run_pipeline
+from fedmitr_flwr.settings import RunConfigValue, Settings
+
+COLUMNS = ("local_mean", "fedavg", "ensemble", "global")
+
+
+def main(
+    variant: Annotated[list[str], typer.Option(help='"name:key=value;key=value", repeatable')],
+    seeds: Annotated[str, typer.Option(help="partition seeds, separated by commas")] = "1,2,3",
+    conf: Annotated[Path | None, typer.Option(help="run-config TOML to start from")] = None,
+    clients: Annotated[int, typer.Option(help="number of clients K")] = 10,
+    split: Annotated[str, typer.Option(help="validation or test")] = "validation",
+    cache: Annotated[Path, typer.Option(help="folder for trained uploads")] = Path("outputs/uploads-cache"),
+    results: Annotated[Path | None, typer.Option(help="JSON lines file to append to")] = None,
+    verbose: Annotated[bool, typer.Option(help="show the stages' progress")] = False,
+) -> None:
+    """Run every variant on every partition seed and print accuracies in percent and seconds."""
+    logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
+    base = {} if conf is None else tomllib.loads(conf.read_text())
+    flat = {f"{stage}.{name}": value for stage, part in base.items() for name, value in part.items()}
+    table = Table("variant", *COLUMNS, "spread", "invert s", "distill s")
+    for text in variant:
+        name, _, changes = text.partition(":")
+        rows = []
+        for seed in (int(seed) for seed in seeds.split(",")):
+            settings = Settings.from_run_config({**flat, **_parse(changes), "partition.seed": seed})
+            row = run_one(settings, clients, split, cache)
+            rows.append(row)
+            if results is not None:
+                about = {"variant": name, "changes": changes, "seed": seed, "split": split, "clients": clients}
+                hardware = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+                with results.open("a") as file:
+                    file.write(json.dumps({**about, **row, "hardware": hardware}) + "\n")
+        means = [f"{100 * statistics.mean(row[column] for row in rows):.1f}" for column in COLUMNS]
+        spread = " ".join(f"{100 * row['global']:.1f}" for row in rows)
+        seconds = [f"{statistics.mean(row[f'seconds_{stage}'] for row in rows):.0f}" for stage in ("invert", "distill")]
+        table.add_row(name, *means, spread, *seconds)
+        Console(width=140).print(f"{name}: {' '.join(means)} | {spread} | {' '.join(seconds)}")
+    Console(width=140).print(table)
+
+
+def run_one(settings: Settings, num_clients: int, split: str, cache: Path) -> dict[str, float]:
+    """Accuracies in 0..1 and seconds of one pipeline run."""
+    federation = train_federation(settings, num_clients, cache)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    start = time.perf_counter()
+    result = run_pipeline(
+        settings, federation.spec, federation.clients, federation.initial,
+        seed=settings.run.seed, device=device, observer=Observer(),
+    )  # fmt: skip
+    total = time.perf_counter() - start
+    images = getattr(federation.source, split)
+    found = evaluate(result, images, federation.spec, settings.model, device)
+    seconds = {f"seconds_{stage}": value for stage, value in result.seconds.items()}
+    return {**found.accuracy(), **seconds, "seconds_total": total}
+
+
+def _parse(changes: str) -> dict[str, RunConfigValue]:
+    pairs = (item.split("=", 1) for item in changes.split(";") if item.strip())
+    return {key.strip(): _value(text.strip()) for key, text in pairs}
+
+
+def _value(text: str) -> RunConfigValue:
+    try:
+        value: RunConfigValue = tomllib.loads(f"v = {text}")["v"]
+    except tomllib.TOMLDecodeError:
+        return text
+    return value
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,1 @@
+"""Flower ClientApp: local training, once."""

@@ -1,0 +1,67 @@
+"""The ClientApp: train once on local images, upload the weights."""
+
+from __future__ import annotations
+
+import json
+import logging
+import traceback
+
+from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
+from flwr.clientapp import ClientApp
+from flwr.common.constant import ErrorCode
+
+from fedmitr_flwr.client import ClientTask, client_name, train_client
+from fedmitr_flwr.data import ImageSpec
+from fedmitr_flwr.digest import check_digest
+from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.wire import decode_trusted, encode_state
+
+log = logging.getLogger("fedmitr.client")
+
+app = ClientApp()
+
+
+@app.train()
+def train(message: Message, context: Context) -> Message:
+    """Answer a train message with weights, with zero examples, or with what went wrong.
+
+    An exception becomes an error reply here rather than in Flower, which knows neither the client's
+    name nor how to put the reason first.
+    """
+    name = client_name(context.node_config, context.node_id)
+    try:
+        return Message(_train(message.content, context, name), reply_to=message)
+    except Exception as error:
+        headline = f"{name}: {type(error).__name__}: {error}"
+        log.error(headline)
+        reason = f"{headline}\n{traceback.format_exc()}"
+        return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
+
+
+def _train(content: RecordDict, context: Context, name: str) -> RecordDict:
+    config = content.config_records["config"]
+    digest = check_digest(str(config["digest"]))  # first of all: other code may read the rest differently
+    settings = Settings.from_run_config(json.loads(str(config["settings"])))
+    task = ClientTask(
+        settings=settings,
+        spec=ImageSpec.from_json(str(config["spec"])),
+        round_number=int(str(config["round"])),
+        initial=decode_trusted(content.array_records["arrays"]),
+    )
+    upload = train_client(task, context.node_config, name)
+    dtype = settings.train.upload_dtype
+    answer = RecordDict({"config": ConfigRecord({"digest": digest, "client": name, "dtype": dtype})})
+    partition = context.node_config.get("partition-id")
+    metrics = MetricRecord({"partition-id": partition} if isinstance(partition, int) else {})
+    if upload is None:
+        metrics["num-examples"] = 0
+        log.info("%s has no data", name)
+    else:
+        metrics["num-examples"] = upload.report.num_examples
+        metrics["loss"] = upload.report.loss
+        metrics["accuracy"] = upload.report.accuracy
+        if settings.train.share_label_histogram:
+            metrics["histogram"] = list(upload.report.histogram)
+        answer["arrays"] = encode_state(upload.state, dtype)
+    answer["metrics"] = metrics
+    return answer

@@ -1,0 +1,48 @@
+"""Geometry of images that are cut into patches."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from fedmitr_flwr.vit import patchify, unpatchify
+
+
+@dataclass(frozen=True)
+class PatchGrid:
+    """Geometry and valid pixel range of the synthetic images.
+
+    Attributes
+    ----------
+    channels, image_size
+        Of the square images.
+    patch
+        Height and width of a patch in pixels.
+    low, high
+        ``(ch,)`` valid range of normalised pixels.
+    """
+
+    channels: int
+    image_size: int
+    patch: tuple[int, int]
+    low: Tensor
+    high: Tensor
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Rows and columns of patches."""
+        return self.image_size // self.patch[0], self.image_size // self.patch[1]
+
+    @property
+    def num_patches(self) -> int:
+        """P, patches of the full grid."""
+        return self.shape[0] * self.shape[1]
+
+    def to_patches(self, images: Tensor) -> Tensor:
+        """``(B, ch, S, S)`` to ``(B, P, E)``."""
+        return patchify(images, self.patch)
+
+    def to_images(self, patches: Tensor) -> Tensor:
+        """``(B, P, E)`` to ``(B, ch, S, S)``."""
+        return unpatchify(patches, self.patch, self.shape)

@@ -1,0 +1,228 @@
+"""The four stages in order: from uploads to one global ViT, without any data.
+
+Letters: B images, K teachers, C classes, D embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from fedmitr_flwr.averaging import fedavg, merged
+from fedmitr_flwr.data import ImageSpec
+from fedmitr_flwr.density import PatchSplit, split_patches
+from fedmitr_flwr.distill import LossTerms, distill, make_pool
+from fedmitr_flwr.ensemble import Ensemble
+from fedmitr_flwr.grid import PatchGrid
+from fedmitr_flwr.inversion import SyntheticImages, invert
+from fedmitr_flwr.models import build_model
+from fedmitr_flwr.observe import Observer
+from fedmitr_flwr.relabel import LowTargets, relabel
+from fedmitr_flwr.settings import InversionSettings, Settings
+from fedmitr_flwr.vit import patch_size
+from fedmitr_flwr.weighting import class_weights, evidence
+
+
+@dataclass(frozen=True)
+class ClientModel:
+    """One accepted upload.
+
+    Attributes
+    ----------
+    state
+        State dict of the client's model, fp32.
+    num_examples
+        Number of images that it was trained on.
+    histogram
+        Number of them in each of the C classes; None if withheld.
+    """
+
+    state: Mapping[str, Tensor]
+    num_examples: int
+    histogram: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class PipelineResult:
+    """What came out, and what evaluation and the report look at.
+
+    Attributes
+    ----------
+    state, fedavg
+        State dicts of the global model and of the one-shot average, fp32 on the CPU.
+    ensemble
+        The teachers with their weights.
+    synthetic, split
+        The synthetic images and the density split of their patches.
+    seconds
+        Wall-clock seconds of ``invert``, ``relabel`` and ``distill``.
+    """
+
+    state: dict[str, Tensor]
+    fedavg: dict[str, Tensor]
+    ensemble: Ensemble
+    synthetic: SyntheticImages
+    split: PatchSplit
+    seconds: dict[str, float]
+
+
+def run_pipeline(
+    settings: Settings,
+    spec: ImageSpec,
+    clients: Sequence[ClientModel],
+    initial: Mapping[str, Tensor],
+    *,
+    seed: int,
+    device: torch.device,
+    observer: Observer,
+) -> PipelineResult:
+    """Run FedMITR on validated uploads.
+
+    Parameters
+    ----------
+    settings
+        All stages' settings.
+    spec
+        Classes, geometry and normalisation.
+    clients
+        K >= 1 uploads, in an order that does not depend on their arrival.
+    initial
+        State dict of the common initialisation.
+    seed
+        Seed of noise, jitter, order and augmentation.
+    device
+        Where the stages run.
+    observer
+        Receives events and times.
+
+    Raises
+    ------
+    SettingsError, ValueError
+        If the weighting needs histograms that clients withheld.
+    InversionDivergedError, RuntimeError
+        If a loss stops being finite.
+    """
+    ensemble, known = make_ensemble(settings, spec, clients, initial, device)
+    model = build_model(settings.model, spec)
+    low, high = spec.valid_range()
+    grid = PatchGrid(spec.channels, spec.image_size, patch_size(model), low, high)
+    with observer.stage("invert"):
+        synthetic = invert_all(ensemble, known, grid, settings.inversion, seed=seed, device=device, observer=observer)
+    with observer.stage("relabel"):
+        split, targets = split_and_relabel(ensemble, synthetic, grid, settings)
+        observer.event(
+            "relabel",
+            high_density=float(split.high.float().mean()),
+            ensemble_agrees=float((targets.probabilities.argmax(1) == synthetic.labels)[targets.present].float().mean())
+            if bool(targets.present.any())
+            else 0.0,
+        )
+    average = fedavg([client.state for client in clients], torch.tensor([client.num_examples for client in clients]))
+    with observer.stage("distill"):
+        model.load_state_dict(student_start(settings, clients, initial, ensemble, average))
+        generator = torch.Generator().manual_seed(seed)
+        pool = make_pool(ensemble, synthetic, split, targets, grid, settings.distill, generator=generator)
+        report = _every(max(1, settings.distill.steps // 10), observer)
+        distill(model.to(device), pool, settings.distill, generator=generator, on_step=report)
+    state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    return PipelineResult(state, average, ensemble, synthetic, split, dict(observer.seconds))
+
+
+def make_ensemble(
+    settings: Settings,
+    spec: ImageSpec,
+    clients: Sequence[ClientModel],
+    initial: Mapping[str, Tensor],
+    device: torch.device,
+) -> tuple[Ensemble, Tensor]:
+    """Load the uploads as teachers and weight them.
+
+    Returns
+    -------
+    ensemble
+        On `device`.
+    known
+        ``(C',)`` int64 classes that at least one client knows something of.
+    """
+    teachers: list[VisionTransformer] = []
+    for client in clients:
+        teacher = build_model(settings.model, spec)
+        teacher.load_state_dict(client.state)
+        teachers.append(teacher.to(device))
+    num_examples = torch.tensor([client.num_examples for client in clients], dtype=torch.float64)
+    shared = [client.histogram for client in clients if client.histogram is not None]
+    histograms = torch.tensor(shared, dtype=torch.float64) if len(shared) == len(clients) else None
+    head_updates = torch.stack([client.state["head.weight"] - initial["head.weight"] for client in clients])
+    known_of = evidence(settings.ensemble.weighting, num_examples, histograms, head_updates)
+    weights = class_weights(known_of, settings.ensemble.power)
+    known = (known_of.sum(0) > 0).nonzero().squeeze(1)
+    return Ensemble(teachers, weights.to(device)), known.to(device)
+
+
+def invert_all(
+    ensemble: Ensemble,
+    classes: Tensor,
+    grid: PatchGrid,
+    settings: InversionSettings,
+    *,
+    seed: int,
+    device: torch.device,
+    observer: Observer,
+) -> SyntheticImages:
+    """Stage 1 in batches; labels run through `classes` in turn, each batch has its own seed."""
+    labels = classes[torch.arange(settings.images, device=device) % len(classes)]
+    parts = []
+    for number, batch in enumerate(labels.split(settings.batch_size)):
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        parts.append(invert(ensemble, batch, grid, settings, generator=generator))
+        done = min((number + 1) * settings.batch_size, settings.images)
+        observer.event("invert", images=f"{done}/{settings.images}", loss=float(parts[-1].loss.mean()))
+    return SyntheticImages(
+        torch.cat([part.images for part in parts]),
+        labels,
+        torch.cat([part.kept for part in parts]),
+        torch.cat([part.loss for part in parts]),
+    )
+
+
+@torch.no_grad()
+def split_and_relabel(
+    ensemble: Ensemble, synthetic: SyntheticImages, grid: PatchGrid, settings: Settings
+) -> tuple[PatchSplit, LowTargets]:
+    """Stages 2 and 3. The attention over the full grid is taken anew on the finished images."""
+    patches = grid.to_patches(synthetic.images)
+    attention = []
+    for part, labels in zip(patches.split(256), synthetic.labels.split(256), strict=True):
+        out = ensemble(part, attention=True, labels=labels).attention
+        assert out is not None
+        attention.append(out)
+    split = split_patches(synthetic.kept, torch.cat(attention), settings.density)
+    return split, relabel(ensemble, patches, split, settings.relabel)
+
+
+def student_start(
+    settings: Settings,
+    clients: Sequence[ClientModel],
+    initial: Mapping[str, Tensor],
+    ensemble: Ensemble,
+    average: Mapping[str, Tensor],
+) -> dict[str, Tensor]:
+    """Choose the student's first weights, by `distill.start`."""
+    if settings.distill.start == "initial":
+        return dict(initial)
+    if settings.distill.start == "merged":
+        states = [client.state for client in clients]
+        return merged(initial, states, ensemble.weights.cpu(), settings.distill.merge_scale)
+    return dict(average)
+
+
+def _every(steps: int, observer: Observer) -> Callable[[int, LossTerms], None]:
+    def on_step(step: int, terms: LossTerms) -> None:
+        if (step + 1) % steps == 0:
+            observer.event("distill", step=step + 1, kl=float(terms.kl), ce=float(terms.ce), low=float(terms.low))
+
+    return on_step

@@ -1,0 +1,212 @@
+"""The directory of one run: its place, what may lie in it, its state and its log."""
+
+from __future__ import annotations
+
+import fcntl
+import logging
+import secrets
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from types import TracebackType
+from typing import IO, Self
+
+from fedmitr_flwr.atomic import TEMPORARY_SUFFIX, Json, write_json
+from fedmitr_flwr.settings import SettingsError
+
+LIBRARY_LOGGER = "fedmitr"
+FLOWER_LOGGER = "flwr"
+
+STATUS = "status.json"
+METRICS = "metrics.json"
+CONFIG = "config.json"
+LOG = "log.txt"
+SYNTHETIC = "synthetic.png"
+MODEL = "model"
+UPLOADS = "uploads"
+
+_LOCK = ".lock"
+_OWN_FILES = (STATUS, METRICS, CONFIG, LOG, SYNTHETIC, f"{MODEL}/model.safetensors", f"{MODEL}/config.json")
+_OWN_PATTERNS = (
+    f"{UPLOADS}/round-*/*.safetensors",
+    *(f"{folder}.*{TEMPORARY_SUFFIX}" for folder in ("", f"{MODEL}/", f"{UPLOADS}/round-*/")),
+)
+_OWN_FOLDERS = (f"{UPLOADS}/round-*", UPLOADS, MODEL)
+
+logger = logging.getLogger(f"{LIBRARY_LOGGER}.run")
+
+
+class RunDirectory:
+    """A run's results, held by one process at a time.
+
+    As a context manager it keeps ``status.json`` true: ``running`` inside, then ``completed``, or
+    ``failed`` with the error. A process that was killed leaves ``running`` without its lock.
+
+    Attributes
+    ----------
+    path
+        Absolute path of the directory.
+    """
+
+    def __init__(self, path: Path, lock: IO[str]) -> None:
+        self.path = path
+        self._lock = lock
+        self._started = _now()
+
+    @classmethod
+    def create(cls, output: str, name: str) -> RunDirectory:
+        """Make the directory of a new run.
+
+        Parameters
+        ----------
+        output
+            `run.output`; relative to the working directory.
+        name
+            `run.name`; empty: date, time and a random suffix. With a fixed name the results of an
+            earlier run there are removed first; files that no run writes stay.
+
+        Raises
+        ------
+        SettingsError
+            If the directory cannot be made, is in use by a running run, or holds files of the same names
+            that no run has written.
+        """
+        if name in {".", ".."} or "/" in name or "\\" in name:
+            raise SettingsError(("run.name", name, "must be the name of one folder, without slashes"))
+        path = Path(output).expanduser().absolute() / (name or _fresh_name())
+        try:
+            path.mkdir(parents=True, exist_ok=bool(name))
+            lock = _take_lock(path, name)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise SettingsError(("run.output", output, f"cannot be written at {path}: {reason}")) from None
+        try:
+            _clear(path, name)
+        except BaseException:
+            lock.close()
+            raise
+        return cls(path, lock)
+
+    def uploads(self, round_number: int) -> Path:
+        """Return the directory of a round's uploads."""
+        return self.path / UPLOADS / f"round-{round_number}"
+
+    def write_json(self, name: str, value: Json) -> None:
+        """Write a JSON document atomically."""
+        write_json(self.path / name, value)
+
+    @contextmanager
+    def logging(self) -> Iterator[None]:
+        """Copy the log of this library (with details) and of Flower into ``log.txt``."""
+        handler = logging.FileHandler(self.path / LOG, encoding="utf-8")
+        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-8s %(message)s"))
+        handler.addFilter(lambda record: record.levelno >= logging.INFO or record.name.startswith(LIBRARY_LOGGER))
+        with _attached(handler, LIBRARY_LOGGER), _attached(handler, FLOWER_LOGGER):
+            try:
+                yield
+            finally:
+                handler.close()
+
+    def __enter__(self) -> Self:
+        self._write_status("running", None)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        try:
+            if error is None:
+                self._write_status("completed", None)
+            else:
+                self._write_status("failed", f"{type(error).__name__}: {error}")
+        finally:
+            self._lock.close()
+
+    def _write_status(self, state: str, error: str | None) -> None:
+        ended = None if state == "running" else _now()
+        self.write_json(STATUS, {"state": state, "error": error, "started": self._started, "ended": ended})
+
+
+@contextmanager
+def console_log() -> Iterator[None]:
+    """Show this library's log on stderr, in Flower's style, while the block runs."""
+    handler = logging.StreamHandler()
+    handler.setLevel(logging.INFO)
+    handler.setFormatter(_FlowerStyle())
+    library = logging.getLogger(LIBRARY_LOGGER)
+    level, propagate = library.level, library.propagate
+    library.setLevel(logging.DEBUG)
+    library.propagate = False
+    try:
+        with _attached(handler, LIBRARY_LOGGER):
+            yield
+    finally:
+        library.setLevel(level)
+        library.propagate = propagate
+
+
+class _FlowerStyle(logging.Formatter):
+    """``INFO :      message``, in line with what Flower logs before and after."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Format a record; without its traceback, which belongs into the file."""
+        return f"{record.levelname} : {'':{max(0, 8 - len(record.levelname))}} {record.getMessage()}"
+
+
+@contextmanager
+def failures_logged() -> Iterator[None]:
+    """Log an exception on its way through: one plain message, and the traceback among the details."""
+    try:
+        yield
+    except Exception as error:
+        logger.error("The run failed. %s: %s", type(error).__name__, error)
+        logger.debug("Traceback:", exc_info=True)
+        raise
+
+
+@contextmanager
+def _attached(handler: logging.Handler, name: str) -> Iterator[None]:
+    target = logging.getLogger(name)
+    target.addHandler(handler)
+    try:
+        yield
+    finally:
+        target.removeHandler(handler)
+
+
+def _take_lock(path: Path, name: str) -> IO[str]:
+    """Lock the directory for this process; the kernel lets go of it however the process ends."""
+    lock = (path / _LOCK).open("a")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        raise SettingsError(("run.name", name, f"another run is writing to {path} at this moment")) from None
+    return lock
+
+
+def _clear(path: Path, name: str) -> None:
+    """Remove what an earlier run wrote, and nothing else."""
+    if not (path / STATUS).exists():
+        foreign = [file for file in _OWN_FILES if (path / file).exists()]
+        if foreign:
+            allowed = f"{path} holds {foreign[0]}, but no run made it; choose another name"
+            raise SettingsError(("run.name", name, allowed))
+    files = [path / file for file in _OWN_FILES]
+    found = [match for pattern in _OWN_PATTERNS for match in path.glob(pattern)]
+    # The status goes last: a directory cleared by half is still known as a run's.
+    for file in [*found, *files[1:], files[0]]:
+        file.unlink(missing_ok=True)
+    for pattern in _OWN_FOLDERS:
+        for folder in path.glob(pattern):
+            if folder.is_dir() and not any(folder.iterdir()):
+                folder.rmdir()
+
+
+def _fresh_name() -> str:
+    return f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="seconds")

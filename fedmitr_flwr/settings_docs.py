@@ -1,0 +1,163 @@
+"""Render the settings for people and tools: a Markdown page, a table, TOML and JSON.
+
+Everything comes from the fields in `fedmitr_flwr.settings`. ``python -m fedmitr_flwr.settings_docs``
+writes ``docs/settings.md`` and the ``[tool.flwr.app.config]`` block of ``pyproject.toml``; a test
+compares both with what is rendered here.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import textwrap
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args, get_origin
+
+from fedmitr_flwr.run_config import allowed_values
+from fedmitr_flwr.settings import RunConfigValue, Settings, flat_fields
+
+CONFIG_TABLE = "[tool.flwr.app.config]"
+_MARKER = "# The demo's settings. Written by `make settings`; described in docs/settings.md."
+_INTRO = """\
+# Settings
+
+Written by `make settings` from the fields in `fedmitr_flwr/settings.py`; don't edit it by hand.
+
+A run takes its settings from a flat TOML file of dotted keys, such as the files in `conf/`; keys that are
+left out have the defaults below, which are those of `make demo`. Values are integers, numbers, `true` or
+`false`, and strings; lists are strings with commas, `"50,100,200"`. The same keys work in all three places:
+
+    fedmitr simulate conf/cifar10_dir01.toml --set run.seed=7 --set inversion.stops=50,100
+    flwr run . --stream --run-config conf/cifar10_dir01.toml
+    flwr run . --stream --run-config "run.seed=7 inversion.stops='50,100'"
+
+`flwr run` takes either one file or `key=value` pairs, not both; `fedmitr simulate` takes both. Unknown
+keys, wrong types, values out of range and contradictions end a run before any client starts.
+"""
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One key of the run-config, ready to be shown."""
+
+    key: str
+    default: RunConfigValue
+    allowed: str
+    description: str
+
+    @property
+    def stage(self) -> str:
+        """The part of the key before the dot."""
+        return self.key.split(".", 1)[0]
+
+
+def entries() -> list[Entry]:
+    """Every key of the run-config in order, with its default in Flower's types."""
+    defaults = Settings().flat()
+    return [
+        Entry(key, defaults[key], allowed_values(field), field.description or "")
+        for key, field in flat_fields().items()
+    ]
+
+
+def takes_text(key: str) -> bool:
+    """Whether the values of a key are strings in the run-config: text, a choice or a list of numbers."""
+    kind = flat_fields()[key].annotation
+    if get_origin(kind) is tuple:
+        return True
+    return kind is str or any(isinstance(choice, str) for choice in get_args(kind))
+
+
+def to_markdown() -> str:
+    """Render ``docs/settings.md``: one table for each stage."""
+    parts = [_INTRO]
+    for stage, field in Settings.model_fields.items():
+        purpose = (getattr(field.annotation, "__doc__", None) or "").strip().splitlines()[0]
+        parts.append(f"## {stage}\n\n{purpose}\n\n| key | default | allowed | what it does |\n|---|---|---|---|")
+        parts[-1] += "".join(_markdown_row(entry) for entry in entries() if entry.stage == stage) + "\n"
+    return "\n".join(parts)
+
+
+def _markdown_row(entry: Entry) -> str:
+    allowed = entry.allowed.replace("|", "\\|")
+    if "matching " in allowed:
+        words, pattern = allowed.split("matching ", 1)
+        allowed = f"{words}matching `{pattern}`"
+    description = entry.description.replace("|", "\\|")
+    return f"\n| `{entry.key}` | `{toml_value(entry.default)}` | {allowed} | {description} |"
+
+
+def to_table(width: int = 100) -> str:
+    """Render all settings as plain text for a terminal.
+
+    Parameters
+    ----------
+    width
+        Columns of the terminal; descriptions are wrapped to it.
+    """
+    lines: list[str] = []
+    for entry in entries():
+        lines.append(f"{entry.key} = {toml_value(entry.default)}    [{entry.allowed}]")
+        lines += textwrap.wrap(entry.description, max(width, 40), initial_indent="    ", subsequent_indent="    ")
+    return "\n".join(lines) + "\n"
+
+
+def to_toml(config: Mapping[str, RunConfigValue] | None = None) -> str:
+    """Render a flat run-config as TOML that ``flwr run --run-config FILE`` reads; default: the defaults."""
+    config = Settings().flat() if config is None else config
+    return "".join(f"{key} = {toml_value(value)}\n" for key, value in config.items())
+
+
+def to_json() -> str:
+    """Render all settings as JSON: a list of objects with key, default, allowed and description."""
+    return json.dumps([vars(entry) for entry in entries()], indent=2) + "\n"
+
+
+def toml_value(value: RunConfigValue) -> str:
+    """Write one value in TOML."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    # JSON's escapes of strings are TOML's, once characters beyond ASCII stay as they are.
+    return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
+
+
+def pyproject_block() -> str:
+    """Render the table with which ``pyproject.toml`` tells Flower the keys and their defaults."""
+    return f"{CONFIG_TABLE}\n{_MARKER}\n{to_toml()}"
+
+
+def with_config(pyproject: str) -> str:
+    """Return the text of a ``pyproject.toml`` with its run-config table replaced, or added before the tools."""
+    block = pyproject_block()
+    found = re.search(rf"^{re.escape(CONFIG_TABLE)}\n.*?(?=^\[|\Z)", pyproject, flags=re.M | re.S)
+    if found:
+        return pyproject[: found.start()] + block + "\n" + pyproject[found.end() :]
+    end = re.search(r"^\[tool\.flwr\.app\.components\]\n.*?(?=^\[|\Z)", pyproject, flags=re.M | re.S)
+    at = end.end() if end else len(pyproject)
+    return pyproject[:at] + block + "\n" + pyproject[at:]
+
+
+def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
+    """Yield dotted keys and values of nested TOML tables, as Flower flattens them."""
+    for name, value in table.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def write(root: Path) -> list[Path]:
+    """Bring the settings page and ``pyproject.toml`` of a checkout up to date; return the files that changed."""
+    pyproject, page = root / "pyproject.toml", root / "docs" / "settings.md"
+    wanted = {pyproject: with_config(pyproject.read_text("utf-8")), page: to_markdown()}
+    changed = [path for path, text in wanted.items() if not path.is_file() or path.read_text("utf-8") != text]
+    for path in changed:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(wanted[path], "utf-8")
+    return changed
+
+
+if __name__ == "__main__":
+    write(Path(__file__).resolve().parent.parent)

@@ -1,0 +1,271 @@
+"""Client uploads on disk: each validated, written atomically as safetensors, listed in a fixed order.
+
+A one-shot exchange cannot be repeated, and an upload comes from a machine that is not ours. So nothing
+a client sends is trusted: an upload is accepted when it is exactly a set of weights for the common
+model with believable numbers beside it, and refused with the reason otherwise.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from fedmitr_flwr.atomic import atomic_path
+
+UPLOAD_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+# No honest site holds more images; it keeps sums of counts far inside int64 and float64.
+MAX_EXAMPLES = 10**9
+
+
+class UploadRefused(ValueError):  # noqa: N818 - a verdict on one upload, not an error of the run
+    """An upload that will not be used; the message is the reason."""
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """Shape and dtype of a tensor, as declared before its bytes are looked at."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An accepted upload.
+
+    Attributes
+    ----------
+    client
+        Name that the client goes by in this run: its site or partition, not Flower's random node id.
+    num_examples
+        Number of its training images, at least 1.
+    histogram
+        Number of them in each of the C classes; None when it was not shared.
+    loss, accuracy
+        What it reached on its own training images; accuracy in 0..1.
+    path
+        The safetensors file, in the number format that was uploaded.
+    sha256
+        Hash over names, dtypes, shapes and values of the tensors.
+    """
+
+    client: str
+    num_examples: int
+    histogram: tuple[int, ...] | None
+    loss: float
+    accuracy: float
+    path: Path
+    sha256: str
+
+
+class UploadStore:
+    """The uploads of one round, in one directory.
+
+    Parameters
+    ----------
+    directory
+        Where the files go; made if it is missing.
+    reference
+        State of the common initialisation: the names, shapes and dtypes that every upload must have.
+        Floating-point tensors may come as fp32, fp16 or bf16, all others exactly as they are here.
+    num_classes
+        C, the length of a histogram.
+    needs_histogram
+        Refuse uploads without a label histogram.
+    """
+
+    def __init__(
+        self, directory: Path, reference: Mapping[str, Tensor], num_classes: int, *, needs_histogram: bool = False
+    ) -> None:
+        self.directory = directory
+        self.num_classes = num_classes
+        self.needs_histogram = needs_histogram
+        self.layout = {key: TensorLayout(tuple(value.shape), value.dtype) for key, value in reference.items()}
+        self._uploads: dict[str, Upload] = {}
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def check_client(self, client: object) -> str:
+        """Return the client's name.
+
+        Raises
+        ------
+        UploadRefused
+            If it is not a printable name of 1 to 128 characters, or its upload was accepted already.
+        """
+        if not isinstance(client, str) or not 1 <= len(client) <= 128 or not client.isprintable():
+            raise UploadRefused(f"client name {_brief(client)} is not 1 to 128 printable characters")
+        if client in self._uploads:
+            raise UploadRefused(f"second upload of client {client}")
+        return client
+
+    def check_layout(self, declared: Mapping[str, TensorLayout]) -> None:
+        """Compare declared names, shapes and dtypes with the reference; allocates nothing.
+
+        Raises
+        ------
+        UploadRefused
+            Names the first tensors that are missing, unexpected, or of another shape or dtype.
+        """
+        if not declared:
+            raise UploadRefused("holds no tensors")
+        _refuse_names("missing", [key for key in self.layout if key not in declared])
+        _refuse_names("unexpected", [key for key in declared if key not in self.layout])
+        for key, expected in self.layout.items():
+            found = declared[key]
+            # Equal, not merely broadcastable: (1, 64) in place of (64, 64) would average silently.
+            if found.shape != expected.shape:
+                raise UploadRefused(f"{key} has shape {_brief(found.shape)}, expected {expected.shape}")
+            allowed = set(UPLOAD_DTYPES.values()) if expected.dtype.is_floating_point else {expected.dtype}
+            if found.dtype not in allowed:
+                raise UploadRefused(f"{key} has dtype {found.dtype}, expected {_dtype_names(allowed)}")
+
+    def accept(
+        self,
+        client: object,
+        state: Mapping[str, Tensor],
+        *,
+        num_examples: object,
+        loss: object,
+        accuracy: object,
+        histogram: object = None,
+    ) -> Upload:
+        """Validate one upload, write it to disk and add it to the list.
+
+        Parameters
+        ----------
+        client
+            The client's name.
+        state
+            Its weights; not kept after the call.
+        num_examples, loss, accuracy, histogram
+            What it says of them; of any type, since it comes from outside.
+
+        Raises
+        ------
+        UploadRefused
+            With the reason; nothing is written then.
+        OSError
+            If the disk refuses; the list is as before.
+        """
+        name = self.check_client(client)
+        self.check_layout({key: TensorLayout(tuple(value.shape), value.dtype) for key, value in state.items()})
+        count = _count("num-examples", num_examples, 1)
+        counts = self._histogram(histogram, count)
+        final_loss = _finite("loss", loss)
+        final_accuracy = _finite("accuracy", accuracy)
+        if not 0.0 <= final_accuracy <= 1.0:
+            raise UploadRefused(f"accuracy {final_accuracy} is not between 0 and 1")
+        for key, value in state.items():
+            if not torch.isfinite(value).all():
+                raise UploadRefused(f"{key} holds NaN or Inf")
+        path = self.directory / f"{_file_stem(name)}.safetensors"
+        upload = Upload(name, count, counts, final_loss, final_accuracy, path, hash_tensors(state))
+        self._write(upload, state)
+        self._uploads[name] = upload
+        return upload
+
+    def uploads(self) -> list[Upload]:
+        """Return the accepted uploads by client name, numbers in it by value: the order of arrival has no say."""
+        return sorted(self._uploads.values(), key=lambda upload: natural_key(upload.client))
+
+    def load(self, upload: Upload) -> dict[str, Tensor]:
+        """Read an upload's tensors back, floating-point ones as fp32.
+
+        Raises
+        ------
+        ValueError
+            If the file is not what was accepted.
+        """
+        state = load_file(upload.path)
+        if hash_tensors(state) != upload.sha256:
+            raise ValueError(f"{upload.path} has changed since the upload of {upload.client} was accepted")
+        return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+    def _histogram(self, histogram: object, num_examples: int) -> tuple[int, ...] | None:
+        if histogram is None:
+            if self.needs_histogram:
+                raise UploadRefused("has no label histogram, and this run needs one")
+            return None
+        if not isinstance(histogram, Sequence) or isinstance(histogram, str) or len(histogram) != self.num_classes:
+            raise UploadRefused(f"histogram {_brief(histogram)} is not a list of {self.num_classes} counts")
+        counts = tuple(_count("histogram entry", entry, 0) for entry in histogram)
+        if sum(counts) != num_examples:
+            raise UploadRefused(f"histogram sums to {sum(counts)}, but num-examples is {num_examples}")
+        return counts
+
+    def _write(self, upload: Upload, state: Mapping[str, Tensor]) -> None:
+        metadata = {
+            "client": upload.client,
+            "num-examples": str(upload.num_examples),
+            "histogram": json.dumps(upload.histogram),
+            "loss": repr(upload.loss),
+            "accuracy": repr(upload.accuracy),
+            "sha256": upload.sha256,
+        }
+        # Not safetensors' own save_file: it neither syncs nor raises an OSError when the disk is full.
+        content = save({key: value.detach().cpu().contiguous() for key, value in state.items()}, metadata)
+        with atomic_path(upload.path) as temporary:
+            temporary.write_bytes(content)
+
+
+def hash_tensors(state: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 over names, dtypes, shapes and values, whatever the order of the keys."""
+    digest = hashlib.sha256()
+    for key in sorted(state):
+        value = state[key].detach().cpu().contiguous()
+        digest.update(json.dumps([key, str(value.dtype), list(value.shape)]).encode())
+        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def natural_key(text: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
+    """Sort key under which ``partition-2`` comes before ``partition-10``."""
+    parts = re.findall(r"[0-9]+|[^0-9]+", text)
+    numbered = tuple((0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts)
+    return numbered, text
+
+
+def _file_stem(client: str) -> str:
+    """Turn a name into a file name that no other name gets.
+
+    A name that had to change ends in an underscore and a hash; names that stay have no underscore.
+    """
+    plain = re.sub(r"[^a-z0-9-]+", "-", client.lower()).strip("-")[:64]
+    return plain if plain == client else f"{plain}_{hashlib.sha256(client.encode()).hexdigest()[:16]}"
+
+
+def _refuse_names(kind: str, names: list[str]) -> None:
+    if names:
+        shown = ", ".join(_brief(name) for name in names[:3]) + (", …" if len(names) > 3 else "")
+        raise UploadRefused(f"{len(names)} {kind} tensor{'s' if len(names) > 1 else ''}: {shown}")
+
+
+def _dtype_names(dtypes: set[torch.dtype]) -> str:
+    return " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
+
+
+def _count(what: str, value: object, least: int) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_EXAMPLES:
+        raise UploadRefused(f"{what} {_brief(value)} is not an integer between {least} and {MAX_EXAMPLES}")
+    return value
+
+
+def _finite(what: str, value: object) -> float:
+    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
+        raise UploadRefused(f"{what} {_brief(value)} is not a finite number")
+    return float(value)
+
+
+def _brief(value: object) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else text[:97] + "..."

@@ -1,0 +1,287 @@
+"""Run a timm Vision Transformer on any subset of its patches.
+
+Sparse model inversion (SMI, arXiv 2510.27186, section 4) stops patches for good, and FedMITR
+(arXiv 2605.10748) looks at the dense and the sparse patches of an image apart. Both need the
+model's exact forward on some patches only: the result equals the full model whose other tokens
+are removed after the position embedding. Only the patches that are kept are embedded, and the
+last block computes keys and values for all tokens but everything else for the [CLS] row alone,
+because nothing behind it reads the other rows.
+
+Dimension letters: B images, C classes, P patches of the full grid, L patches kept, N tokens
+(prefix and patches), E pixels of a patch (channels x height x width), D embedding, H heads.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from timm.layers.attention import Attention
+from timm.layers.mlp import GluMlp, Mlp, SwiGLU
+from timm.layers.patch_dropout import PatchDropout
+from timm.layers.patch_embed import PatchEmbed
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedmitr_flwr.settings import SettingsError
+
+_OTHER_ARCHITECTURES = {
+    **dict.fromkeys(
+        ("SwinTransformer", "SwinTransformerV2", "VisionTransformerSAM"),
+        "windowed attention needs the full grid of patches",
+    ),
+    **dict.fromkeys(
+        ("Eva", "Beit", "VisionTransformerRelPos"),
+        "attention with rotary or relative positions is not supported",
+    ),
+}
+
+
+@dataclass(frozen=True)
+class TokenOutput:
+    """What a forward pass yields.
+
+    Attributes
+    ----------
+    logits
+        (B, C) class logits.
+    attention
+        (B, L) attention of the [CLS] token to the patches in the last block, mean over heads, as
+        the softmax gave it: with the shares of [CLS] and of the other prefix tokens a row sums to
+        one. In the autograd graph. None unless asked for.
+    """
+
+    logits: Tensor
+    attention: Tensor | None
+
+
+def check_supported(model: nn.Module) -> None:
+    """Refuse a model that can't run on a subset of its patches.
+
+    Raises
+    ------
+    SettingsError
+        Names ``model.name`` and the reason: no [CLS] token, a head that pools patch tokens,
+        windowed attention, another patch embedding, block, attention or MLP class, and so on.
+    """
+    reason = _reason_against(model)
+    if reason:
+        config = getattr(model, "pretrained_cfg", None) or {}
+        raise SettingsError(("model.name", config.get("architecture") or type(model).__name__, reason))
+
+
+def _reason_against(model: nn.Module) -> str | None:
+    kind = type(model).__name__
+    if type(model) not in (VisionTransformer, VisionTransformerDistilled):
+        detail = _OTHER_ARCHITECTURES.get(kind, "another architecture")
+        return f"must be a plain timm VisionTransformer; this is a {kind}: {detail}"
+    embed = model.patch_embed
+    if type(embed) is not PatchEmbed:
+        return f"must embed patches by one linear map; this has a hybrid or convolutional {type(embed).__name__}"
+    if not model.has_class_token or model.cls_token is None:
+        return "must have a [CLS] token"
+    if model.attn_pool is not None or model.global_pool != "token":
+        pool = model.global_pool or "no pooling"
+        return f'must classify from the [CLS] token (global_pool "token"); its head reads the patch tokens ("{pool}")'
+    if any(side % patch for side, patch in zip(embed.img_size, embed.patch_size, strict=True)):
+        return f"image size {embed.img_size} must be divisible by patch size {embed.patch_size}"
+    if len(model.blocks) == 0:
+        return "must have at least one transformer block"
+    for block in model.blocks:
+        if type(block) is not Block:
+            return f"must have standard pre-norm blocks; {type(block).__name__} is not supported"
+        if type(block.attn) is not Attention:
+            return f"must have standard self-attention; {type(block.attn).__name__} is not supported"
+        if type(block.mlp) not in (Mlp, GluMlp, SwiGLU):
+            return f"must have an MLP that treats tokens apart; {type(block.mlp).__name__} is not supported"
+    if any(isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm) for module in model.modules()):
+        return "must normalise each token by itself; batch and group norm mix tokens"
+    return None
+
+
+def patch_size(model: VisionTransformer) -> tuple[int, int]:
+    """Height and width of a patch in pixels."""
+    height, width = model.patch_embed.patch_size
+    return int(height), int(width)
+
+
+def grid_size(model: VisionTransformer) -> tuple[int, int]:
+    """Rows and columns of the full grid of patches; P is their product."""
+    rows, columns = model.patch_embed.grid_size
+    return int(rows), int(columns)
+
+
+def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
+    """Cut images into patches, row by row; the exact inverse of `unpatchify`.
+
+    Parameters
+    ----------
+    images
+        (B, ch, H, W), any dtype.
+    patch
+        Height and width of a patch, divisors of H and W.
+
+    Returns
+    -------
+    Tensor
+        (B, P, E) with E = ch x height x width in the order of a flattened Conv2d weight.
+
+    Raises
+    ------
+    ValueError
+        When the image isn't a whole number of patches.
+    """
+    B, channels, height, width = images.shape
+    ph, pw = patch
+    if height % ph or width % pw:
+        raise ValueError(f"an image of {height} x {width} pixels can't be cut into patches of {ph} x {pw}")
+    cut = images.reshape(B, channels, height // ph, ph, width // pw, pw)
+    return cut.permute(0, 2, 4, 1, 3, 5).reshape(B, (height // ph) * (width // pw), channels * ph * pw)
+
+
+def unpatchify(patches: Tensor, patch: tuple[int, int], grid: tuple[int, int]) -> Tensor:
+    """Put all patches of a grid together; the exact inverse of `patchify`.
+
+    Parameters
+    ----------
+    patches
+        (B, P, E) in the order of `patchify`.
+    patch, grid
+        Height and width of a patch in pixels; rows and columns of the grid.
+
+    Returns
+    -------
+    Tensor
+        (B, ch, rows x height, columns x width).
+
+    Raises
+    ------
+    ValueError
+        When P or E don't fit the grid and the patch.
+    """
+    B, P, E = patches.shape
+    (ph, pw), (rows, columns) = patch, grid
+    if rows * columns != P or E % (ph * pw):
+        raise ValueError(f"patches of shape {tuple(patches.shape)} don't fill a grid {grid} with patches {patch}")
+    channels = E // (ph * pw)
+    laid = patches.reshape(B, rows, columns, channels, ph, pw).permute(0, 3, 1, 4, 2, 5)
+    return laid.reshape(B, channels, rows * ph, columns * pw)
+
+
+def forward_images(
+    model: VisionTransformer, images: Tensor, index: Tensor | None = None, *, attention: bool = False
+) -> TokenOutput:
+    """Run the model on images, on all patches or on those that `index` names.
+
+    Parameters
+    ----------
+    model
+        A model that `check_supported` accepts.
+    images
+        (B, ch, H, W) float, normalised, of the model's own size.
+    index
+        (B, L) int64, positions of the patches to look at, row by row in the grid, distinct within
+        an image, in any order; None: all.
+    attention
+        Whether to return the [CLS] attention.
+
+    Raises
+    ------
+    ValueError
+        When the images don't have the model's size.
+    """
+    patch, grid = patch_size(model), grid_size(model)
+    if images.shape[-2:] != (patch[0] * grid[0], patch[1] * grid[1]):
+        expected = f"{patch[0] * grid[0]} x {patch[1] * grid[1]}"
+        raise ValueError(f"images of shape {tuple(images.shape)}: this model takes {expected} pixels")
+    patches = patchify(images, patch)
+    if index is not None:
+        patches = patches.gather(1, index.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+    return forward_patches(model, patches, index, attention=attention)
+
+
+def forward_patches(
+    model: VisionTransformer, patches: Tensor, index: Tensor | None, *, attention: bool = False
+) -> TokenOutput:
+    """Run the model on patches; equal to timm's forward with the other tokens removed.
+
+    Dropout, patch dropout and drop path work as in timm in train mode. A distilled DeiT averages
+    the logits of its two heads, as timm does at evaluation.
+
+    Parameters
+    ----------
+    model
+        A model that `check_supported` accepts.
+    patches
+        (B, L, E) float, normalised pixels in the order of `patchify`.
+    index
+        (B, L) int64, the grid position of each patch, distinct within an image; values are not
+        checked, because on a GPU that would wait for the device. None: L = P, in order.
+    attention
+        Whether to return the [CLS] attention.
+
+    Raises
+    ------
+    ValueError
+        When shapes disagree, or the attention is asked for while patch dropout is at work (its
+        rows wouldn't line up with `index`).
+    """
+    P = model.patch_embed.num_patches
+    if (P if index is None else index.shape[1]) != patches.shape[1]:
+        wanted = f"all {P} patches without an index" if index is None else f"index of shape {tuple(index.shape)}"
+        raise ValueError(f"patches of shape {tuple(patches.shape)} don't fit: {wanted}")
+    if attention and model.training and isinstance(model.patch_drop, PatchDropout):
+        raise ValueError("no [CLS] attention in train mode with patch_drop_rate > 0: the rows wouldn't line up")
+    tokens = model.norm_pre(model.patch_drop(_embed(model, patches, index)))
+    for block in model.blocks[:-1]:
+        tokens = block(tokens)
+    distilled = isinstance(model, VisionTransformerDistilled)
+    rows, weights = _last_block(cast(Block, model.blocks[-1]), tokens, queries=2 if distilled else 1)
+    patch_weights = weights[:, :, 0, model.num_prefix_tokens :].mean(dim=1) if attention else None
+    return TokenOutput(logits=model.forward_head(model.norm(rows)), attention=patch_weights)
+
+
+def _embed(model: VisionTransformer, patches: Tensor, index: Tensor | None) -> Tensor:
+    """(B, L, E) patches -> (B, N, D) tokens with position embedding, prefix tokens first."""
+    conv = model.patch_embed.proj
+    x: Tensor = model.patch_embed.norm(F.linear(patches, conv.weight.flatten(1), conv.bias))
+    second = model.dist_token if isinstance(model, VisionTransformerDistilled) else model.reg_token
+    prefix = cast(Tensor, model.cls_token)
+    prefix = prefix if second is None else torch.cat((prefix, second), dim=1)
+    positions: Tensor | None = model.pos_embed
+    if positions is None:  # timm skips pos_drop as well
+        return torch.cat((prefix.expand(len(x), -1, -1), x), dim=1)
+    if not model.no_embed_class:
+        count = model.num_prefix_tokens
+        prefix, positions = prefix + positions[:, :count], positions[:, count:]
+    x = x + (positions if index is None else F.embedding(index, positions[0]))
+    tokens: Tensor = model.pos_drop(torch.cat((prefix.expand(len(x), -1, -1), x), dim=1))
+    return tokens
+
+
+def _last_block(block: Block, tokens: Tensor, queries: int) -> tuple[Tensor, Tensor]:
+    """(B, N, D) tokens -> the first `queries` output rows (B, queries, D), weights (B, H, queries, N).
+
+    The attention is explicit: its weights are the density score, and one row of it is cheap.
+    """
+    attn = cast(Attention, block.attn)
+    B, N, _ = tokens.shape
+    H, width = attn.num_heads, attn.proj.in_features
+    normed = block.norm1(tokens)
+    weight, bias = attn.qkv.weight, attn.qkv.bias
+    q = F.linear(normed[:, :queries], weight[:width], None if bias is None else bias[:width])
+    kv = F.linear(normed, weight[width:], None if bias is None else bias[width:])
+    q = attn.q_norm(q.reshape(B, queries, H, -1).transpose(1, 2))
+    k, v = kv.reshape(B, N, 2, H, -1).permute(2, 0, 3, 1, 4).unbind(0)
+    weights = ((q * attn.scale) @ attn.k_norm(k).transpose(-2, -1)).softmax(dim=-1)
+    mixed = (attn.attn_drop(weights) @ v).transpose(1, 2).reshape(B, queries, width)
+    mixed = attn.norm(mixed)
+    gate = getattr(attn, "gate", None)
+    if gate is not None:
+        mixed = mixed * gate(normed[:, :queries]).sigmoid()
+    rows = tokens[:, :queries]
+    rows = rows + block.drop_path1(block.ls1(attn.proj_drop(attn.proj(mixed))))
+    return rows + block.drop_path2(block.ls2(block.mlp(block.norm2(rows)))), weights

@@ -1,0 +1,1 @@
+"""Flower ServerApp: settings, strategy, evaluation, outputs."""
