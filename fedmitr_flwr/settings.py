@@ -195,11 +195,11 @@ class EnsembleSettings(Stage):
 class InversionSettings(Stage):
     """Stage 1, sparse model inversion (SMI, arXiv 2510.27186)."""
 
-    images: int = Field(200, ge=1, le=10_000_000, description="Synthetic images, spread evenly over the classes.")
-    batch_size: int = Field(50, ge=1, description="Images inverted at a time.")
+    images: int = Field(120, ge=1, le=10_000_000, description="Synthetic images, spread evenly over the classes.")
+    batch_size: int = Field(40, ge=1, description="Images inverted at a time.")
     iterations: int = Field(40, ge=1, le=1_000_000, description="Optimisation steps for each batch.")
     stops: IntList = Field(
-        (10, 15, 20, 25), description="Iterations before which patches are stopped; empty: dense inversion."
+        (6, 10, 14, 18), description="Iterations before which patches are stopped; empty: dense inversion."
     )
     fractions: FloatList = Field(
         (0.3, 0.3, 0.3, 0.3), description="Fraction of the remaining patches stopped at each of them."
@@ -270,9 +270,9 @@ class DistillSettings(Stage):
         "`distill.merge-scale` times the mean client update with class-wise weights for the head.",
     )
     merge_scale: float = Field(1.3, ge=0.0, le=10.0, description="Scale of the mean update for `merged`.")
-    steps: int = Field(1200, ge=1, le=10_000_000, description="Optimiser steps.")
+    steps: int = Field(1500, ge=1, le=10_000_000, description="Optimiser steps.")
     batch_size: int = Field(64, ge=1, description="Images in a step.")
-    learning_rate: float = Field(1e-3, gt=0.0, le=10.0, description="Peak learning rate (AdamW, warm-up, cosine).")
+    learning_rate: float = Field(3e-4, gt=0.0, le=10.0, description="Peak learning rate (AdamW, warm-up, cosine).")
     weight_decay: float = Field(0.05, ge=0.0, le=10.0, description="Decoupled weight decay.")
     temperature: float = Field(1.0, gt=0.0, le=100.0, description="Temperature of KL(A(x) || s(x)).")
     ce_on: Literal["full", "high"] = Field(
@@ -280,7 +280,7 @@ class DistillSettings(Stage):
         description="Where CE(s(.), y) looks: the full image, or its high-density patches alone (the paper's words).",
     )
     kl_weight: float = Field(1.0, ge=0.0, description="Weight of KL(A(x) || s(x)) on full images.")
-    ce_weight: float = Field(1.0, ge=0.0, description="Weight of the cross-entropy with the pseudo-label y.")
+    ce_weight: float = Field(0.2, ge=0.0, description="Weight of the cross-entropy with the pseudo-label y.")
     low_weight: float = Field(1.0, ge=0.0, description="Weight of KL(q_low || s(x_low)) on the low-density patches.")
     augment: Literal["none", "shift", "flip", "strong"] = Field(
         "shift", description="Augmentation of the synthetic images' further views, as `train.augment`."
@@ -292,17 +292,17 @@ class DistillSettings(Stage):
         description="Views of each synthetic image: itself and augmented ones, each labelled by the ensemble.",
     )
     mix: float = Field(
-        5.0,
+        0.0,
         ge=0.0,
         le=1000.0,
         description="Further images for each synthetic one, whose patches are mixed from two of them; labelled by the "
         "ensemble (KL term only). 0: none.",
     )
     noise: float = Field(
-        30.0,
+        90.0,
         ge=0.0,
         le=1000.0,
-        description="Further images for each synthetic one, of smooth noise; labelled by the ensemble (KL term only). "
+        description="Further images for each synthetic one, of random noise; labelled by the ensemble (KL term only). "
         "0: none.",
     )
 

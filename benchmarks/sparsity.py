@@ -1,0 +1,49 @@
+"""Time of sparse against dense inversion of the same images, interleaved, by the settings of a run-config.
+
+    python -m benchmarks.sparsity
+
+Ends with one line of JSON: seconds of each repetition, and `ratio`, sparse / dense (medians).
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks.federation import train_federation
+from fedmitr_flwr.observe import Observer
+from fedmitr_flwr.pipeline import invert_all, make_ensemble, make_grid
+from fedmitr_flwr.settings import Settings
+
+
+def main(
+    repeats: Annotated[int, typer.Option(help="repetitions of each")] = 3,
+    images: Annotated[int, typer.Option(help="synthetic images; 0: the run-config's")] = 0,
+    clients: Annotated[int, typer.Option(help="number of clients K")] = 10,
+    cache: Annotated[Path, typer.Option(help="folder for trained uploads")] = Path("outputs/uploads-cache"),
+) -> None:
+    """Invert the demo's ensemble, sparse and dense in turn."""
+    sparse = Settings() if images == 0 else Settings().replace(**{"inversion.images": images})
+    dense = sparse.replace(**{"inversion.stops": "", "inversion.fractions": "", "density.rule": "quantile"})
+    federation = train_federation(sparse, clients, cache)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    ensemble, classes = make_ensemble(sparse, federation.spec, federation.clients, federation.initial, device)
+    grid = make_grid(sparse.model, federation.spec)
+    seconds: dict[str, list[float]] = {"sparse": [], "dense": []}
+    for _ in range(repeats):
+        for name, settings in (("sparse", sparse), ("dense", dense)):
+            start = time.perf_counter()
+            invert_all(ensemble, classes, grid, settings.inversion, seed=0, device=device, observer=Observer())
+            seconds[name].append(round(time.perf_counter() - start, 2))
+    ratio = statistics.median(seconds["sparse"]) / statistics.median(seconds["dense"])
+    print(json.dumps({**seconds, "threads": torch.get_num_threads(), "ratio": round(ratio, 3)}))
+
+
+if __name__ == "__main__":
+    typer.run(main)
