@@ -173,7 +173,7 @@ class TrainSettings(Stage):
         description="Add log class counts to the logits in training (Ren et al. 2020), against label skew.",
     )
     share_label_histogram: bool = Field(
-        True,
+        False,
         description="Upload the number of examples of each class; needed by `ensemble.weighting = histogram`.",
     )
     upload_dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="Number format of uploaded weights.")
@@ -183,7 +183,7 @@ class EnsembleSettings(Stage):
     """How the teachers' predictions are combined (DESIGN: A(x) = sum_k w_k(c) p_k(c|x))."""
 
     weighting: Literal["uniform", "examples", "histogram", "competence"] = Field(
-        "histogram",
+        "competence",
         description="Weight of a teacher for a class: equal, by its number of examples, by its label histogram, or by "
         "the class competence estimated from how its classifier head moved (needs nothing but the upload).",
     )
@@ -265,11 +265,11 @@ class DistillSettings(Stage):
     """Stage 4, distillation into the global model."""
 
     start: Literal["fedavg", "initial", "merged"] = Field(
-        "fedavg",
+        "merged",
         description="The student's first weights: one-shot average, common initialisation, or the initialisation plus "
         "`distill.merge-scale` times the mean client update with class-wise weights for the head.",
     )
-    merge_scale: float = Field(1.3, ge=0.0, le=10.0, description="Scale of the mean update for `merged`.")
+    merge_scale: float = Field(1.0, ge=0.0, le=10.0, description="Scale of the mean update for `merged`.")
     steps: int = Field(1500, ge=1, le=10_000_000, description="Optimiser steps.")
     batch_size: int = Field(64, ge=1, description="Images in a step.")
     learning_rate: float = Field(3e-4, gt=0.0, le=10.0, description="Peak learning rate (AdamW, warm-up, cosine).")

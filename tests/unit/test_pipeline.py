@@ -22,6 +22,8 @@ SETTINGS = Settings.from_run_config(
         "model.options": "patch_size=2,embed_dim=32,depth=2,num_heads=2",
         "train.min-steps": 60,
         "train.learning-rate": 3e-3,
+        "train.share-label-histogram": True,
+        "ensemble.weighting": "histogram",
         "inversion.images": 25,
         "inversion.batch-size": 10,
         "inversion.iterations": 8,

@@ -92,7 +92,7 @@ def test_a_wrong_key_or_value_is_named_with_what_is_allowed(config: dict[str, Ru
         ({"inversion.stops": "5,10"}, "must have as many entries as inversion.stops (2), has 4"),
         ({"inversion.fractions": "0.3,0.3,0.3,1.0"}, "must lie between 0 and 1, both excluded"),
         ({"inversion.stops": "", "inversion.fractions": ""}, 'density.rule = "survival": needs inversion.stops'),
-        ({"train.share-label-histogram": False}, 'ensemble.weighting = "histogram": needs train.share-label-histogram'),
+        ({"ensemble.weighting": "histogram"}, 'ensemble.weighting = "histogram": needs train.share-label-histogram'),
         ({"data.mean": "0.5,0.5", "data.std": "0.5"}, "data.std = "),
         ({"data.mean": "0.5", "data.std": "0.0"}, "data.std = "),
         ({"distill.kl-weight": 0.0, "distill.ce-weight": 0.0, "distill.low-weight": 0.0}, "must not all be 0"),

@@ -156,7 +156,12 @@ def run(tmp_path: Path) -> Iterator[RunDirectory]:
 
 
 def make(run: RunDirectory, **settings: RunConfigValue) -> tuple[FedMITR, FakePipeline]:
-    values = Settings().replace(**{"run.wait-nodes-seconds": 0.0, "run.min-fraction": 0.0, **settings})
+    base: dict[str, RunConfigValue] = {
+        "run.wait-nodes-seconds": 0.0,
+        "run.min-fraction": 0.0,
+        "train.share-label-histogram": True,
+    }
+    values = Settings().replace(**{**base, **settings})
     pipeline = FakePipeline()
     device = torch.device("cpu")
     return FedMITR(values, SPEC, run, device=device, observer=Observer(), pipeline=pipeline), pipeline
