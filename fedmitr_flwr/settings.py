@@ -180,7 +180,7 @@ class TrainSettings(Stage):
 
 
 class EnsembleSettings(Stage):
-    """How the teachers' predictions are combined (DESIGN: A(x) = sum_k w_k(c) p_k(c|x))."""
+    """How the teachers' predictions are combined (A(x) = sum_k w_k(c) p_k(c|x))."""
 
     weighting: Literal["uniform", "examples", "histogram", "competence"] = Field(
         "competence",
@@ -303,7 +303,7 @@ class DistillSettings(Stage):
         ge=0.0,
         le=1000.0,
         description="Further images for each synthetic one, of random noise; labelled by the ensemble (KL term only). "
-        "0: none.",
+        "0: none. The pool of all images stays in memory: 0.6 MB for each at 224 px in colour.",
     )
 
     @model_validator(mode="after")
