@@ -72,7 +72,7 @@ format: $(STAMP) ## format the code and mend what ruff can mend
 	$(BIN)/ruff format .
 
 settings: $(STAMP) ## write docs/settings.md and the defaults in pyproject.toml from settings.py
-	$(BIN)/python -m fedmitr_flwr.settings_docs
+	$(BIN)/python -m fedmitr_flwr.settings.docs
 
 bundle: $(STAMP) ## pack the Flower app into a .fab file
 	PATH="$(abspath $(BIN)):$$PATH" flwr build

@@ -17,8 +17,9 @@ import torch
 import typer
 
 from benchmarks.federation import train_federation
+from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.pipeline import invert_all, make_ensemble, make_grid
+from fedmitr_flwr.pipeline import invert_all, make_ensemble
 from fedmitr_flwr.settings import Settings
 
 
@@ -34,7 +35,7 @@ def main(
     federation = train_federation(sparse, clients, cache)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     ensemble, classes = make_ensemble(sparse, federation.spec, federation.clients, federation.initial, device)
-    grid = make_grid(sparse.model, federation.spec)
+    grid = PatchGrid.of(ensemble.teachers[0], federation.spec)
     seconds: dict[str, list[float]] = {"sparse": [], "dense": []}
     for _ in range(repeats):
         for name, settings in (("sparse", sparse), ("dense", dense)):

@@ -13,8 +13,9 @@ from typing import Annotated
 import typer
 
 import fedmitr_flwr
-from fedmitr_flwr import run_files, settings_docs
+from fedmitr_flwr import run_files
 from fedmitr_flwr.settings import SettingsError
+from fedmitr_flwr.settings import docs as settings_docs
 from fedmitr_flwr.simulate import simulate as run_simulation
 
 BAD_INPUT = 2

@@ -174,14 +174,12 @@ def loss_terms(student: VisionTransformer, pool: Pool, rows: Tensor, settings: D
         ``(b,)`` int64 images of the pool.
     """
     kl = ce = low = torch.zeros((), device=rows.device)
-    labels = pool.labels[rows]
-    named = labels >= 0
     full_ce = settings.ce_weight > 0 and settings.ce_on == "full"
     if settings.kl_weight > 0 or full_ce:
         logits = forward_patches(student, pool.patches[rows], None).logits
         kl = kl_divergence(pool.targets[rows], logits, settings.temperature)
-        if full_ce and bool(named.any()):
-            ce = F.cross_entropy(logits[named], labels[named], reduction="sum") / len(rows)
+        if full_ce:
+            ce = F.cross_entropy(logits, pool.labels[rows], ignore_index=-1, reduction="sum") / len(rows)
     still = rows[rows < len(pool.split.high)]  # synthetic images as they were inverted
     if settings.ce_weight > 0 and settings.ce_on == "high" and len(still):
         out = subset_logits(student, pool.patches[still], pool.split.high[still])

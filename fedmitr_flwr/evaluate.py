@@ -13,8 +13,9 @@ from torch import Tensor
 from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from fedmitr_flwr.data import ImageSet, ImageSpec
+from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.models import build_model
-from fedmitr_flwr.pipeline import PipelineResult, make_grid
+from fedmitr_flwr.pipeline import PipelineResult
 from fedmitr_flwr.settings import ModelSettings
 from fedmitr_flwr.vit import forward_images, forward_patches
 
@@ -94,7 +95,7 @@ def evaluate(
         models[name] = build_model(settings, spec)
         models[name].load_state_dict(state)
         models[name].to(device).eval()
-    grid = make_grid(settings, spec)
+    grid = PatchGrid.of(models["global"], spec)
     C = spec.num_classes
     local = [MulticlassAccuracy(C, average="micro").to(device) for _ in result.ensemble.teachers]
     confusion = {name: MulticlassConfusionMatrix(C).to(device) for name in ("fedavg", "ensemble", "global")}

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Self
 
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from fedmitr_flwr.vit import patchify, unpatchify
+from fedmitr_flwr.data import ImageSpec
+from fedmitr_flwr.vit import patch_size, patchify, unpatchify
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,12 @@ class PatchGrid:
     patch: tuple[int, int]
     low: Tensor
     high: Tensor
+
+    @classmethod
+    def of(cls, model: VisionTransformer, spec: ImageSpec) -> Self:
+        """Geometry and pixel range of the images that a model takes."""
+        low, high = spec.valid_range()
+        return cls(spec.channels, spec.image_size, patch_size(model), low, high)
 
     @property
     def shape(self) -> tuple[int, int]:

@@ -22,8 +22,7 @@ from fedmitr_flwr.inversion import SyntheticImages, invert
 from fedmitr_flwr.models import build_model
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.relabel import LowTargets, relabel
-from fedmitr_flwr.settings import InversionSettings, ModelSettings, Settings
-from fedmitr_flwr.vit import patch_size
+from fedmitr_flwr.settings import InversionSettings, Settings
 from fedmitr_flwr.weighting import class_weights, evidence
 
 
@@ -108,7 +107,7 @@ def run_pipeline(
     """
     ensemble, known = make_ensemble(settings, spec, clients, initial, device)
     model = build_model(settings.model, spec)
-    grid = make_grid(settings.model, spec)
+    grid = PatchGrid.of(model, spec)
     with observer.stage("invert"):
         synthetic = invert_all(ensemble, known, grid, settings.inversion, seed=seed, device=device, observer=observer)
     with observer.stage("relabel"):
@@ -129,12 +128,6 @@ def run_pipeline(
         distill(model.to(device), pool, settings.distill, generator=generator, on_step=report)
     state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
     return PipelineResult(state, average, ensemble, synthetic, split, dict(observer.seconds))
-
-
-def make_grid(settings: ModelSettings, spec: ImageSpec) -> PatchGrid:
-    """Geometry and pixel range of the images that a model takes."""
-    low, high = spec.valid_range()
-    return PatchGrid(spec.channels, spec.image_size, patch_size(build_model(settings, spec)), low, high)
 
 
 def make_ensemble(

@@ -14,7 +14,7 @@ from typing import Any
 
 import fedmitr_flwr
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError, flat_fields
-from fedmitr_flwr.settings_docs import CONFIG_TABLE, flatten, takes_text, toml_value
+from fedmitr_flwr.settings.docs import CONFIG_TABLE, flatten, takes_text, toml_value
 
 FederationValue = bool | int | float | str
 

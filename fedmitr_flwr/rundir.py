@@ -74,7 +74,7 @@ class RunDirectory:
         """
         if name in {".", ".."} or "/" in name or "\\" in name:
             raise SettingsError(("run.name", name, "must be the name of one folder, without slashes"))
-        path = Path(output).expanduser().absolute() / (name or _fresh_name())
+        path = Path(output).expanduser().absolute() / (name or fresh_name())
         try:
             path.mkdir(parents=True, exist_ok=bool(name))
             lock = _take_lock(path, name)
@@ -204,7 +204,8 @@ def _clear(path: Path, name: str) -> None:
                 folder.rmdir()
 
 
-def _fresh_name() -> str:
+def fresh_name() -> str:
+    """Return a name for a run's folder: date, time and a random suffix."""
     return f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 

@@ -19,9 +19,10 @@ from fedmitr_flwr.digest import code_digest
 from fedmitr_flwr.evaluate import Evaluation, evaluate
 from fedmitr_flwr.export import save_timm
 from fedmitr_flwr.figures import save_synthetic
+from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.models import build_model
 from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.pipeline import PipelineResult, make_grid
+from fedmitr_flwr.pipeline import PipelineResult
 from fedmitr_flwr.quorum import ClientCounts
 from fedmitr_flwr.rundir import METRICS, MODEL, SYNTHETIC, RunDirectory
 from fedmitr_flwr.settings import Settings, SettingsError
@@ -151,7 +152,7 @@ def write_results(
             evaluation = evaluate(result, federation.held_out, spec, settings.model, federation.device)
     metadata = {"fedmitr-flwr": fedmitr_flwr.__version__, "digest": code_digest(), "seed": str(settings.run.seed)}
     save_timm(result.state, settings.model, spec, run.path / MODEL, metadata)
-    save_synthetic(result.synthetic, spec, make_grid(settings.model, spec), run.path / SYNTHETIC)
+    save_synthetic(result.synthetic, spec, PatchGrid.of(result.ensemble.teachers[0], spec), run.path / SYNTHETIC)
     run.write_json(METRICS, make_metrics(evaluation, clients, observer))
     for line in accuracy_table(evaluation, settings.run.evaluate_on):
         log.info("%s", line)

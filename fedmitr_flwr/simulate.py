@@ -10,23 +10,21 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import secrets
 import signal
 import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from datetime import datetime
 from pathlib import Path
 from types import FrameType
 from typing import Self
 
 from fedmitr_flwr.private_flower import PrivateFlower
 from fedmitr_flwr.run_files import FederationValue, federation_toml
-from fedmitr_flwr.rundir import STATUS
+from fedmitr_flwr.rundir import STATUS, fresh_name
 from fedmitr_flwr.settings import Settings
-from fedmitr_flwr.settings_docs import to_toml
+from fedmitr_flwr.settings.docs import to_toml
 
 Echo = Callable[[str], None]
 _Handler = Callable[[int, FrameType | None], object] | int | None
@@ -103,7 +101,7 @@ def simulate(
     quiet
         Pass on nothing, unless the run fails: then the last lines.
     """
-    settings = settings if settings.run.name else settings.replace(**{"run.name": _new_name()})
+    settings = settings if settings.run.name else settings.replace(**{"run.name": fresh_name()})
     directory = Path(settings.run.output) / settings.run.name
     status = _StatusFile(directory / STATUS)
     log = _Log(echo, verbose=verbose, quiet=quiet)
@@ -217,10 +215,6 @@ class _StatusFile:
             return str(status.get("state", "")), str(status.get("error") or "")
         except (OSError, ValueError, AttributeError):
             return "", ""
-
-
-def _new_name() -> str:
-    return f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 
 class _Signals:

@@ -16,9 +16,10 @@ import pytest
 from typer.testing import CliRunner, Result
 
 import fedmitr_flwr
-from fedmitr_flwr import cli, private_flower, run_files, settings_docs
+from fedmitr_flwr import cli, private_flower, run_files
 from fedmitr_flwr.settings import Settings, SettingsError
-from fedmitr_flwr.settings_docs import flatten
+from fedmitr_flwr.settings import docs as settings_docs
+from fedmitr_flwr.settings.docs import flatten
 
 ROOT = Path(__file__).resolve().parents[2]
 

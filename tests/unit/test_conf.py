@@ -8,7 +8,7 @@ import pytest
 
 from fedmitr_flwr.run_files import federation_config, run_settings
 from fedmitr_flwr.settings import Settings, flat_fields
-from fedmitr_flwr.settings_docs import flatten
+from fedmitr_flwr.settings.docs import flatten
 
 ROOT = Path(__file__).resolve().parents[2]
 RUNS = sorted((ROOT / "conf").glob("*.toml"))

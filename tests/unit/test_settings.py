@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from fedmitr_flwr import settings_docs
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError, flat_fields
+from fedmitr_flwr.settings import docs as settings_docs
 
 ROOT = Path(__file__).resolve().parents[2]
 

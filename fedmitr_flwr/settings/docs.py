@@ -1,6 +1,6 @@
 """Render the settings for people and tools: a Markdown page, a table, TOML and JSON.
 
-Everything comes from the fields in `fedmitr_flwr.settings`. ``python -m fedmitr_flwr.settings_docs``
+Everything comes from the fields in `fedmitr_flwr.settings`. ``python -m fedmitr_flwr.settings.docs``
 writes ``docs/settings.md`` and the ``[tool.flwr.app.config]`` block of ``pyproject.toml``; a test
 compares both with what is rendered here.
 """
@@ -15,15 +15,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args, get_origin
 
-from fedmitr_flwr.run_config import allowed_values
 from fedmitr_flwr.settings import RunConfigValue, Settings, flat_fields
+from fedmitr_flwr.settings.run_config import allowed_values
 
 CONFIG_TABLE = "[tool.flwr.app.config]"
 _MARKER = "# The demo's settings. Written by `make settings`; described in docs/settings.md."
 _INTRO = """\
 # Settings
 
-Written by `make settings` from the fields in `fedmitr_flwr/settings.py`; don't edit it by hand.
+Written by `make settings` from the fields in `fedmitr_flwr/settings/`; don't edit it by hand.
 
 A run takes its settings from a flat TOML file of dotted keys, such as the files in `conf/`; keys that are
 left out have the defaults below, which are those of `make demo`. Values are integers, numbers, `true` or
@@ -160,4 +160,4 @@ def write(root: Path) -> list[Path]:
 
 
 if __name__ == "__main__":
-    write(Path(__file__).resolve().parent.parent)
+    write(Path(__file__).resolve().parents[2])

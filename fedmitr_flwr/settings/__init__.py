@@ -1,0 +1,34 @@
+"""Run settings: one frozen pydantic model a stage, composed into one.
+
+The models are the only place where keys, types, ranges and defaults are defined; the defaults are the
+demo. ``pyproject.toml`` repeats them because Flower accepts only keys that stand there, and
+``docs/settings.md`` is generated from them; a test compares all three.
+"""
+
+from fedmitr_flwr.settings.client_stages import DataSettings, ModelSettings, PartitionSettings, TrainSettings
+from fedmitr_flwr.settings.run import RunSettings, Settings, flat_fields
+from fedmitr_flwr.settings.run_config import RunConfigValue, SettingsError
+from fedmitr_flwr.settings.server_stages import (
+    DensitySettings,
+    DistillSettings,
+    EnsembleSettings,
+    InversionSettings,
+    RelabelSettings,
+)
+
+__all__ = [
+    "DataSettings",
+    "DensitySettings",
+    "DistillSettings",
+    "EnsembleSettings",
+    "InversionSettings",
+    "ModelSettings",
+    "PartitionSettings",
+    "RelabelSettings",
+    "RunConfigValue",
+    "RunSettings",
+    "Settings",
+    "SettingsError",
+    "TrainSettings",
+    "flat_fields",
+]

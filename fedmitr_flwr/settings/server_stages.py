@@ -1,0 +1,143 @@
+"""Settings of the server's stages, from the ensemble to distillation."""
+
+from __future__ import annotations
+
+from typing import Literal, Self
+
+from pydantic import Field, model_validator
+
+from fedmitr_flwr.settings.run_config import FloatList, IntList, SettingsError, Stage
+
+
+class EnsembleSettings(Stage):
+    """How the teachers' predictions are combined (A(x) = sum_k w_k(c) p_k(c|x))."""
+
+    weighting: Literal["uniform", "examples", "histogram", "competence"] = Field(
+        "competence",
+        description="Weight of a teacher for a class: equal, by its number of examples, by its label histogram, or by "
+        "the class competence estimated from how its classifier head moved (needs nothing but the upload).",
+    )
+    power: float = Field(
+        0.5, ge=0.0, le=4.0, description="Exponent on the weights before they are normalised; 0 is uniform."
+    )
+
+
+class InversionSettings(Stage):
+    """Stage 1, sparse model inversion (SMI, arXiv 2510.27186)."""
+
+    images: int = Field(120, ge=1, le=10_000_000, description="Synthetic images, spread evenly over the classes.")
+    batch_size: int = Field(40, ge=1, description="Images inverted at a time.")
+    iterations: int = Field(40, ge=1, le=1_000_000, description="Optimisation steps for each batch.")
+    stops: IntList = Field(
+        (6, 10, 14, 18), description="Iterations before which patches are stopped; empty: dense inversion."
+    )
+    fractions: FloatList = Field(
+        (0.3, 0.3, 0.3, 0.3), description="Fraction of the remaining patches stopped at each of them."
+    )
+    learning_rate: float = Field(0.1, gt=0.0, le=100.0, description="Adam learning rate, in normalised pixels.")
+    beta1: float = Field(0.5, ge=0.0, lt=1.0, description="Adam beta 1.")
+    beta2: float = Field(0.99, ge=0.0, lt=1.0, description="Adam beta 2.")
+    tv_weight: float = Field(0.05, ge=0.0, description="Weight of the total variation.")
+    l2_weight: float = Field(
+        0.0, ge=0.0, description="Weight of the mean squared pixel: a pull towards the normalisation mean."
+    )
+    jitter: int = Field(
+        0, ge=0, le=64, description="Largest random shift in whole patches at dense iterations; 0: none."
+    )
+    start: Literal["white", "smooth"] = Field(
+        "smooth",
+        description="Starting noise: `white` (Gaussian, around the normalisation mean) or `smooth` (random coarseness, "
+        "contrast and mean, as the noise of `distill.noise`).",
+    )
+    start_std: float = Field(0.5, ge=0.0, le=10.0, description="Standard deviation of `white` starting noise.")
+
+    @model_validator(mode="after")
+    def _schedule(self) -> Self:
+        problems: list[tuple[str, object, str]] = []
+        if any(b <= a for a, b in zip(self.stops, self.stops[1:], strict=False)) or any(s < 1 for s in self.stops):
+            problems.append(("inversion.stops", self.stops, "must be strictly increasing and at least 1"))
+        elif self.stops and self.stops[-1] >= self.iterations:
+            allowed = f"must lie below inversion.iterations = {self.iterations}"
+            problems.append(("inversion.stops", self.stops, allowed))
+        if len(self.fractions) != len(self.stops):
+            allowed = f"must have as many entries as inversion.stops ({len(self.stops)}), has {len(self.fractions)}"
+            problems.append(("inversion.fractions", self.fractions, allowed))
+        if any(not 0.0 < r < 1.0 for r in self.fractions):
+            problems.append(("inversion.fractions", self.fractions, "must lie between 0 and 1, both excluded"))
+        if problems:
+            raise SettingsError(*problems)
+        return self
+
+
+class DensitySettings(Stage):
+    """Stage 2, which patches count as dense."""
+
+    rule: Literal["survival", "quantile", "mass", "otsu"] = Field(
+        "survival",
+        description="High density: patches that survived inversion, the top quantile of the attention, the fewest "
+        "patches that hold a share of the attention mass, or above Otsu's threshold for each image.",
+    )
+    quantile: float = Field(0.75, gt=0.0, lt=1.0, description="Fraction of the patches that is low for `quantile`.")
+    mass: float = Field(0.5, gt=0.0, lt=1.0, description="Share of the attention mass that is high for `mass`.")
+
+
+class RelabelSettings(Stage):
+    """Stage 3, ensemble labels for the low-density patches."""
+
+    labels: Literal["soft", "hard", "off"] = Field(
+        "soft",
+        description="What the low-density patches learn: the ensemble's soft label, its arg max, or nothing.",
+    )
+    temperature: float = Field(1.0, gt=0.0, le=100.0, description="Temperature of the soft labels; 1 leaves them.")
+
+
+class DistillSettings(Stage):
+    """Stage 4, distillation into the global model."""
+
+    start: Literal["fedavg", "initial", "merged"] = Field(
+        "merged",
+        description="The student's first weights: one-shot average, common initialisation, or the initialisation plus "
+        "`distill.merge-scale` times the mean client update with class-wise weights for the head.",
+    )
+    merge_scale: float = Field(1.0, ge=0.0, le=10.0, description="Scale of the mean update for `merged`.")
+    steps: int = Field(1500, ge=1, le=10_000_000, description="Optimiser steps.")
+    batch_size: int = Field(64, ge=1, description="Images in a step.")
+    learning_rate: float = Field(3e-4, gt=0.0, le=10.0, description="Peak learning rate (AdamW, warm-up, cosine).")
+    weight_decay: float = Field(0.05, ge=0.0, le=10.0, description="Decoupled weight decay.")
+    temperature: float = Field(1.0, gt=0.0, le=100.0, description="Temperature of KL(A(x) || s(x)).")
+    ce_on: Literal["full", "high"] = Field(
+        "full",
+        description="Where CE(s(.), y) looks: the full image, or its high-density patches alone (the paper's words).",
+    )
+    kl_weight: float = Field(1.0, ge=0.0, description="Weight of KL(A(x) || s(x)) on full images.")
+    ce_weight: float = Field(0.2, ge=0.0, description="Weight of the cross-entropy with the pseudo-label y.")
+    low_weight: float = Field(1.0, ge=0.0, description="Weight of KL(q_low || s(x_low)) on the low-density patches.")
+    augment: Literal["none", "shift", "flip", "strong"] = Field(
+        "shift", description="Augmentation of the synthetic images' further views, as `train.augment`."
+    )
+    views: int = Field(
+        2,
+        ge=1,
+        le=1000,
+        description="Views of each synthetic image: itself and augmented ones, each labelled by the ensemble.",
+    )
+    mix: float = Field(
+        0.0,
+        ge=0.0,
+        le=1000.0,
+        description="Further images for each synthetic one, whose patches are mixed from two of them; labelled by the "
+        "ensemble (KL term only). 0: none.",
+    )
+    noise: float = Field(
+        90.0,
+        ge=0.0,
+        le=1000.0,
+        description="Further images for each synthetic one, of random noise; labelled by the ensemble (KL term only). "
+        "0: none. The pool of all images stays in memory: 0.6 MB for each at 224 px in colour.",
+    )
+
+    @model_validator(mode="after")
+    def _something_to_learn(self) -> Self:
+        if self.kl_weight == self.ce_weight == self.low_weight == 0.0:
+            raise SettingsError(("distill.kl-weight", 0.0, "kl-weight, ce-weight and low-weight must not all be 0"))
+        return self
