@@ -3,7 +3,7 @@
 ``L = KL(A(x) || s(x)) + CE(s(.), y) + l_low KL(q_low || s(x_low))`` with a weight for each term. The CE
 term looks at the high-density patches (the paper's words) or at the full image (better in our
 measurements). Three kinds of further images join the pool for the first term: augmented views of the
-synthetic images (which keep y), images mixed from the patches of two, and smooth noise. They are ours
+synthetic images (which keep y), images mixed from the patches of two, and random images. They are ours
 and off at ``views = 1``, ``mix = 0``, ``noise = 0``. The ensemble labels the whole pool once: K teachers
 cost more than the student, and the student passes over the pool several times.
 
@@ -25,7 +25,7 @@ from fedmitr_flwr.density import PatchSplit, subsets
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.inversion import SyntheticImages
-from fedmitr_flwr.noise import smooth_noise
+from fedmitr_flwr.noise import random_images
 from fedmitr_flwr.relabel import LowTargets, soften
 from fedmitr_flwr.settings import DistillSettings, TrainSettings
 from fedmitr_flwr.training import make_optimizer
@@ -104,7 +104,7 @@ def make_pool(
         named.append(labels)
     if settings.kl_weight > 0:
         parts.append(mix_patches(images, round(settings.mix * B), grid, generator))
-        parts.append(smooth_noise(round(settings.noise * B), grid, generator).to(images))
+        parts.append(random_images(settings.noise_kind, round(settings.noise * B), grid, generator).to(images))
     patches = torch.cat([grid.to_patches(part) for part in parts])
     pseudo = torch.cat(named)
     pseudo = torch.cat([pseudo, pseudo.new_full((len(patches) - len(pseudo),), -1)])

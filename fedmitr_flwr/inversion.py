@@ -22,7 +22,7 @@ from torch import Tensor
 
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.noise import smooth_noise
+from fedmitr_flwr.noise import random_images
 from fedmitr_flwr.settings import InversionSettings
 
 
@@ -118,8 +118,8 @@ def invert(
 
 def starting_images(count: int, grid: PatchGrid, settings: InversionSettings, generator: torch.Generator) -> Tensor:
     """Noise to start from, before it is clipped to the valid range; ``(count, ch, S, S)`` fp32 on the CPU."""
-    if settings.start == "smooth":
-        return smooth_noise(count, grid, generator)
+    if settings.start != "white":
+        return random_images(settings.start, count, grid, generator)
     white = torch.randn(count, grid.channels, grid.image_size, grid.image_size, generator=generator)
     return white * settings.start_std
 

@@ -1,6 +1,8 @@
 """Random images without any meaning, for the ensemble to label or to start inversion from.
 
-Distilling an ensemble on noise is a strong baseline and a useful addition to inverted images.
+Distilling an ensemble on random images is a strong baseline and a useful addition to inverted ones. Which kind is
+best depends on the data: the nearer its statistics are to real images, the more of the ensemble's knowledge it asks
+for, and the more it assumes. `contours` assumes bright lines on a dark ground, as in writing; `fields` assumes nothing.
 """
 
 from __future__ import annotations
@@ -10,17 +12,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedmitr_flwr.grid import PatchGrid
+from fedmitr_flwr.settings import NoiseKind
 
 
-def smooth_noise(count: int, grid: PatchGrid, generator: torch.Generator) -> Tensor:
-    """Noise of random coarseness, contrast and mean, clipped to the valid pixel range.
-
-    Each image is Gaussian noise on a grid of S/7 to S cells a side, enlarged to the full size. Its contrast is uniform
-    between 0.5 and 2.5 and its mean between -1 and 1, in units of the normalised pixels. Two images of three get white
-    noise of a standard deviation up to 1.5 on top: an ensemble says more of rough images than of smooth ones.
+def random_images(kind: NoiseKind, count: int, grid: PatchGrid, generator: torch.Generator) -> Tensor:
+    """Random images of one kind, within the valid pixel range.
 
     Parameters
     ----------
+    kind
+        `fields` or `contours`, the functions below.
     count
         B.
     grid
@@ -33,18 +34,59 @@ def smooth_noise(count: int, grid: PatchGrid, generator: torch.Generator) -> Ten
     Tensor
         ``(B, ch, S, S)`` fp32 on the CPU.
     """
+    return {"fields": fields, "contours": contours}[kind](count, grid, generator)
+
+
+def fields(count: int, grid: PatchGrid, generator: torch.Generator) -> Tensor:
+    """Noise of random coarseness, contrast and mean.
+
+    Each image is Gaussian noise on a grid of S/7 to S cells a side, enlarged to the full size. Its contrast is uniform
+    between 0.5 and 2.5 and its mean between -1 and 1, in units of the normalised pixels. Two images of three get white
+    noise of a standard deviation up to 1.5 on top: an ensemble says more of rough images than of smooth ones.
+    """
     size = grid.image_size
     sides = sorted({max(2, size // 7), max(2, size // 4), max(2, size // 2), size})
-    which = torch.randint(len(sides), (count,), generator=generator)
-    images = torch.empty(count, grid.channels, size, size)
-    for number, side in enumerate(sides):
-        rows = (which == number).nonzero().squeeze(1)
-        cells = torch.randn(len(rows), grid.channels, side, side, generator=generator)
-        if len(rows):
-            images[rows] = F.interpolate(cells, size=(size, size), mode="bilinear", align_corners=False)
+    images = _enlarged(count, grid.channels, size, sides, "bilinear", generator)
     draw = torch.rand(3, count, 1, 1, 1, generator=generator)
     roughness = (2.25 * draw[2] - 0.75).clamp_min(0.0)
     images = images * (0.5 + 2.0 * draw[0]) + (2.0 * draw[1] - 1.0)
     images = images + roughness * torch.randn(images.shape, generator=generator)
-    low, high = grid.low.cpu()[:, None, None], grid.high.cpu()[:, None, None]
+    low, high = _range(grid)
     return torch.minimum(torch.maximum(images, low), high)
+
+
+def contours(count: int, grid: PatchGrid, generator: torch.Generator) -> Tensor:
+    """Bright lines on a dark ground: a level line of a smooth random field, interrupted by a second one.
+
+    The field has 2 to 6 cells a side; the line is S/23 to S/6 wide, and its edges fall off over about S/28.
+    """
+    size = grid.image_size
+    unit = size / 28
+    field = _enlarged(count, 1, size, range(2, 7), "bicubic", generator)
+    gaps = _enlarged(count, 1, size, range(2, 5), "bicubic", generator)
+    level = 0.5 * torch.randn(count, 1, 1, 1, generator=generator)
+    half_width = unit * (0.6 + 1.6 * torch.rand(count, 1, 1, 1, generator=generator))
+    down, right = torch.gradient(field, dim=(2, 3))
+    slope = (down**2 + right**2).sqrt().clamp_min(0.05 / unit)
+    distance = (field - level).abs() / slope
+    line = torch.sigmoid(2.5 * (half_width - distance) / unit) * torch.sigmoid(6.0 * (gaps + 0.3))
+    low, high = _range(grid)
+    return low + (high - low) * line
+
+
+def _enlarged(
+    count: int, channels: int, size: int, sides: range | list[int], mode: str, generator: torch.Generator
+) -> Tensor:
+    """Gaussian noise on grids of random sides, enlarged; ``(count, channels, size, size)``."""
+    which = torch.randint(len(sides), (count,), generator=generator)
+    images = torch.empty(count, channels, size, size)
+    for number, side in enumerate(sides):
+        rows = (which == number).nonzero().squeeze(1)
+        cells = torch.randn(len(rows), channels, side, side, generator=generator)
+        if len(rows):
+            images[rows] = F.interpolate(cells, size=(size, size), mode=mode, align_corners=False)
+    return images
+
+
+def _range(grid: PatchGrid) -> tuple[Tensor, Tensor]:
+    return grid.low.cpu()[:, None, None], grid.high.cpu()[:, None, None]

@@ -5,6 +5,7 @@ Letters: B images, K teachers, C classes, D embedding.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -146,9 +147,10 @@ def make_ensemble(
     known
         ``(C',)`` int64 classes that at least one client knows something of.
     """
+    blank = build_model(settings.model, spec)
     teachers: list[VisionTransformer] = []
     for client in clients:
-        teacher = build_model(settings.model, spec)
+        teacher = copy.deepcopy(blank)
         teacher.load_state_dict(client.state)
         teachers.append(teacher.to(device))
     num_examples = torch.tensor([client.num_examples for client in clients], dtype=torch.float64)

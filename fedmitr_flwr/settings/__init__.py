@@ -13,6 +13,7 @@ from fedmitr_flwr.settings.server_stages import (
     DistillSettings,
     EnsembleSettings,
     InversionSettings,
+    NoiseKind,
     RelabelSettings,
 )
 
@@ -23,6 +24,7 @@ __all__ = [
     "EnsembleSettings",
     "InversionSettings",
     "ModelSettings",
+    "NoiseKind",
     "PartitionSettings",
     "RelabelSettings",
     "RunConfigValue",

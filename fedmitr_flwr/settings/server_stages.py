@@ -8,6 +8,8 @@ from pydantic import Field, model_validator
 
 from fedmitr_flwr.settings.run_config import FloatList, IntList, SettingsError, Stage
 
+NoiseKind = Literal["fields", "contours"]
+
 
 class EnsembleSettings(Stage):
     """How the teachers' predictions are combined (A(x) = sum_k w_k(c) p_k(c|x))."""
@@ -44,10 +46,9 @@ class InversionSettings(Stage):
     jitter: int = Field(
         0, ge=0, le=64, description="Largest random shift in whole patches at dense iterations; 0: none."
     )
-    start: Literal["white", "smooth"] = Field(
-        "smooth",
-        description="Starting noise: `white` (Gaussian, around the normalisation mean) or `smooth` (random coarseness, "
-        "contrast and mean, as the noise of `distill.noise`).",
+    start: Literal["white", "fields", "contours"] = Field(
+        "fields",
+        description="Starting noise: `white` (Gaussian, around the normalisation mean), or as `distill.noise-kind`.",
     )
     start_std: float = Field(0.5, ge=0.0, le=10.0, description="Standard deviation of `white` starting noise.")
 
@@ -127,6 +128,11 @@ class DistillSettings(Stage):
         le=1000.0,
         description="Further images for each synthetic one, whose patches are mixed from two of them; labelled by the "
         "ensemble (KL term only). 0: none.",
+    )
+    noise_kind: NoiseKind = Field(
+        "contours",
+        description="`fields`: noise of random coarseness, contrast and mean, for any images; `contours`: bright "
+        "random lines on a dark ground, for writing and drawings.",
     )
     noise: float = Field(
         90.0,

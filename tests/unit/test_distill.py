@@ -1,12 +1,14 @@
+from typing import get_args
+
 import pytest
 import torch
 
 from fedmitr_flwr.density import PatchSplit
 from fedmitr_flwr.distill import Pool, distill, kl_divergence, loss_terms, make_pool, mix_patches
 from fedmitr_flwr.inversion import SyntheticImages
-from fedmitr_flwr.noise import smooth_noise
+from fedmitr_flwr.noise import random_images
 from fedmitr_flwr.relabel import LowTargets, relabel
-from fedmitr_flwr.settings import DistillSettings, RelabelSettings
+from fedmitr_flwr.settings import DistillSettings, NoiseKind, RelabelSettings
 from tests.unit.tiny import CLASSES, plain_ensemble, plain_subset_logits, tiny_ensemble, tiny_grid, tiny_vit
 
 B = 6
@@ -111,9 +113,10 @@ def test_mixed_images_take_each_patch_from_one_of_two():
         assert len({min(o) for o in origins}) <= 2
 
 
-def test_noise_lies_in_the_valid_range_and_repeats_with_its_seed():
+@pytest.mark.parametrize("kind", get_args(NoiseKind))
+def test_random_images_lie_in_the_valid_range_and_repeat_with_their_seed(kind: NoiseKind):
     grid = tiny_grid(3)
-    a, b = (smooth_noise(30, grid, torch.Generator().manual_seed(4)) for _ in range(2))
+    a, b = (random_images(kind, 30, grid, torch.Generator().manual_seed(4)) for _ in range(2))
     assert torch.equal(a, b)
     assert a.shape == (30, 3, 16, 16)
     assert float(a.min()) >= -1.0
