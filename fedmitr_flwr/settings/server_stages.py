@@ -103,7 +103,7 @@ class DistillSettings(Stage):
     merge_scale: float = Field(1.0, ge=0.0, le=10.0, description="Scale of the mean update for `merged`.")
     steps: int = Field(1500, ge=1, le=10_000_000, description="Optimiser steps.")
     batch_size: int = Field(64, ge=1, description="Images in a step.")
-    learning_rate: float = Field(3e-4, gt=0.0, le=10.0, description="Peak learning rate (AdamW, warm-up, cosine).")
+    learning_rate: float = Field(5e-4, gt=0.0, le=10.0, description="Peak learning rate (AdamW, warm-up, cosine).")
     weight_decay: float = Field(0.05, ge=0.0, le=10.0, description="Decoupled weight decay.")
     temperature: float = Field(1.0, gt=0.0, le=100.0, description="Temperature of KL(A(x) || s(x)).")
     ce_on: Literal["full", "high"] = Field(
