@@ -8,19 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 
 from fedmitr_flwr import augment, glyphs, models, training, vit
 from fedmitr_flwr.data import ImageSpec, Source, load_source, partition_indices
 from fedmitr_flwr.models import build_model, initial_state
 from fedmitr_flwr.pipeline import ClientModel
 from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.tensor_files import write_tensors
 from fedmitr_flwr.training import train_local
 
 CLIENT_STAGES = ("data", "partition", "model", "train")
@@ -57,11 +56,8 @@ def train_federation(settings: Settings, num_clients: int, cache: Path) -> Feder
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             seed = settings.run.seed + number
             result = train_local(model, images, source.spec, settings.train, seed=seed, device=device)
-            state = {name: value.detach().cpu().contiguous() for name, value in model.state_dict().items()}
             about = {"num_examples": str(result.num_examples), "histogram": json.dumps(result.histogram)}
-            scratch = path.with_suffix(f".{os.getpid()}")
-            save_file(state, scratch, metadata=about)
-            scratch.replace(path)
+            write_tensors(path, model.state_dict(), about)
         with safe_open(path, "pt") as file:
             about = file.metadata()
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict

@@ -11,17 +11,17 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-from safetensors.torch import save_file
 from timm.layers.attention import Attention
 from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
-from fedmitr_flwr.atomic import Json, atomic_path, write_json
+from fedmitr_flwr.atomic import Json, write_json
 from fedmitr_flwr.checkpoint import describe_mismatch
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.models import build_model, parse_options
 from fedmitr_flwr.settings import ModelSettings
+from fedmitr_flwr.tensor_files import write_tensors
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # the names timm looks for
 
@@ -60,9 +60,8 @@ def save_timm(
         raise ValueError(f"the weights are not those of {settings.name}: {'; '.join(problems[:3])}")
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG).unlink(missing_ok=True)
-    tensors = {key: value.detach().cpu().float().contiguous() for key, value in state.items()}
-    with atomic_path(directory / WEIGHTS) as temporary:
-        save_file(tensors, temporary, {"format": "pt", **metadata})
+    tensors = {key: value.float() for key, value in state.items()}
+    write_tensors(directory / WEIGHTS, tensors, {"format": "pt", **metadata})
     write_json(directory / CONFIG, {**_timm_config(model, settings, spec), "fedmitr": dict(metadata)})
 
 

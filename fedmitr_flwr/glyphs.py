@@ -13,7 +13,6 @@ import json
 import logging
 import os
 import string
-import tempfile
 from importlib.metadata import version
 from pathlib import Path
 
@@ -21,7 +20,7 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
@@ -29,6 +28,7 @@ from torch.nn import functional as F
 from fedmitr_flwr.augment import augment
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.settings import ModelSettings, Settings, TrainSettings
+from fedmitr_flwr.tensor_files import write_tensors
 from fedmitr_flwr.training import make_optimizer
 from fedmitr_flwr.vit import forward_images
 
@@ -74,7 +74,8 @@ def glyph_state(settings: Settings, spec: ImageSpec) -> dict[str, Tensor]:
         accuracy = pretrain(student, letters, settings.model, settings.run.seed)
         log.info("common initialisation: %.1f %% of the letters of the last epoch told apart", 100 * accuracy)
         body = {name: value for name, value in student.state_dict().items() if not name.startswith("head")}
-        _save_atomically(body, path)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, body)
     return {name: body.get(name, value) for name, value in model.state_dict().items()}
 
 
@@ -170,11 +171,3 @@ def _fonts() -> list[Path]:
     return sorted(
         path for pattern in TEXT_FONTS for path in folder.glob(f"{pattern}.ttf") if "Display" not in path.name
     )
-
-
-def _save_atomically(state: dict[str, Tensor], path: Path) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as scratch:
-        pass
-    save_file({name: value.contiguous() for name, value in state.items()}, scratch.name)
-    os.replace(scratch.name, path)

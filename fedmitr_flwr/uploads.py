@@ -16,10 +16,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 from torch import Tensor
 
-from fedmitr_flwr.atomic import atomic_path
+from fedmitr_flwr.tensor_files import write_tensors
 
 UPLOAD_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -212,10 +212,7 @@ class UploadStore:
             "accuracy": repr(upload.accuracy),
             "sha256": upload.sha256,
         }
-        # Not safetensors' own save_file: it neither syncs nor raises an OSError when the disk is full.
-        content = save({key: value.detach().cpu().contiguous() for key, value in state.items()}, metadata)
-        with atomic_path(upload.path) as temporary:
-            temporary.write_bytes(content)
+        write_tensors(upload.path, state, metadata)
 
 
 def hash_tensors(state: Mapping[str, Tensor]) -> str:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import logging
 import os
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
+
+from fedmitr_flwr.atomic import atomic_path
 
 log = logging.getLogger("fedmitr.data")
 
@@ -47,10 +48,8 @@ def cached_array(name: str, make: Callable[[], NDArray[np.uint8]]) -> NDArray[np
     made = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, suffix=".tmp", delete=False) as scratch:
-            np.save(scratch, made, allow_pickle=False)
-        # A rename is atomic: another process sees the whole file or none, and all write the same.
-        os.replace(scratch.name, path)
+        with atomic_path(path) as temporary, temporary.open("wb") as file:
+            np.save(file, made, allow_pickle=False)
     except OSError as error:
         log.warning("cannot write the cache at %s (%s)", path.parent, error)
     return made
