@@ -6,16 +6,25 @@ VENV ?= .venv
 PYTHON ?= python3
 PYTEST_ARGS ?=
 
+# The container image, see docker/README.md: its build arguments and what else `docker build` should get.
+IMAGE ?= fedmitr
+DOCKER ?= docker
+DOCKER_ARGS ?=
+IMAGE_ARGUMENTS := BASE TORCH TORCH_INDEX_URL OFFLINE UID VERSION REVISION
+VERSION ?= $(shell sed -n 's/^version = "\(.*\)"/\1/p' pyproject.toml)
+REVISION ?= $(shell git rev-parse HEAD 2>/dev/null)
+
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.fedmitr-installed
 SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo quick test unit integration slow lint format settings bundle clean
+.PHONY: help install demo quick test unit integration slow docker-image test-deployment lint format settings bundle \
+	clean
 
 help: ## list all targets
 	@echo "usage: make TARGET [VENV=DIR] [PYTHON=python3.12] [PYTEST_ARGS=...]"; echo
-	@sed -n 's/^\([a-z]*\):.*## \(.*\)/  \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 16
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
 install: $(STAMP) ## set up the environment, which all other targets do by themselves
 
@@ -50,8 +59,8 @@ demo: $(STAMP) ## run the main job on 5,000 real images; results in outputs/demo
 quick: $(STAMP) ## run every stage once in about a minute, to check an installation
 	@$(BIN)/fedmitr simulate conf/quick.toml --clients 3 --output outputs --set run.name=quick
 
-test: $(STAMP) ## run all tests but the slow ones
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+test: $(STAMP) ## run all tests but the slow ones and those of the container image
+	$(BIN)/python -m pytest -m "not slow and not deployment" $(PYTEST_ARGS)
 
 unit: $(STAMP) ## run the unit tests
 	$(BIN)/python -m pytest tests/unit -m "not slow" $(PYTEST_ARGS)
@@ -61,6 +70,13 @@ integration: $(STAMP) ## run the tests that start real Flower runs
 
 slow: $(STAMP) ## run the tests that take more than a minute each
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+docker-image: ## build the container image; arguments as in docker/README.md
+	DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --tag $(IMAGE) \
+		$(foreach name,$(IMAGE_ARGUMENTS),$(if $($(name)),--build-arg $(name)="$($(name))")) $(DOCKER_ARGS) .
+
+test-deployment: $(STAMP) ## build the container image and test it (needs a Docker engine)
+	$(BIN)/python -m pytest -m deployment $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .

@@ -1,0 +1,119 @@
+"""A real Docker engine, and the image, built once for all tests of this folder.
+
+The engine is the one that ``DOCKER_HOST`` names, else the one at the default socket. ``BASE`` and ``TORCH`` in the
+environment (``make test-deployment BASE=...``) are the build's arguments of these names; without ``TORCH`` the image
+gets the PyTorch that runs these tests.
+"""
+
+import os
+import secrets
+import shutil
+import subprocess
+from collections.abc import Iterator
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+
+from fedmitr_flwr.digest import code_digest
+
+ROOT = Path(__file__).resolve().parents[2]
+NAME = "fedmitr:test"
+# How an operator who trusts nobody runs a container of this image.
+HARDENED = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--network", "none")
+SCRATCH = ("--tmpfs", "/tmp", "--tmpfs", "/cache", "--tmpfs", "/flower")
+
+
+@dataclass(frozen=True)
+class Engine:
+    """A Docker client that reaches an engine and can build with BuildKit."""
+
+    client: str
+
+    def __call__(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+        command = [self.client, *arguments]
+        return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
+
+    def output(self, *arguments: str) -> str:
+        result = self(*arguments)
+        assert result.returncode == 0, result.stdout + result.stderr
+        return result.stdout
+
+
+@dataclass(frozen=True)
+class Image:
+    """The image under test.
+
+    Attributes
+    ----------
+    engine
+        The engine that has it.
+    name
+        Its name and tag.
+    base
+        The image that it is built on.
+    canary
+        A secret that its build was given.
+    digest
+        Fingerprint of the code that went in.
+    """
+
+    engine: Engine
+    name: str
+    base: str
+    canary: str
+    digest: str
+
+    def run(self, *arguments: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
+        """Run the image's own command with arguments, hardened, in a container that is gone afterwards."""
+        return self.engine("run", "--rm", *HARDENED, *SCRATCH, *options, self.name, *arguments)
+
+    def shell(self, script: str, *options: str) -> str:
+        """Run a shell script in the image and return what it prints."""
+        return self.engine.output("run", "--rm", *options, "--entrypoint", "sh", self.name, "-c", script)
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    clients = [shutil.which("docker", path=folder) for folder in os.get_exec_path()]
+    found = [Engine(client) for client in clients if client]
+    if not found:
+        pytest.skip("there is no docker command")
+    answering = [each for each in found if each("version", timeout=30).returncode == 0]
+    if not answering:
+        pytest.skip("no Docker engine answers: " + found[0]("version").stderr.strip()[-200:])
+    for each in answering:
+        if _has_buildkit(each):
+            return each
+    pytest.skip("no docker command here can build with BuildKit: install its buildx plugin")
+
+
+def _has_buildkit(engine: Engine) -> bool:
+    """Until version 22 the client brings BuildKit along, later ones leave it to a plugin."""
+    major = int(engine.output("version", "--format", "{{.Client.Version}}").split(".")[0])
+    return major < 23 or engine("buildx", "version").returncode == 0
+
+
+@pytest.fixture(scope="session")
+def image(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Image]:
+    canary = f"canary-{secrets.token_hex(8)}"
+    secret = tmp_path_factory.mktemp("secret") / "pip.conf"
+    secret.write_text(f"# {canary}\n")
+    torch = os.environ.get("TORCH") or " ".join(
+        f"{name}=={version(name).partition('+')[0]}" for name in ("torch", "torchvision")
+    )
+    docker_args = f"--progress plain --secret id=pip,src={secret}"
+    variables = {"IMAGE": NAME, "DOCKER": engine.client, "TORCH": torch, "DOCKER_ARGS": docker_args}
+    command = ["make", "docker-image", *(f"{name}={value}" for name, value in variables.items())]
+    before = _id(engine)
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
+    yield Image(engine, NAME, os.environ.get("BASE") or "python:3.11-slim", canary, code_digest())
+    if before and before != _id(engine):
+        # The image stays, so that the next build has its layers; the one that it replaced isn't needed.
+        engine("image", "rm", before)
+
+
+def _id(engine: Engine) -> str:
+    return engine("image", "inspect", "--format", "{{.Id}}", NAME).stdout.strip()
