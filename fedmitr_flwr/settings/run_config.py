@@ -36,14 +36,17 @@ def _shown(value: object) -> str:
 
 
 def _split(value: object) -> object:
-    """Parse ``"50, 100"`` into ``(50, 100)``; a single number is a list of one."""
+    """Parse ``"50, 100"`` or ``"[50, 100]"`` into ``(50, 100)``; a single number is a list of one."""
     if isinstance(value, bool):
         return value
     if isinstance(value, int | float):
         return (value,)
     if not isinstance(value, str):
         return value
-    items = [item.strip() for item in value.split(",") if item.strip()]
+    text = value.strip()
+    if text.startswith("[") and text.endswith("]"):
+        text = text[1:-1]
+    items = [item.strip() for item in text.split(",") if item.strip()]
     return tuple(int(item) if item.lstrip("+-").isdigit() else _number(item) for item in items)
 
 

@@ -107,6 +107,12 @@ def test_all_mistakes_are_told_at_once():
     assert [line.split(" = ")[0] for line in lines] == ["run.seed", "train.epochs", "distill.steps"]
 
 
+@pytest.mark.parametrize("text", ["3,7", "3, 7", "[3, 7]", " [3,7,] "])
+def test_lists_are_read_with_and_without_brackets(text: str):
+    settings = Settings().replace(**{"inversion.stops": text, "inversion.fractions": "[0.3, 0.3]"})
+    assert settings.inversion.stops == (3, 7)
+
+
 def test_settings_cannot_be_changed_in_place():
     with pytest.raises(ValueError, match="frozen"):
         Settings().run.seed = 1
