@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.federation import train_federation
+from fedmitr_flwr.baselines import METHODS
 from fedmitr_flwr.evaluate import evaluate
 from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.pipeline import run_pipeline
 from fedmitr_flwr.settings import RunConfigValue, Settings
 
 COLUMNS = ("local_mean", "fedavg", "ensemble", "global")
@@ -61,7 +61,10 @@ def main(
                     file.write(json.dumps({**about, **row, "hardware": hardware}) + "\n")
         means = [f"{100 * statistics.mean(row[column] for row in rows):.1f}" for column in COLUMNS]
         spread = " ".join(f"{100 * row['global']:.1f}" for row in rows)
-        seconds = [f"{statistics.mean(row[f'seconds_{stage}'] for row in rows):.0f}" for stage in ("invert", "distill")]
+        seconds = [
+            f"{statistics.mean(row.get(f'seconds_{stage}', 0.0) for row in rows):.0f}"
+            for stage in ("invert", "distill")
+        ]
         table.add_row(name, *means, spread, *seconds)
         Console(width=140).print(f"{name}: {' '.join(means)} | {spread} | {' '.join(seconds)}")
     Console(width=140).print(table)
@@ -72,7 +75,7 @@ def run_one(settings: Settings, num_clients: int, split: str, cache: Path) -> di
     federation = train_federation(settings, num_clients, cache)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     start = time.perf_counter()
-    result = run_pipeline(
+    result = METHODS[settings.run.method](
         settings, federation.spec, federation.clients, federation.initial,
         seed=settings.run.seed, device=device, observer=Observer(),
     )  # fmt: skip
@@ -85,10 +88,11 @@ def run_one(settings: Settings, num_clients: int, split: str, cache: Path) -> di
 
 def _parse(changes: str) -> dict[str, RunConfigValue]:
     pairs = (item.split("=", 1) for item in changes.split(";") if item.strip())
-    return {key.strip(): _value(text.strip()) for key, text in pairs}
+    return {key.strip(): parse_value(text.strip()) for key, text in pairs}
 
 
-def _value(text: str) -> RunConfigValue:
+def parse_value(text: str) -> RunConfigValue:
+    """Read a value as TOML would; text that is no TOML value is a string."""
     try:
         value: RunConfigValue = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:

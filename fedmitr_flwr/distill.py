@@ -43,7 +43,7 @@ class Pool:
     labels
         ``(N,)`` int64 pseudo-label y, or -1 for images that have none (mixed and noise).
     targets
-        ``(N, C)`` A(x) of each full image.
+        ``(N, C)`` A(x) of each full image, or its most probable class.
     split
         Density split of the first B.
     low_targets
@@ -108,8 +108,17 @@ def make_pool(
     patches = torch.cat([grid.to_patches(part) for part in parts])
     pseudo = torch.cat(named)
     pseudo = torch.cat([pseudo, pseudo.new_full((len(patches) - len(pseudo),), -1)])
-    targets = torch.cat([ensemble(part).probabilities for part in patches.split(batch_size)])
+    targets = label_patches(ensemble, patches, settings, batch_size)
     return Pool(patches, pseudo, targets, split, low_targets)
+
+
+@torch.no_grad()
+def label_patches(ensemble: Ensemble, patches: Tensor, settings: DistillSettings, batch_size: int = 128) -> Tensor:
+    """A(x) of full images, ``(N, P, E)``, or its most probable class alone; ``(N, C)``."""
+    targets = torch.cat([ensemble(part).probabilities for part in patches.split(batch_size)])
+    if settings.labels == "hard":
+        return F.one_hot(targets.argmax(1), targets.shape[1]).to(targets)
+    return targets
 
 
 def distill(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -57,7 +58,7 @@ class PipelineResult:
     ensemble
         The teachers with their weights.
     synthetic, split
-        The synthetic images and the density split of their patches.
+        The synthetic images and the density split of their patches; None of a method that makes none.
     seconds
         Wall-clock seconds of ``invert``, ``relabel`` and ``distill``.
     """
@@ -65,9 +66,26 @@ class PipelineResult:
     state: dict[str, Tensor]
     fedavg: dict[str, Tensor]
     ensemble: Ensemble
-    synthetic: SyntheticImages
-    split: PatchSplit
+    synthetic: SyntheticImages | None
+    split: PatchSplit | None
     seconds: dict[str, float]
+
+
+class Pipeline(Protocol):
+    """What turns uploads into a global model: `run_pipeline` or a baseline with its signature."""
+
+    def __call__(
+        self,
+        settings: Settings,
+        spec: ImageSpec,
+        clients: Sequence[ClientModel],
+        initial: Mapping[str, Tensor],
+        *,
+        seed: int,
+        device: torch.device,
+        observer: Observer,
+    ) -> PipelineResult:
+        """Run it; see `run_pipeline`."""
 
 
 def run_pipeline(
@@ -125,7 +143,7 @@ def run_pipeline(
         model.load_state_dict(student_start(settings, clients, initial, ensemble, average))
         generator = torch.Generator().manual_seed(seed)
         pool = make_pool(ensemble, synthetic, split, targets, grid, settings.distill, generator=generator)
-        report = _every(max(1, settings.distill.steps // 10), observer)
+        report = report_steps(observer, settings.distill.steps)
         distill(model.to(device), pool, settings.distill, generator=generator, on_step=report)
     state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
     return PipelineResult(state, average, ensemble, synthetic, split, dict(observer.seconds))
@@ -220,9 +238,12 @@ def student_start(
     return dict(average)
 
 
-def _every(steps: int, observer: Observer) -> Callable[[int, LossTerms], None]:
+def report_steps(observer: Observer, steps: int) -> Callable[[int, LossTerms], None]:
+    """Tell the observer of ten of `steps` distillation steps."""
+    every = max(1, steps // 10)
+
     def on_step(step: int, terms: LossTerms) -> None:
-        if (step + 1) % steps == 0:
+        if (step + 1) % every == 0:
             observer.event("distill", step=step + 1, kl=float(terms.kl), ce=float(terms.ce), low=float(terms.low))
 
     return on_step

@@ -152,7 +152,8 @@ def write_results(
             evaluation = evaluate(result, federation.held_out, spec, settings.model, federation.device)
     metadata = {"fedmitr-flwr": fedmitr_flwr.__version__, "digest": code_digest(), "seed": str(settings.run.seed)}
     save_timm(result.state, settings.model, spec, run.path / MODEL, metadata)
-    save_synthetic(result.synthetic, spec, PatchGrid.of(result.ensemble.teachers[0], spec), run.path / SYNTHETIC)
+    if result.synthetic is not None:
+        save_synthetic(result.synthetic, spec, PatchGrid.of(result.ensemble.teachers[0], spec), run.path / SYNTHETIC)
     run.write_json(METRICS, make_metrics(evaluation, clients, observer))
     for line in accuracy_table(evaluation, settings.run.evaluate_on):
         log.info("%s", line)

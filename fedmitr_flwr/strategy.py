@@ -8,9 +8,8 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
 
 import torch
 from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, Metadata, MetricRecord, RecordDict
@@ -21,7 +20,7 @@ from torch import Tensor
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.digest import code_digest, short
 from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.pipeline import ClientModel, PipelineResult, run_pipeline
+from fedmitr_flwr.pipeline import ClientModel, Pipeline, PipelineResult, run_pipeline
 from fedmitr_flwr.quorum import ClientCounts, check_quorum, wait_for_nodes
 from fedmitr_flwr.rundir import RunDirectory
 from fedmitr_flwr.settings import Settings
@@ -32,23 +31,6 @@ log = logging.getLogger("fedmitr.strategy")
 
 # Error replies that the SuperLink makes itself carry its own id instead of the silent node's.
 _SUPERLINK_NODE_ID = 1
-
-
-class Pipeline(Protocol):
-    """What turns uploads into a global model: `pipeline.run_pipeline` or a baseline with its signature."""
-
-    def __call__(
-        self,
-        settings: Settings,
-        spec: ImageSpec,
-        clients: Sequence[ClientModel],
-        initial: Mapping[str, Tensor],
-        *,
-        seed: int,
-        device: torch.device,
-        observer: Observer,
-    ) -> PipelineResult:
-        """Run it; see `pipeline.run_pipeline`."""
 
 
 @dataclass(frozen=True)
@@ -127,6 +109,7 @@ class FedMITR(Strategy):
         """Log the strategy's main settings in Flower's style."""
         run, train, inversion = self.settings.run, self.settings.train, self.settings.inversion
         stops = ", ".join(map(str, inversion.stops)) or "none (dense)"
+        log.info("\t├──> Method: %s", run.method)
         log.info("\t├──> Quorum: %d uploads, %.0f %% of the asked", run.min_clients, 100 * run.min_fraction)
         log.info("\t├──> Clients: %s weights, histograms %s", train.upload_dtype, _yes(train.share_label_histogram))
         log.info("\t├──> Ensemble: weights by %s", self.settings.ensemble.weighting)

@@ -8,6 +8,7 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import InMemoryGrid
 
+from fedmitr_flwr.baselines import METHODS
 from fedmitr_flwr.models import initial_state
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.quorum import wait_for_nodes
@@ -38,7 +39,14 @@ def main(grid: Grid, context: Context) -> None:
 def _run(grid: Grid, settings: Settings, federation: Federation, run: RunDirectory) -> None:
     run.write_json(CONFIG, describe_run(settings, federation))
     observer = Observer()
-    strategy = FedMITR(settings, federation.spec, run, device=federation.device, observer=observer)
+    strategy = FedMITR(
+        settings,
+        federation.spec,
+        run,
+        device=federation.device,
+        observer=observer,
+        pipeline=METHODS[settings.run.method],
+    )
     strategy.start(
         grid,
         encode_state(initial_state(settings, federation.spec)),

@@ -6,7 +6,7 @@ demo. ``pyproject.toml`` repeats them because Flower accepts only keys that stan
 """
 
 from fedmitr_flwr.settings.client_stages import DataSettings, ModelSettings, PartitionSettings, TrainSettings
-from fedmitr_flwr.settings.run import RunSettings, Settings, flat_fields
+from fedmitr_flwr.settings.run import Method, RunSettings, Settings, flat_fields
 from fedmitr_flwr.settings.run_config import RunConfigValue, SettingsError
 from fedmitr_flwr.settings.server_stages import (
     DensitySettings,
@@ -23,6 +23,7 @@ __all__ = [
     "DistillSettings",
     "EnsembleSettings",
     "InversionSettings",
+    "Method",
     "ModelSettings",
     "NoiseKind",
     "PartitionSettings",

@@ -18,10 +18,20 @@ from fedmitr_flwr.settings.server_stages import (
     RelabelSettings,
 )
 
+Method = Literal[
+    "fedmitr", "fedavg", "head-aggregation", "dense-inversion", "dense-inversion-kl", "hard-labels", "random-images"
+]
+
 
 class RunSettings(Stage):
     """What concerns the run as a whole."""
 
+    method: Method = Field(
+        "fedmitr",
+        description="How the uploads become one model: `fedmitr`, or a baseline: one-shot averages (`fedavg`, "
+        "`head-aggregation`), dense inversion with or without cross-entropy (`dense-inversion`, `dense-inversion-kl`), "
+        "hard labels everywhere (`hard-labels`), or no inversion at all (`random-images`, labelled by the ensemble).",
+    )
     seed: int = Field(42, ge=0, le=2**31 - 1, description="Seed of everything random except the partition.")
     device: str = Field(
         "auto",

@@ -106,6 +106,9 @@ class DistillSettings(Stage):
     learning_rate: float = Field(5e-4, gt=0.0, le=10.0, description="Peak learning rate (AdamW, warm-up, cosine).")
     weight_decay: float = Field(0.05, ge=0.0, le=10.0, description="Decoupled weight decay.")
     temperature: float = Field(1.0, gt=0.0, le=100.0, description="Temperature of KL(A(x) || s(x)).")
+    labels: Literal["soft", "hard"] = Field(
+        "soft", description="What full images learn: the ensemble's distribution A(x), or its most probable class."
+    )
     ce_on: Literal["full", "high"] = Field(
         "full",
         description="Where CE(s(.), y) looks: the full image, or its high-density patches alone (the paper's words).",

@@ -1,0 +1,242 @@
+"""Accuracy of FedMITR and of every baseline, from the same uploads, with the same settings, on the test images.
+
+    python -m benchmarks.accuracy                      # main table: skew x methods x seeds; goes on where it stopped
+    python -m benchmarks.accuracy --quick              # one partition seed at Dirichlet(0.1)
+    python -m benchmarks.accuracy --summary            # the stored main results as one line of JSON
+    python -m benchmarks.accuracy --check 7            # one partition seed at Dirichlet(0.1) anew, the same keys
+
+Clients are trained once for each partition and cached; each finished run is one line of
+`benchmarks/results/accuracy-DATA.jsonl`, and is not run again while the code is the same. Settings are those of the
+demo for digits, and of conf/emoji10.toml for emoji10 (`--data npz:PATH`).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import time
+import tomllib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Annotated, Any, get_args
+
+import torch
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from benchmarks.federation import Federation, train_federation
+from benchmarks.recipes import parse_value
+from fedmitr_flwr.baselines import METHODS
+from fedmitr_flwr.digest import code_digest, short
+from fedmitr_flwr.evaluate import evaluate
+from fedmitr_flwr.observe import Observer
+from fedmitr_flwr.pipeline import PipelineResult, make_ensemble
+from fedmitr_flwr.settings import EnsembleSettings, Method, RunConfigValue, Settings
+
+ROOT = Path(__file__).resolve().parents[1]
+SKEWS = ("0.05", "0.1", "0.3", "0.5", "iid")
+NO_INVERSION = ("fedavg", "head-aggregation", "random-images")
+Row = dict[str, Any]
+
+
+def main(
+    data: Annotated[str, typer.Option(help="mnist-5k, digits, or npz:PATH (emoji10)")] = "mnist-5k",
+    skews: Annotated[str, typer.Option(help="Dirichlet concentrations, and iid")] = ",".join(SKEWS),
+    seeds: Annotated[
+        str, typer.Option(help="partition seeds; 42 and 43 were seen while settings were chosen")
+    ] = "44,45,46",
+    distill_seeds: Annotated[int, typer.Option(help="seeds of the server's stages for each partition")] = 2,
+    methods: Annotated[str, typer.Option(help="of run.method")] = ",".join(get_args(Method)),
+    clients: Annotated[int, typer.Option(help="number of clients K")] = 10,
+    change: Annotated[list[str] | None, typer.Option(help="key=value for all methods, for ablations")] = None,
+    quick: Annotated[bool, typer.Option(help="one partition seed, one distillation seed, Dirichlet(0.1)")] = False,
+    summary: Annotated[bool, typer.Option(help="print the stored main results as JSON")] = False,
+    check: Annotated[int | None, typer.Option(help="run this partition seed anew at Dirichlet(0.1)")] = None,
+    cache: Annotated[Path, typer.Option(help="folder for trained uploads")] = Path("outputs/uploads-cache"),
+    results: Annotated[Path | None, typer.Option(help="where lines are kept")] = None,
+) -> None:
+    """Run what is missing, and print the table."""
+    path = results or ROOT / "benchmarks" / "results" / f"accuracy-{name_of(data)}.jsonl"
+    if summary:
+        print(json.dumps(summarise(main_rows(read(path)))))
+        return
+    plan: dict[str, Any] = {"skews": skews.split(","), "seeds": [int(seed) for seed in seeds.split(",")]}
+    if quick or check is not None:
+        plan = {"skews": ["0.1"], "seeds": [plan["seeds"][0] if check is None else check]}
+        distill_seeds = 1
+    changes = dict(text.split("=", 1) for text in change or ())
+    known = [] if check is not None else read(path)
+    rows = []
+    for skew, seed in ((skew, seed) for skew in plan["skews"] for seed in plan["seeds"]):
+        for row in run_partition(data, skew, seed, clients, methods.split(","), distill_seeds, changes, cache, known):
+            rows.append(row)
+            if check is None and row not in known:
+                with path.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+            progress = f"{skew} seed {seed}.{row['distill_seed']} {row['method']}: {100 * row['global']:.1f}"
+            Console(stderr=True).print(progress, highlight=False)
+    if check is not None:
+        print(json.dumps(summarise(rows)))
+    else:
+        show(rows)
+
+
+def run_partition(
+    data: str,
+    skew: str,
+    seed: int,
+    clients: int,
+    methods: Iterable[str],
+    distill_seeds: int,
+    changes: dict[str, str],
+    cache: Path,
+    known: list[Row],
+) -> Iterator[Row]:
+    """Yield a row for each method and distillation seed; the clients are trained when the first one is missing."""
+    base = settings_for(data, skew, seed, changes)
+    federation: Federation | None = None
+    ensembles: dict[str, float] = {}
+    for method in methods:
+        trained = method not in ("fedavg", "head-aggregation")
+        for distill_seed in range(distill_seeds if trained else 1):
+            settings = base.replace(**{"run.method": method})
+            about = {
+                "data": name_of(data),
+                "skew": skew,
+                "clients": clients,
+                "seed": seed,
+                "distill_seed": distill_seed,
+                "method": method,
+                "changes": changes,
+                "code": short(code_digest()),
+            }
+            found = [row for row in known if about.items() <= row.items()]
+            if found:
+                yield found[0]
+                continue
+            if federation is None:
+                federation = train_federation(settings, clients, cache)
+                ensembles = ensemble_accuracies(federation, base)
+            yield {**about, **run_method(federation, settings, distill_seed), "ensembles": ensembles}
+
+
+def run_method(federation: Federation, settings: Settings, distill_seed: int) -> Row:
+    """Run one method and evaluate it on the test images; accuracies in 0..1, seconds of wall clock and of CPU."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    wall, cpu = time.perf_counter(), time.process_time()
+    result = METHODS[settings.run.method](
+        settings, federation.spec, federation.clients, federation.initial,
+        seed=settings.run.seed + 1000 * distill_seed, device=device, observer=Observer(),
+    )  # fmt: skip
+    wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
+    found = evaluate(result, federation.source.test, federation.spec, settings.model, device)
+    return {
+        **{name: round(value, 4) for name, value in found.accuracy().items()},
+        "seconds": round(wall, 1),
+        "cpu_seconds": round(cpu, 1),
+        "synthetic_images": 0 if result.synthetic is None else len(result.synthetic.labels),
+        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {device}",
+    }
+
+
+def ensemble_accuracies(federation: Federation, settings: Settings) -> dict[str, float]:
+    """Test accuracy of the ensemble under each weighting, at the settings' power; only this reads histograms."""
+    device = torch.device("cpu")
+    out = {}
+    for weighting in get_args(EnsembleSettings.model_fields["weighting"].annotation):
+        changed = settings.replace(**{"ensemble.weighting": weighting, "train.share-label-histogram": True})
+        ensemble, _ = make_ensemble(changed, federation.spec, federation.clients, federation.initial, device)
+        state = dict(federation.initial)
+        result = PipelineResult(state, state, ensemble, None, None, {})
+        found = evaluate(result, federation.source.test, federation.spec, settings.model, device)
+        out[weighting] = round(found.ensemble, 4)
+    return out
+
+
+def settings_for(data: str, skew: str, seed: int, changes: dict[str, str]) -> Settings:
+    """Return the demo's settings for digits, those of conf/emoji10.toml for an npz: source, at a skew and a seed."""
+    config: dict[str, RunConfigValue] = {}
+    if data.startswith("npz:"):
+        nested = tomllib.loads((ROOT / "conf" / "emoji10.toml").read_text())
+        config = {f"{stage}.{key}": value for stage, part in nested.items() for key, value in part.items()}
+    config |= {"data.source": data, "partition.seed": seed}
+    config |= {"partition.kind": "iid"} if skew == "iid" else {"partition.alpha": float(skew)}
+    return Settings.from_run_config({**config, **{key: parse_value(text) for key, text in changes.items()}})
+
+
+def main_rows(rows: list[Row]) -> list[Row]:
+    """Return the rows of the main table: ten clients, nothing changed, the code of the newest line."""
+    main = [row for row in rows if row["clients"] == 10 and not row["changes"]]
+    return [row for row in main if row["code"] == main[-1]["code"]]
+
+
+def summarise(rows: list[Row]) -> dict[str, Row]:
+    """Means in percent for each skew: FedMITR, its spread over partition seeds, and what it is compared with."""
+    out = {}
+    for skew in SKEWS:
+        here = [row for row in rows if row["skew"] == skew]
+        means = {method: mean_of(here, method) for method in {row["method"] for row in here}}
+        if "fedmitr" not in means:
+            continue
+        others = {method: mean for method, mean in means.items() if method != "fedmitr"}
+        by_seed = [
+            mean_of([row for row in here if row["seed"] == seed], "fedmitr") for seed in {row["seed"] for row in here}
+        ]
+        weightings = here[0]["ensembles"]
+        ensembles = [statistics.mean(row["ensembles"][name] for row in here) for name in weightings]
+        best = max(others, key=others.__getitem__, default="")
+        cheap = [others[method] for method in NO_INVERSION if method in others]
+        out[skew] = {
+            "global": means["fedmitr"],
+            "global_std": round(statistics.stdev(by_seed), 2) if len(by_seed) > 1 else None,
+            "fedavg": means.get("fedavg"),
+            "ensemble": round(100 * max(ensembles), 2),
+            "best_baseline": others.get(best),
+            "best_baseline_name": best or None,
+            "best_baseline_no_inversion": max(cheap, default=None),
+            "dense_same_extras": means.get("dense-inversion"),
+            # The default weighting, competence, needs no histogram: the main result is the one without.
+            "no_histogram": means["fedmitr"],
+            "seeds": len(by_seed),
+        }
+    return out
+
+
+def mean_of(rows: list[Row], method: str) -> float:
+    """Mean accuracy of a method in percent, over partition and distillation seeds."""
+    return round(100 * statistics.mean(row["global"] for row in rows if row["method"] == method), 2)
+
+
+def show(rows: list[Row]) -> None:
+    """Print mean and spread over partition seeds, a line for each method."""
+    skews = [skew for skew in SKEWS if any(row["skew"] == skew for row in rows)]
+    table = Table("method", *skews, "CPU s")
+    for method in dict.fromkeys(row["method"] for row in rows):
+        mine = [row for row in rows if row["method"] == method]
+        cells = []
+        for skew in skews:
+            here = [row for row in mine if row["skew"] == skew]
+            seeds = [
+                mean_of([row for row in here if row["seed"] == seed], method) for seed in {r["seed"] for r in here}
+            ]
+            spread = f" ± {statistics.stdev(seeds):.1f}" if len(seeds) > 1 else ""
+            cells.append(f"{statistics.mean(seeds):.1f}{spread}" if seeds else "")
+        table.add_row(method, *cells, f"{statistics.mean(row['cpu_seconds'] for row in mine):.0f}")
+    Console(width=120).print(table)
+
+
+def name_of(data: str) -> str:
+    """Short name of a source: ``npz:data/emoji10.npz`` is ``emoji10``."""
+    return Path(data.partition(":")[2]).stem if ":" in data else data
+
+
+def read(path: Path) -> list[Row]:
+    """Read the stored lines; none if there is no file."""
+    return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+
+
+if __name__ == "__main__":
+    typer.run(main)

@@ -1,0 +1,29 @@
+"""Other ways from the same uploads to one global model, chosen by `run.method`.
+
+Each is one file with a function of `run_pipeline`'s signature, and takes the same settings: whatever a baseline shares
+with FedMITR (weighting, start, augmentation, random images, steps) is set by the same keys, so that a comparison can be
+made with the same extras.
+"""
+
+from __future__ import annotations
+
+from typing import get_args
+
+from fedmitr_flwr.baselines.dense_inversion import dense_inversion, dense_inversion_kl
+from fedmitr_flwr.baselines.fedavg import one_shot_fedavg
+from fedmitr_flwr.baselines.hard_labels import hard_labels
+from fedmitr_flwr.baselines.head_aggregation import head_aggregation
+from fedmitr_flwr.baselines.random_images import ensemble_on_random_images
+from fedmitr_flwr.pipeline import Pipeline, run_pipeline
+from fedmitr_flwr.settings import Method
+
+METHODS: dict[Method, Pipeline] = {
+    "fedmitr": run_pipeline,
+    "fedavg": one_shot_fedavg,
+    "head-aggregation": head_aggregation,
+    "dense-inversion": dense_inversion,
+    "dense-inversion-kl": dense_inversion_kl,
+    "hard-labels": hard_labels,
+    "random-images": ensemble_on_random_images,
+}
+assert tuple(METHODS) == get_args(Method)

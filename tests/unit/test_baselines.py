@@ -1,0 +1,98 @@
+import pytest
+import torch
+
+from fedmitr_flwr.averaging import fedavg, merged
+from fedmitr_flwr.baselines import METHODS, random_images
+from fedmitr_flwr.evaluate import evaluate
+from fedmitr_flwr.models import build_model, initial_state
+from fedmitr_flwr.observe import Observer
+from fedmitr_flwr.pipeline import make_ensemble
+from tests.unit.test_pipeline import CPU, SETTINGS, SOURCE, clients  # noqa: F401 - a fixture
+
+INITIAL = initial_state(SETTINGS, SOURCE.spec)
+
+
+def run(method, uploads, seed=5, observer=None, **changes):
+    settings = SETTINGS.replace(**{"run.method": method, **changes})
+    observer = observer or Observer()
+    return METHODS[method](settings, SOURCE.spec, uploads, INITIAL, seed=seed, device=CPU, observer=observer)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_gives_a_model_that_can_be_evaluated_and_repeats(clients, method):  # noqa: F811
+    a, b = run(method, clients), run(method, clients)
+    build_model(SETTINGS.model, SOURCE.spec).load_state_dict(a.state)
+    assert all(torch.equal(a.state[name], b.state[name]) for name in a.state)
+    found = evaluate(a, SOURCE.validation, SOURCE.spec, SETTINGS.model, CPU)
+    assert 0.0 <= found.global_model <= 1.0
+
+
+def test_methods_differ(clients):  # noqa: F811
+    heads = [run(method, clients).state["head.weight"] for method in METHODS]
+    for number, one in enumerate(heads):
+        assert not any(torch.equal(one, other) for other in heads[:number])
+
+
+def test_averages_are_those_of_the_library(clients):  # noqa: F811
+    states = [client.state for client in clients]
+    counts = torch.tensor([client.num_examples for client in clients])
+    average = run("fedavg", clients)
+    assert all(torch.equal(average.state[name], value) for name, value in fedavg(states, counts).items())
+    ensemble, _ = make_ensemble(SETTINGS, SOURCE.spec, clients, INITIAL, CPU)
+    expected = merged(INITIAL, states, ensemble.weights, SETTINGS.distill.merge_scale)
+    heads = run("head-aggregation", clients)
+    assert all(torch.equal(heads.state[name], value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("method", ["dense-inversion", "dense-inversion-kl"])
+def test_dense_inversion_stops_no_patch_and_does_not_split(clients, method):  # noqa: F811
+    result = run(method, clients)
+    patches = result.split.high.shape[1]
+    assert result.synthetic.kept.shape == (25, patches)
+    assert bool(result.split.high.all())
+
+
+def test_dense_inversion_by_kl_ignores_the_pseudo_labels(clients):  # noqa: F811
+    ce = {"distill.ce-weight": 5.0}
+    plain, heavy = run("dense-inversion-kl", clients), run("dense-inversion-kl", clients, **ce)
+    assert torch.equal(plain.state["head.weight"], heavy.state["head.weight"])
+    assert not torch.equal(
+        run("dense-inversion", clients).state["head.weight"],
+        run("dense-inversion", clients, **ce).state["head.weight"],
+    )
+
+
+def test_hard_labels_are_the_most_probable_class(clients, monkeypatch):  # noqa: F811
+    seen = {}
+
+    def keep(student, pool, *args, **kwargs):
+        seen["pool"] = pool
+
+    monkeypatch.setattr("fedmitr_flwr.pipeline.distill", keep)
+    run("fedmitr", clients)
+    soft = seen["pool"]
+    run("hard-labels", clients)
+    hard = seen["pool"]
+    assert torch.equal(hard.patches, soft.patches)
+    assert torch.equal(hard.targets, torch.nn.functional.one_hot(soft.targets.argmax(1), 10).float())
+    assert set(hard.low_targets.probabilities.unique().tolist()) == {0.0, 1.0}
+
+
+def test_random_images_inverts_nothing_and_distils_as_many_images(clients, monkeypatch):  # noqa: F811
+    seen, true = {}, random_images.distill
+
+    def keep(student, pool, settings, **kwargs):
+        seen.update(pool=pool, settings=settings)
+        true(student, pool, settings, **kwargs)
+
+    monkeypatch.setattr(random_images, "distill", keep)
+    observer = Observer()
+    result = run("random-images", clients, observer=observer)
+    assert result.synthetic is None
+    assert set(observer.seconds) == {"distill"}
+    distill = SETTINGS.distill
+    assert len(seen["pool"].patches) == round(25 * (distill.views + distill.mix + distill.noise))
+    assert seen["settings"].steps == distill.steps
+    ensemble = result.ensemble(seen["pool"].patches).probabilities
+    assert torch.allclose(seen["pool"].targets, ensemble, atol=1e-6)
+    assert not torch.equal(result.state["head.weight"], run("head-aggregation", clients).state["head.weight"])
