@@ -17,7 +17,7 @@ from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.models import build_model
 from fedmitr_flwr.pipeline import PipelineResult
 from fedmitr_flwr.settings import ModelSettings
-from fedmitr_flwr.vit import forward_images, forward_patches
+from fedmitr_flwr.vit import forward_images
 
 
 @dataclass(frozen=True)
@@ -101,7 +101,7 @@ def evaluate(
     confusion = {name: MulticlassConfusionMatrix(C).to(device) for name in ("fedavg", "ensemble", "global")}
     for x, y in batches(images, spec, batch_size, device):
         patches = grid.to_patches(x)
-        seen = torch.stack([forward_patches(t, patches, None).logits.float() for t in result.ensemble.teachers])
+        seen, _ = result.ensemble.see(patches)
         for metric, logits in zip(local, seen, strict=True):
             metric.update(logits, y)
         confusion["ensemble"].update(result.ensemble.combine(seen), y)

@@ -23,6 +23,8 @@ from torch import Tensor
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.noise import random_images
+from fedmitr_flwr.precision import compute_dtype
+from fedmitr_flwr.prior import Prior
 from fedmitr_flwr.settings import InversionSettings
 
 
@@ -84,34 +86,32 @@ def invert(
         If pixels or loss are not finite, found at the end of a stage between two stops.
     """
     device, B = labels.device, len(labels)
+    width = ensemble.teachers[0].embed_dim
+    dtype = compute_dtype(settings.precision, width, device)
     low, high = (_for_patches(bound, grid).to(device) for bound in (grid.low, grid.high))
     canvas = grid.to_patches(starting_images(B, grid, settings, generator)).to(device)  # (B, P, E)
     canvas = torch.minimum(torch.maximum(canvas, low), high)
     kept = torch.arange(grid.num_patches, device=device).repeat(B, 1)
-    state = _Adam(canvas.clone(), settings)
+    state, prior = _Adam(canvas.clone(), settings), Prior(canvas, kept, grid, settings)
     stops = dict(zip(settings.stops, settings.fractions, strict=True))
     loss = torch.zeros(B, device=device)
     for iteration in range(settings.iterations):
-        stopping = iteration in stops
-        index = _jitter(kept, grid, settings.jitter, generator)
-        pixels = state.pixels.detach().requires_grad_(True)
-        out = ensemble(pixels, index, attention=stopping, labels=labels)
-        loss = -out.probabilities.gather(1, labels[:, None]).squeeze(1).clamp_min(1e-12).log()
-        (gradient,) = torch.autograd.grad(loss.sum(), pixels)
-        loss = loss.detach()
+        out = ensemble.loss_gradient(state.pixels, _jitter(kept, grid, settings.jitter, generator), labels, dtype)
+        loss, gradient = out.loss, out.gradient
         if on_iteration is not None:
             on_iteration(iteration, loss)
-        if stopping:
-            assert out.attention is not None
+        if iteration in stops:
             _check_finite(loss, gradient, iteration)
             canvas = scatter(canvas, kept, state.pixels)
             stay = most_attended(out.attention, stops[iteration])
             kept = kept.gather(1, stay)
             gradient = _take(gradient, stay)
             state.keep(stay)
-        gradient = gradient + prior_gradient(scatter(canvas, kept, state.pixels), kept, grid, settings)
+            prior = Prior(canvas, kept, grid, settings)
+        prior.add_gradient(state.pixels, gradient)
         state.step(gradient, low, high)
     _check_finite(loss, state.pixels, settings.iterations - 1)
+    ensemble.release()
     images = grid.to_images(scatter(canvas, kept, state.pixels))
     return SyntheticImages(images, labels, kept, loss)
 
@@ -145,38 +145,6 @@ def most_attended(attention: Tensor, fraction: float) -> Tensor:
     return order[:, :stay].sort(dim=1).values
 
 
-def prior_gradient(canvas: Tensor, kept: Tensor, grid: PatchGrid, settings: InversionSettings) -> Tensor:
-    """Gradient of ``a_tv TV(x) + a_2 mean(x^2)`` for the kept patches, in closed form.
-
-    TV is DeepInversion's, for each image: the sum over four directions (right, down, both diagonals) of the L2 norm of
-    the differences between neighbours. Stopped patches count as neighbours and get no gradient.
-
-    Parameters
-    ----------
-    canvas
-        ``(B, P, E)`` all patches.
-    kept
-        ``(B, L)``.
-
-    Returns
-    -------
-    Tensor
-        ``(B, L, E)``.
-    """
-    images = grid.to_images(canvas)
-    gradient = torch.zeros_like(images)
-    if settings.tv_weight > 0:
-        for first, second in _neighbours(images.shape[-1]):
-            difference = images[..., second[0], second[1]] - images[..., first[0], first[1]]
-            norm = difference.flatten(1).norm(dim=1).clamp_min(1e-12)
-            unit = difference * (settings.tv_weight / norm)[:, None, None, None]
-            gradient[..., second[0], second[1]] += unit
-            gradient[..., first[0], first[1]] -= unit
-    if settings.l2_weight > 0:
-        gradient += images * (2 * settings.l2_weight / images[0].numel())
-    return _take(grid.to_patches(gradient), kept)
-
-
 def scatter(canvas: Tensor, kept: Tensor, pixels: Tensor) -> Tensor:
     """Put ``(B, L, E)`` kept patches into a copy of the ``(B, P, E)`` canvas."""
     return canvas.scatter(1, kept[..., None].expand_as(pixels), pixels)
@@ -184,16 +152,6 @@ def scatter(canvas: Tensor, kept: Tensor, pixels: Tensor) -> Tensor:
 
 def _take(values: Tensor, places: Tensor) -> Tensor:
     return values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))
-
-
-def _neighbours(side: int) -> list[tuple[tuple[slice, slice], tuple[slice, slice]]]:
-    every, head, tail = slice(None), slice(0, side - 1), slice(1, side)
-    return [
-        ((every, head), (every, tail)),
-        ((head, every), (tail, every)),
-        ((head, head), (tail, tail)),
-        ((head, tail), (tail, head)),
-    ]
 
 
 def _for_patches(bound: Tensor, grid: PatchGrid) -> Tensor:
@@ -229,13 +187,12 @@ class _Adam:
         self._mean, self._square = _take(self._mean, stay), _take(self._square, stay)
 
     def step(self, gradient: Tensor, low: Tensor, high: Tensor) -> None:
-        """One update of the pixels with ``(B, L, E)`` gradients."""
+        """One update of the pixels, in place, with ``(B, L, E)`` gradients, which are overwritten."""
         beta1, beta2 = self._betas
         self._steps += 1
         self._mean.lerp_(gradient, 1 - beta1)
         self._square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
         correction = math.sqrt(1 - beta2**self._steps)
-        divisor = self._square.sqrt().div_(correction).add_(1e-8)
-        rate = self._rate / (1 - beta1**self._steps)
-        updated = self.pixels.addcdiv(self._mean, divisor, value=-rate)
-        self.pixels = torch.minimum(torch.maximum(updated, low), high)
+        divisor = torch.sqrt(self._square, out=gradient).div_(correction).add_(1e-8)
+        self.pixels.addcdiv_(self._mean, divisor, value=-self._rate / (1 - beta1**self._steps))
+        torch.minimum(torch.maximum(self.pixels, low, out=self.pixels), high, out=self.pixels)

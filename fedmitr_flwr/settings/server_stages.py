@@ -51,6 +51,11 @@ class InversionSettings(Stage):
         description="Starting noise: `white` (Gaussian, around the normalisation mean), or as `distill.noise-kind`.",
     )
     start_std: float = Field(0.5, ge=0.0, le=10.0, description="Standard deviation of `white` starting noise.")
+    precision: Literal["auto", "fp32", "bf16"] = Field(
+        "auto",
+        description="What the teachers compute in; loss, pixels and updates are always fp32. `auto`: bf16 where the "
+        "device multiplies bf16 matrices in hardware (CUDA, AMX) and the model is wider than 128, else fp32.",
+    )
 
     @model_validator(mode="after")
     def _schedule(self) -> Self:

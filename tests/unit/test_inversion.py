@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedmitr_flwr.inversion import InversionDivergedError, invert, most_attended, prior_gradient, scatter
+from fedmitr_flwr.inversion import InversionDivergedError, invert, most_attended, scatter
+from fedmitr_flwr.prior import Prior
 from fedmitr_flwr.settings import InversionSettings
 from tests.unit.tiny import plain_ensemble, tiny_ensemble, tiny_grid
 
@@ -11,6 +12,15 @@ LABELS = torch.tensor([0, 1, 2, 3, 4, 0])
 
 def run(settings: InversionSettings, seed: int = 3, labels: torch.Tensor = LABELS, **more):
     return invert(tiny_ensemble(), labels, tiny_grid(), settings, generator=torch.Generator().manual_seed(seed), **more)
+
+
+def prior_gradient(canvas, kept, grid, settings):
+    """The gradient at the kept patches, whatever the canvas holds there when the prior is made."""
+    pixels = canvas.gather(1, kept[..., None].expand(-1, -1, canvas.shape[-1]))
+    prior = Prior(scatter(canvas, kept, torch.zeros_like(pixels)), kept, grid, settings)
+    gradient = torch.zeros_like(pixels)
+    prior.add_gradient(pixels, gradient)
+    return gradient
 
 
 def plain_tv(images: torch.Tensor) -> torch.Tensor:
@@ -100,9 +110,9 @@ def test_kept_set_shrinks_by_the_schedule_and_is_the_set_that_was_inverted():
     real = tiny_ensemble()
 
     class Watched(type(real)):
-        def __call__(self, patches, index=None, **more):
+        def loss_gradient(self, patches, *more):
             sizes.append(patches.shape[1])
-            return super().__call__(patches, index, **more)
+            return super().loss_gradient(patches, *more)
 
     watched = Watched(real.teachers, real.weights)
     settings = InversionSettings(iterations=6, stops="1,2,4", fractions="0.3,0.3,0.3")

@@ -1,0 +1,210 @@
+"""Frozen ViTs packed for inversion: weights laid out for a forward and a backward pass without autograd.
+
+Teachers never learn, so what is constant in them is folded once: the affine part of a LayerNorm and the scale
+of the queries go into the next linear map, LayerScale into the one before, the patch embedding's bias into the
+position embedding. The mathematics is that of `vit.forward_patches`; only the rounding differs. Teachers of one
+architecture are stacked along a leading axis and run as batched matrix products.
+
+Letters: T teachers of a pack, D embedding, F hidden width of the MLP, H heads, E pixels of a patch, P patches of
+the full grid, C classes, Q rows that the head reads ([CLS], and the distillation token of a distilled DeiT).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import cast
+
+import torch
+from timm.layers.attention import Attention
+from timm.layers.mlp import Mlp
+from timm.models.deit import VisionTransformerDistilled
+from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor, nn
+
+ACTIVATIONS = {"none", "tanh"}  # of nn.GELU.approximate
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What must agree for two teachers to share a pack."""
+
+    shapes: tuple[tuple[int, ...], ...]
+    heads: int
+    eps: float
+    approximate: str
+    distilled: bool
+    patches: int
+
+
+@dataclass(frozen=True)
+class PackedBlock:
+    """Weights of one transformer block; biases have an axis of length one for the tokens."""
+
+    qkv: Tensor  # (T, 3D, D)
+    qkv_bias: Tensor  # (T, 1, 3D)
+    proj: Tensor  # (T, D, D)
+    proj_bias: Tensor  # (T, 1, D)
+    fc1: Tensor  # (T, F, D)
+    fc1_bias: Tensor  # (T, 1, F)
+    fc2: Tensor  # (T, D, F)
+    fc2_bias: Tensor  # (T, 1, D)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """T teachers of one architecture.
+
+    Attributes
+    ----------
+    dtype
+        Of the matrices and of what they multiply; biases, positions and the residual stream are fp32.
+    """
+
+    architecture: Architecture
+    dtype: torch.dtype
+    embed: Tensor  # (T, D, E)
+    positions: Tensor  # (T, P, D), with the embedding's bias
+    prefix: Tensor  # (T, prefix tokens, D), with their positions
+    blocks: tuple[PackedBlock, ...]
+    head: Tensor  # (T, C, Q D)
+    head_bias: Tensor  # (T, 1, C)
+
+    @property
+    def teachers(self) -> int:
+        """T."""
+        return self.embed.shape[0]
+
+    def part(self, start: int, stop: int) -> Pack:
+        """Teachers `start` to `stop` as views."""
+        if start == 0 and stop >= self.teachers:
+            return self
+        cut = {name: getattr(self, name)[start:stop] for name in ("embed", "positions", "prefix", "head", "head_bias")}
+        blocks = (PackedBlock(*(value[start:stop] for value in vars(block).values())) for block in self.blocks)
+        return replace(self, blocks=tuple(blocks), **cut)
+
+    @property
+    def rows(self) -> int:
+        """Q."""
+        return 2 if self.architecture.distilled else 1
+
+
+def architecture_of(model: VisionTransformer) -> Architecture | None:
+    """Return what a pack needs to know, or None for a model with parts that packs don't have."""
+    plain = (model.norm_pre, model.patch_embed.norm, model.fc_norm)
+    if model.pos_embed is None or any(not isinstance(part, nn.Identity) for part in plain):
+        return None
+    blocks = [cast(Block, block) for block in model.blocks]
+    norms: list[nn.Module] = [model.norm]
+    activations = set()
+    for block in blocks:
+        attn, mlp = cast(Attention, block.attn), block.mlp
+        if type(mlp) is not Mlp or not isinstance(mlp.act, nn.GELU):
+            return None
+        inner = (attn.q_norm, attn.k_norm, attn.norm, mlp.norm)
+        if getattr(attn, "gate", None) is not None or any(not isinstance(part, nn.Identity) for part in inner):
+            return None
+        norms += [block.norm1, block.norm2]
+        activations.add(mlp.act.approximate)
+    if any(not isinstance(norm, nn.LayerNorm) or norm.weight is None for norm in norms):
+        return None
+    eps = {cast(nn.LayerNorm, norm).eps for norm in norms}
+    heads = {cast(Attention, block.attn).num_heads for block in blocks}
+    if len(eps) != 1 or len(heads) != 1 or len(activations) != 1 or not activations <= ACTIVATIONS:
+        return None
+    shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
+    distilled = isinstance(model, VisionTransformerDistilled)
+    return Architecture(shapes, heads.pop(), eps.pop(), activations.pop(), distilled, model.patch_embed.num_patches)
+
+
+@torch.no_grad()
+def pack(models: Sequence[VisionTransformer], dtype: torch.dtype = torch.float32) -> Pack:
+    """Fold and stack the weights of teachers of one architecture.
+
+    Parameters
+    ----------
+    models
+        T models for which `architecture_of` returns the same.
+    dtype
+        fp32 or bf16. Folding itself is done in fp32.
+    """
+    architecture = architecture_of(models[0])
+    if architecture is None or any(architecture_of(model) != architecture for model in models[1:]):
+        raise ValueError("only models of one plain architecture can be packed together")
+    states = [{name: value.detach().float() for name, value in model.state_dict().items()} for model in models]
+
+    def stacked(each: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
+        return torch.stack([each(state) for state in states])
+
+    count = models[0].num_prefix_tokens
+    no_class = models[0].no_embed_class
+    head, head_bias = _head(states, architecture.distilled)
+    return Pack(
+        architecture,
+        dtype,
+        embed=stacked(lambda s: s["patch_embed.proj.weight"].flatten(1)).to(dtype),
+        positions=stacked(lambda s: _positions(s, count, no_class)),
+        prefix=stacked(lambda s: _prefix(s, count, no_class)),
+        blocks=tuple(_block(states, f"blocks.{i}.", architecture.heads, dtype) for i in range(len(models[0].blocks))),
+        head=head.to(dtype),
+        head_bias=head_bias,
+    )
+
+
+def _zeros(state: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
+    """A bias, or zeros for a layer that has none."""
+    found = state.get(name)
+    return like.new_zeros(len(like)) if found is None else found
+
+
+def _positions(state: dict[str, Tensor], count: int, no_class: bool) -> Tensor:
+    positions = state["pos_embed"][0] if no_class else state["pos_embed"][0, count:]
+    return positions + _zeros(state, "patch_embed.proj.bias", state["patch_embed.proj.weight"])
+
+
+def _prefix(state: dict[str, Tensor], count: int, no_class: bool) -> Tensor:
+    tokens = [state[name][0] for name in ("cls_token", "dist_token", "reg_token") if name in state]
+    prefix = torch.cat(tokens)
+    return prefix if no_class else prefix + state["pos_embed"][0, :count]
+
+
+def _fold(state: dict[str, Tensor], norm: str, linear: str) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a linear map with the LayerNorm's affine part before it."""
+    weight = state[linear + ".weight"]
+    bias = _zeros(state, linear + ".bias", weight) + weight @ _zeros(state, norm + ".bias", weight.T)
+    return weight * state[norm + ".weight"], bias
+
+
+def _scaled(state: dict[str, Tensor], linear: str, scale: str) -> tuple[Tensor, Tensor]:
+    """Weight and bias of a linear map with the LayerScale behind it."""
+    weight = state[linear + ".weight"]
+    bias, gamma = _zeros(state, linear + ".bias", weight), state.get(scale)
+    return (weight, bias) if gamma is None else (weight * gamma[:, None], bias * gamma)
+
+
+def _block(states: list[dict[str, Tensor]], name: str, heads: int, dtype: torch.dtype) -> PackedBlock:
+    parts: list[Tensor] = []
+    qkv = [_fold(state, name + "norm1", name + "attn.qkv") for state in states]
+    width = qkv[0][0].shape[0] // 3
+    scale = torch.ones(3 * width, 1, device=qkv[0][0].device)
+    scale[:width] = (width // heads) ** -0.5
+    pairs = [
+        [(weight * scale, bias * scale[:, 0]) for weight, bias in qkv],
+        [_scaled(state, name + "attn.proj", name + "ls1.gamma") for state in states],
+        [_fold(state, name + "norm2", name + "mlp.fc1") for state in states],
+        [_scaled(state, name + "mlp.fc2", name + "ls2.gamma") for state in states],
+    ]
+    for pair in pairs:
+        parts += [torch.stack([w for w, _ in pair]).to(dtype), torch.stack([b for _, b in pair])[:, None]]
+    return PackedBlock(*parts)
+
+
+def _head(states: list[dict[str, Tensor]], distilled: bool) -> tuple[Tensor, Tensor]:
+    pairs = []
+    for state in states:
+        weight, bias = _fold(state, "norm", "head")
+        if distilled:  # timm averages the two heads at evaluation
+            second, more = _fold(state, "norm", "head_dist")
+            weight, bias = torch.cat([weight, second], dim=1) / 2, (bias + more) / 2
+        pairs.append((weight, bias))
+    return torch.stack([w for w, _ in pairs]), torch.stack([b for _, b in pairs])[:, None]
