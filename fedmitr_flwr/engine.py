@@ -13,8 +13,12 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import cast
 
 import torch
+from timm.layers.attention import Attention
+from timm.layers.mlp import Mlp
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
@@ -137,11 +141,12 @@ def backward(pack: Pack, done: Pass, gradient: Tensor, scratch: Arena) -> Tensor
     return (flat @ pack.embed.reshape(T * D, -1)).float().view(B, done.tokens - prefix, -1)
 
 
-def activation_bytes(pack: Pack, B: int, L: int) -> int:
-    """What `forward` keeps for `backward`, without the last block."""
-    N, D = L + pack.prefix.shape[1], _width(pack)
-    single = 8 * D + pack.dtype.itemsize * (3 * D + pack.blocks[0].fc1.shape[1] + pack.architecture.heads * N)
-    return pack.teachers * B * N * single * (len(pack.blocks) - 1)
+def activation_bytes(model: VisionTransformer, T: int, B: int, L: int, dtype: torch.dtype) -> int:
+    """What `forward` keeps for `backward` of T such models, without the last block."""
+    N, D, block = L + model.num_prefix_tokens, model.embed_dim, cast(Block, model.blocks[0])
+    heads, hidden = cast(Attention, block.attn).num_heads, cast(Mlp, block.mlp).fc1.out_features
+    single = 8 * D + dtype.itemsize * (3 * D + cast(int, hidden) + heads * N)
+    return T * B * N * single * (len(model.blocks) - 1)
 
 
 def _width(pack: Pack) -> int:

@@ -8,6 +8,7 @@ Letters: B images, K teachers, C classes, L patches kept, E pixels of a patch.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from fedmitr_flwr.engine import Arena
 from fedmitr_flwr.groups import Group, Step, group_teachers
+from fedmitr_flwr.packed import architecture_of
 from fedmitr_flwr.vit import forward_patches
 
 LABEL_ROWS = 1600
@@ -25,8 +27,22 @@ LABEL_ROWS = 1600
 One CPU thread, ViT d = 64, 128 images, K = 10: 386 ms in parts of 32 images, 470 ms at once, 444 ms in parts of 16.
 """
 
-ACTIVATION_BYTES = 1 << 30
-"""Activations of all teachers together that may be kept between forward and backward pass."""
+
+@dataclass(frozen=True)
+class MemoryLimits:
+    """What the ensemble may hold, in MiB; the defaults are those of the settings.
+
+    Attributes
+    ----------
+    activations
+        Of all teachers together between the forward and the backward pass. With more, each teacher runs forward twice.
+    teachers
+        Weights of all teachers, as they came and packed. With more, they are held once, in bf16, and packed anew for
+        every pass.
+    """
+
+    activations: int = 640
+    teachers: int = 4096
 
 
 @dataclass(frozen=True)
@@ -80,6 +96,7 @@ class Ensemble:
     all classes the sum is one and nothing changes.
 
     Teachers are read once, at the first use without autograd; weights that change later are not seen.
+    Teachers above the memory limit are changed to bf16 in place.
 
     Parameters
     ----------
@@ -87,15 +104,25 @@ class Ensemble:
         K timm ViTs that `vit.check_supported` accepts; they are put into eval mode and frozen.
     weights
         ``(K, C)`` non-negative, each column sums to one.
+    limits
+        How much memory to use.
     """
 
-    def __init__(self, teachers: Sequence[VisionTransformer], weights: Tensor) -> None:
+    def __init__(
+        self, teachers: Sequence[VisionTransformer], weights: Tensor, limits: MemoryLimits | None = None
+    ) -> None:
         if weights.ndim != 2 or len(weights) != len(teachers) or len(teachers) == 0:
             raise ValueError(f"weights of shape {tuple(weights.shape)} do not fit {len(teachers)} teachers")
         self.teachers = [teacher.eval().requires_grad_(False) for teacher in teachers]
         self.weights = weights
         unknown = (weights == 0) & (weights > 0).any(1, keepdim=True)
         self._bias = torch.where(unknown, torch.full_like(weights, -1e9), torch.zeros_like(weights))  # (K, C)
+        self.limits = limits or MemoryLimits()
+        self._hold = 2 * sum(map(_bytes, self.teachers)) <= self.limits.teachers << 20
+        if not self._hold:
+            for teacher in self.teachers:
+                if architecture_of(teacher) is not None:
+                    teacher.to(torch.bfloat16)
         self._groups: dict[torch.dtype, list[Group]] = {}
         self._scratch, self._kept = Arena(), [Arena()]
 
@@ -122,7 +149,7 @@ class Ensemble:
             for that class; without labels, its weights averaged over what the ensemble itself sees.
         """
         if patches.requires_grad and torch.is_grad_enabled():
-            outputs = [forward_patches(teacher, patches, index, attention=True) for teacher in self.teachers]
+            outputs = [forward_patches(_fp32(teacher), patches, index, attention=True) for teacher in self.teachers]
             logits = torch.stack([out.logits.float() for out in outputs])
             seen = torch.stack([out.attention.detach() for out in outputs if out.attention is not None])
         else:
@@ -149,7 +176,7 @@ class Ensemble:
         """``-log A_y`` and its exact gradient for the pixels, with memory that is bounded whatever K is.
 
         The gradient of the loss of the mean needs every teacher's output first. The teachers' activations are kept
-        until then if all fit into `ACTIVATION_BYTES`; else each teacher runs forward a second time.
+        until then if they fit into the limit; else each teacher runs forward a second time.
 
         Parameters
         ----------
@@ -193,19 +220,54 @@ class Ensemble:
             share = self.weights[:, labels].T
         return torch.einsum("bk,kbl->bl", share, seen)
 
+    def draw(self, count: int, labels: Tensor, generator: torch.Generator) -> Ensemble:
+        """An ensemble of `count` teachers drawn without replacement, by their weights for the classes of `labels`.
+
+        A teacher's weights are divided by how likely it is to be drawn (``1 - (1 - q)^count`` for its share q), so that
+        those that are rarely drawn count for the others like them, and are then normalised for each class again.
+
+        Parameters
+        ----------
+        count
+            0, or at least K: the ensemble itself, and nothing is drawn.
+        labels
+            ``(B,)`` int64.
+        generator
+            CPU generator.
+        """
+        K = len(self.teachers)
+        if count == 0 or count >= K:
+            return self
+        share = self.weights[:, labels].mean(1).double().cpu()
+        share = share / share.sum()
+        members = torch.multinomial(share + 1e-12, count, generator=generator).sort().values
+        likely = 1 - (1 - share[members]) ** count
+        weights = self.weights[members.to(labels.device)] / likely.to(self.weights)[:, None].clamp_min(1e-6)
+        total = weights.sum(0)
+        weights = torch.where(total > 0, weights / total.clamp_min(1e-30), torch.full_like(weights, 1 / count))
+        return Ensemble([self.teachers[k] for k in members.tolist()], weights, self.limits)
+
     def release(self) -> None:
         """Give back the memory of activations."""
         self._scratch, self._kept = Arena(), [Arena()]
 
     def _steps(self, patches: Tensor, index: Tensor | None, dtype: torch.dtype) -> list[Step]:
         if dtype not in self._groups:
-            self._groups[dtype] = group_teachers(self.teachers, dtype)
+            self._groups[dtype] = group_teachers(self.teachers, dtype, self._hold)
         return [step for group in self._groups[dtype] for step in group.steps(patches, index)]
 
     def _arenas(self, steps: list[Step]) -> list[Arena] | list[None]:
         """Where each step keeps its activations; nowhere if they are too many."""
-        if len(steps) > 1 and sum(step.bytes() for step in steps) > ACTIVATION_BYTES:
+        if len(steps) > 1 and sum(step.bytes() for step in steps) > self.limits.activations << 20:
             del self._kept[1:]
             return [None] * len(steps)
         self._kept += [Arena() for _ in range(len(steps) - len(self._kept))]
         return self._kept[: len(steps)]
+
+
+def _bytes(model: VisionTransformer) -> int:
+    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
+
+
+def _fp32(model: VisionTransformer) -> VisionTransformer:
+    return model if model.patch_embed.proj.weight.dtype == torch.float32 else copy.deepcopy(model).float()

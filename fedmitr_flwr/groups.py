@@ -54,8 +54,11 @@ class Group(Protocol):
         ...
 
 
-def group_teachers(teachers: Sequence[VisionTransformer], dtype: torch.dtype) -> list[Group]:
-    """Pack teachers of the same architecture together, in `dtype`; those that can't be packed stay alone."""
+def group_teachers(teachers: Sequence[VisionTransformer], dtype: torch.dtype, hold: bool = True) -> list[Group]:
+    """Pack teachers of the same architecture together, in `dtype`; those that can't be packed stay alone.
+
+    Without `hold` a pack is made anew for every pass and forgotten, so that the teachers are in memory once.
+    """
     alike: dict[Architecture, list[int]] = {}
     groups: list[Group] = []
     for k, teacher in enumerate(teachers):
@@ -64,39 +67,55 @@ def group_teachers(teachers: Sequence[VisionTransformer], dtype: torch.dtype) ->
             groups.append(_ModuleGroup(k, teacher))
         else:
             alike.setdefault(architecture, []).append(k)
-    packed = [_PackedGroup(members, pack([teachers[k] for k in members], dtype)) for members in alike.values()]
+    packed = [_PackedGroup(members, [teachers[k] for k in members], dtype, hold) for members in alike.values()]
     return [*groups, *packed]
 
 
-@dataclass(frozen=True)
 class _PackedGroup:
-    members: list[int]
-    pack: Pack
+    def __init__(self, members: list[int], models: list[VisionTransformer], dtype: torch.dtype, hold: bool) -> None:
+        self._members, self._models, self._dtype = members, models, dtype
+        self._held = pack(models, dtype) if hold else None
 
     def steps(self, patches: Tensor, index: Tensor | None) -> list[Step]:
-        rows = patches.shape[0] * (patches.shape[1] + self.pack.prefix.shape[1])
-        size = max(1, STEP_ROWS // rows)
-        parts = range(0, len(self.members), size)
-        return [_PackedStep(self.members[a : a + size], self.pack.part(a, a + size), patches, index) for a in parts]
+        B, N = patches.shape[0], patches.shape[1] + self._models[0].num_prefix_tokens
+        size = max(1, STEP_ROWS // (B * N))
+        return [
+            _PackedStep(self, slice(start, start + size), patches, index)
+            for start in range(0, len(self._members), size)
+        ]
+
+    def members(self, part: slice) -> list[int]:
+        return self._members[part]
+
+    def pack(self, part: slice) -> Pack:
+        if self._held is not None:
+            return self._held.part(part.start, part.stop)
+        return pack(self._models[part], self._dtype)
+
+    def bytes(self, part: slice, B: int, L: int) -> int:
+        return activation_bytes(self._models[0], len(self._members[part]), B, L, self._dtype)
 
 
 class _PackedStep:
-    def __init__(self, members: list[int], pack: Pack, patches: Tensor, index: Tensor | None) -> None:
-        self.members = members
-        self._pack, self._patches, self._index = pack, patches, index
+    def __init__(self, group: _PackedGroup, part: slice, patches: Tensor, index: Tensor | None) -> None:
+        self.members = group.members(part)
+        self._group, self._part, self._patches, self._index = group, part, patches, index
         self._done: Pass | None = None
 
     def forward(self, scratch: Arena, keep: Arena | None) -> tuple[Tensor, Tensor]:
-        done = forward(self._pack, self._patches, self._index, scratch, keep)
+        done = forward(self._group.pack(self._part), self._patches, self._index, scratch, keep)
         self._done = None if keep is None else done
         return done.logits, done.attention
 
     def backward(self, scratch: Arena, spare: Arena, upstream: Tensor) -> Tensor:
-        done = self._done or forward(self._pack, self._patches, self._index, scratch, spare)
-        return backward(self._pack, done, upstream, scratch)
+        done, self._done = self._done, None
+        pack = self._group.pack(self._part)
+        if done is None:
+            done = forward(pack, self._patches, self._index, scratch, spare)
+        return backward(pack, done, upstream, scratch)
 
     def bytes(self) -> int:
-        return activation_bytes(self._pack, *self._patches.shape[:2])
+        return self._group.bytes(self._part, *self._patches.shape[:2])
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,9 @@ from fedmitr_flwr.precision import compute_dtype
 from fedmitr_flwr.prior import Prior
 from fedmitr_flwr.settings import InversionSettings
 
+CHECK = 100
+"""Iterations between two looks at whether the loss is finite, for which a GPU would have to be waited for."""
+
 
 @dataclass(frozen=True)
 class SyntheticImages:
@@ -51,7 +54,20 @@ class SyntheticImages:
 
 
 class InversionDivergedError(RuntimeError):
-    """The loss stopped being finite; the message names the iteration."""
+    """Loss or pixels stopped being finite; the message names the iteration.
+
+    Attributes
+    ----------
+    last_good
+        The images at the last check that found everything finite, at most `CHECK` iterations before.
+    """
+
+    def __init__(self, iteration: int, last_good: SyntheticImages) -> None:
+        super().__init__(
+            f"pixels or loss are not finite at inversion iteration {iteration}: "
+            "a teacher's weights are broken, or inversion.learning-rate is too high"
+        )
+        self.iteration, self.last_good = iteration, last_good
 
 
 def invert(
@@ -83,37 +99,111 @@ def invert(
     Raises
     ------
     InversionDivergedError
-        If pixels or loss are not finite, found at the end of a stage between two stops.
+        If pixels or loss are not finite; found at stops, at the end and every `CHECK` iterations.
     """
-    device, B = labels.device, len(labels)
-    width = ensemble.teachers[0].embed_dim
-    dtype = compute_dtype(settings.precision, width, device)
-    low, high = (_for_patches(bound, grid).to(device) for bound in (grid.low, grid.high))
-    canvas = grid.to_patches(starting_images(B, grid, settings, generator)).to(device)  # (B, P, E)
-    canvas = torch.minimum(torch.maximum(canvas, low), high)
-    kept = torch.arange(grid.num_patches, device=device).repeat(B, 1)
-    state, prior = _Adam(canvas.clone(), settings), Prior(canvas, kept, grid, settings)
+    start = starting_images(len(labels), grid, settings, generator).to(labels.device)
+    batch = InversionBatch(ensemble, labels, start, None, grid, settings)
     stops = dict(zip(settings.stops, settings.fractions, strict=True))
-    loss = torch.zeros(B, device=device)
-    for iteration in range(settings.iterations):
-        out = ensemble.loss_gradient(state.pixels, _jitter(kept, grid, settings.jitter, generator), labels, dtype)
-        loss, gradient = out.loss, out.gradient
-        if on_iteration is not None:
-            on_iteration(iteration, loss)
-        if iteration in stops:
-            _check_finite(loss, gradient, iteration)
-            canvas = scatter(canvas, kept, state.pixels)
-            stay = most_attended(out.attention, stops[iteration])
-            kept = kept.gather(1, stay)
-            gradient = _take(gradient, stay)
-            state.keep(stay)
-            prior = Prior(canvas, kept, grid, settings)
-        prior.add_gradient(state.pixels, gradient)
-        state.step(gradient, low, high)
-    _check_finite(loss, state.pixels, settings.iterations - 1)
-    ensemble.release()
-    images = grid.to_images(scatter(canvas, kept, state.pixels))
-    return SyntheticImages(images, labels, kept, loss)
+    try:
+        for iteration in range(settings.iterations):
+            shift = _random_shift(settings.jitter, generator)
+            loss = batch.step(shift, stop=stops.get(iteration, 0.0))
+            if on_iteration is not None:
+                on_iteration(iteration, loss)
+            if (iteration + 1) % CHECK == 0 or iteration in stops:
+                batch.check_finite()
+        batch.check_finite()
+    finally:
+        ensemble.release()
+    return batch.result()
+
+
+class InversionBatch:
+    """A batch of images under inversion.
+
+    Parameters
+    ----------
+    ensemble
+        Frozen teachers.
+    labels
+        ``(B,)`` int64.
+    start
+        ``(B, ch, S, S)`` images, which are clipped to the valid range.
+    kept
+        ``(B, L)`` int64, sorted; None: all patches.
+    """
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        labels: Tensor,
+        start: Tensor,
+        kept: Tensor | None,
+        grid: PatchGrid,
+        settings: InversionSettings,
+    ) -> None:
+        self._ensemble, self._labels, self._grid, self._settings = ensemble, labels, grid, settings
+        device = labels.device
+        self._dtype = compute_dtype(settings.precision, ensemble.teachers[0].embed_dim, device)
+        self._low, self._high = (_for_patches(bound, grid).to(device) for bound in (grid.low, grid.high))
+        self._canvas = torch.minimum(torch.maximum(grid.to_patches(start), self._low), self._high)  # (B, P, E)
+        self.kept = torch.arange(grid.num_patches, device=device).repeat(len(labels), 1) if kept is None else kept
+        self._adam = _Adam(_take(self._canvas, self.kept), settings)
+        self._prior = Prior(self._canvas, self.kept, grid, settings)
+        self._loss = torch.zeros(len(labels), device=device)
+        self._iteration, self._broken = 0, torch.tensor(-1, device=device)
+        self._last_good = self.result()
+
+    def step(self, shift: tuple[int, int] = (0, 0), stop: float = 0.0) -> Tensor:
+        """One iteration; nothing in it waits for the device.
+
+        Parameters
+        ----------
+        shift
+            Rows and columns of patches by which the image is cyclically shifted before the ensemble sees it.
+        stop
+            Fraction of the kept patches, those with the least attention, that leave before the update.
+
+        Returns
+        -------
+        Tensor
+            ``(B,)`` detached cross-entropies before the update.
+        """
+        index = _shifted(self.kept, self._grid, shift)
+        out = self._ensemble.loss_gradient(self._adam.pixels, index, self._labels, self._dtype)
+        self._loss, gradient = out.loss, out.gradient
+        broken = ~torch.isfinite(out.loss).all() & (self._broken < 0)
+        self._broken = torch.where(broken, self._iteration, self._broken)
+        self._iteration += 1
+        if stop > 0:
+            self._canvas = scatter(self._canvas, self.kept, self._adam.pixels)
+            stay = most_attended(out.attention, stop)
+            self.kept, gradient = self.kept.gather(1, stay), _take(gradient, stay)
+            self._adam.keep(stay)
+            self._prior = Prior(self._canvas, self.kept, self._grid, self._settings)
+        self._prior.add_gradient(self._adam.pixels, gradient)
+        self._adam.step(gradient, self._low, self._high)
+        return self._loss
+
+    def result(self) -> SyntheticImages:
+        """The images as they are now, in new tensors."""
+        images = self._grid.to_images(scatter(self._canvas, self.kept, self._adam.pixels))
+        return SyntheticImages(images, self._labels, self.kept, self._loss)
+
+    def check_finite(self) -> None:
+        """Wait for the device and look.
+
+        Raises
+        ------
+        InversionDivergedError
+            If a loss of the iterations so far, or a pixel now, is not finite.
+        """
+        iteration = int(self._broken)
+        if iteration < 0 and not bool(torch.isfinite(self._adam.pixels).all()):
+            iteration = self._iteration - 1
+        if iteration >= 0:
+            raise InversionDivergedError(iteration, self._last_good)
+        self._last_good = self.result()
 
 
 def starting_images(count: int, grid: PatchGrid, settings: InversionSettings, generator: torch.Generator) -> Tensor:
@@ -159,18 +249,19 @@ def _for_patches(bound: Tensor, grid: PatchGrid) -> Tensor:
     return bound.repeat_interleave(grid.patch[0] * grid.patch[1])
 
 
-def _jitter(kept: Tensor, grid: PatchGrid, reach: int, generator: torch.Generator) -> Tensor:
-    """Positions of the kept patches after a random cyclic shift of the image by whole patches."""
+def _random_shift(reach: int, generator: torch.Generator) -> tuple[int, int]:
     if reach == 0:
+        return 0, 0
+    rows, columns = torch.randint(-reach, reach + 1, (2,), generator=generator).tolist()
+    return rows, columns
+
+
+def _shifted(kept: Tensor, grid: PatchGrid, shift: tuple[int, int]) -> Tensor:
+    """Positions of the kept patches after a cyclic shift of the image by whole patches."""
+    if shift == (0, 0):
         return kept
     rows, columns = grid.shape
-    dy, dx = torch.randint(-reach, reach + 1, (2,), generator=generator).to(kept.device).unbind(0)
-    return (kept // columns + dy) % rows * columns + (kept % columns + dx) % columns
-
-
-def _check_finite(loss: Tensor, values: Tensor, iteration: int) -> None:
-    if not bool(torch.isfinite(loss).all() & torch.isfinite(values).all()):
-        raise InversionDivergedError(f"pixels or loss are not finite at inversion iteration {iteration}")
+    return (kept // columns + shift[0]) % rows * columns + (kept % columns + shift[1]) % columns
 
 
 class _Adam:

@@ -18,7 +18,7 @@ from fedmitr_flwr.averaging import fedavg, merged
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.density import PatchSplit, split_patches
 from fedmitr_flwr.distill import LossTerms, distill, make_pool
-from fedmitr_flwr.ensemble import Ensemble
+from fedmitr_flwr.ensemble import Ensemble, MemoryLimits
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.inversion import SyntheticImages, invert
 from fedmitr_flwr.models import build_model
@@ -178,7 +178,8 @@ def make_ensemble(
     known_of = evidence(settings.ensemble.weighting, num_examples, histograms, head_updates)
     weights = class_weights(known_of, settings.ensemble.power)
     known = (known_of.sum(0) > 0).nonzero().squeeze(1)
-    return Ensemble(teachers, weights.to(device)), known.to(device)
+    limits = MemoryLimits(settings.inversion.activation_memory_mb, settings.inversion.teacher_memory_mb)
+    return Ensemble(teachers, weights.to(device), limits), known.to(device)
 
 
 def invert_all(
@@ -196,7 +197,8 @@ def invert_all(
     parts = []
     for number, batch in enumerate(labels.split(settings.batch_size)):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        parts.append(invert(ensemble, batch, grid, settings, generator=generator))
+        few = ensemble.draw(settings.teachers_per_batch, batch, generator)
+        parts.append(invert(few, batch, grid, settings, generator=generator))
         done = min((number + 1) * settings.batch_size, settings.images)
         observer.event("invert", images=f"{done}/{settings.images}", loss=float(parts[-1].loss.mean()))
     return SyntheticImages(

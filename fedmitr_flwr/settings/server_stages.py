@@ -56,6 +56,23 @@ class InversionSettings(Stage):
         description="What the teachers compute in; loss, pixels and updates are always fp32. `auto`: bf16 where the "
         "device multiplies bf16 matrices in hardware (CUDA, AMX) and the model is wider than 128, else fp32.",
     )
+    teachers_per_batch: int = Field(
+        0,
+        ge=0,
+        description="Teachers that a batch is inverted from, drawn for each batch by their weight for its classes; "
+        "0: all.",
+    )
+    activation_memory_mb: int = Field(
+        640,
+        ge=0,
+        description="Activations of all teachers together, in MiB, kept between forward and backward pass. With more, "
+        "each teacher runs forward twice, half as long again.",
+    )
+    teacher_memory_mb: int = Field(
+        4096,
+        ge=0,
+        description="Weights of all teachers, in MiB, as they came and packed. With more, they are held once, in bf16.",
+    )
 
     @model_validator(mode="after")
     def _schedule(self) -> Self:

@@ -6,7 +6,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.reference import PlainInversion
-from fedmitr_flwr.ensemble import Ensemble
+from fedmitr_flwr.ensemble import Ensemble, MemoryLimits
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.inversion import scatter
 from fedmitr_flwr.packed import architecture_of, pack
@@ -168,8 +168,21 @@ def test_repeated_forward_passes_give_the_same_gradient_as_kept_activations(monk
     labels = torch.tensor([0, 1, 2, 3])
     monkeypatch.setattr("fedmitr_flwr.groups.STEP_ROWS", 1)  # one teacher a step
     kept = ensemble.loss_gradient(patches, None, labels)
-    monkeypatch.setattr("fedmitr_flwr.ensemble.ACTIVATION_BYTES", 0)
-    assert torch.equal(ensemble.loss_gradient(patches, None, labels).gradient, kept.gradient)
+    twice = Ensemble(ensemble.teachers, ensemble.weights, MemoryLimits(activations=0))
+    assert torch.equal(twice.loss_gradient(patches, None, labels).gradient, kept.gradient)
+
+
+def test_teachers_above_the_memory_limit_are_held_in_bf16_and_say_nearly_the_same():
+    labels = torch.tensor([0, 1, 2, 3])
+    patches = tiny_grid().to_patches(torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
+    exact = tiny_ensemble().loss_gradient(patches, None, labels)
+    rounded = Ensemble(tiny_ensemble().teachers, tiny_ensemble().weights, MemoryLimits(teachers=0))
+    assert {parameter.dtype for parameter in rounded.teachers[0].parameters()} == {torch.bfloat16}
+    got = rounded.loss_gradient(patches, None, labels)
+    assert torch.allclose(got.loss, exact.loss, rtol=0.05, atol=0.05)
+    assert float(F.cosine_similarity(got.gradient.flatten(1), exact.gradient.flatten(1)).min()) > 0.99
+    plain = rounded(patches.clone().requires_grad_(True)).probabilities
+    assert torch.allclose(plain, rounded(patches).probabilities, atol=1e-5)
 
 
 def test_results_do_not_depend_on_what_was_computed_before():

@@ -62,6 +62,31 @@ def test_weights_of_another_number_of_teachers_are_refused():
         Ensemble([tiny_vit()], torch.ones(2, CLASSES))
 
 
+def test_drawn_teachers_are_those_that_know_the_classes_and_their_weights_sum_to_one():
+    weights = torch.zeros(6, CLASSES)
+    weights[:3, :2], weights[3:, 2:] = 1 / 3, 1 / 3
+    ensemble = Ensemble([tiny_vit(k) for k in range(6)], weights)
+    few = ensemble.draw(2, torch.tensor([0, 1, 0]), torch.Generator().manual_seed(0))
+    places = [ensemble.teachers.index(teacher) for teacher in few.teachers]
+    assert len(set(places)) == 2
+    assert set(places) <= {0, 1, 2}
+    assert torch.allclose(few.weights.sum(0), torch.ones(CLASSES))
+    assert ensemble.draw(0, torch.tensor([0]), torch.Generator()) is ensemble
+    assert ensemble.draw(6, torch.tensor([0]), torch.Generator()) is ensemble
+
+
+def test_drawn_teachers_stand_for_all_on_average():
+    """The mean over many draws of the drawn weights comes near the weights of all."""
+    raw = torch.rand(5, CLASSES, generator=torch.Generator().manual_seed(0)) + 0.2
+    ensemble = Ensemble([tiny_vit(k) for k in range(5)], raw / raw.sum(0))
+    generator, total = torch.Generator().manual_seed(1), torch.zeros(5, CLASSES)
+    for _ in range(400):
+        few = ensemble.draw(3, torch.arange(CLASSES), generator)
+        for teacher, weights in zip(few.teachers, few.weights, strict=True):
+            total[ensemble.teachers.index(teacher)] += weights / 400
+    assert torch.allclose(total, ensemble.weights, atol=0.05)
+
+
 HISTOGRAMS = torch.tensor([[90, 0, 10, 0], [10, 50, 0, 0], [0, 50, 40, 0]])
 EXAMPLES = HISTOGRAMS.sum(1)
 HEADS = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(1))

@@ -2,7 +2,8 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedmitr_flwr.inversion import InversionDivergedError, invert, most_attended, scatter
+from benchmarks.reference import PlainInversion
+from fedmitr_flwr.inversion import InversionBatch, InversionDivergedError, invert, most_attended, scatter
 from fedmitr_flwr.prior import Prior
 from fedmitr_flwr.settings import InversionSettings
 from tests.unit.tiny import plain_ensemble, tiny_ensemble, tiny_grid
@@ -172,13 +173,49 @@ def test_inversion_makes_the_ensemble_see_the_labels():
     assert torch.equal(probabilities.argmax(1), LABELS)
 
 
-def test_a_loss_that_is_not_finite_names_the_iteration():
+def test_a_loss_that_is_not_finite_names_its_iteration_and_keeps_the_last_good_images():
+    ensemble, losses = tiny_ensemble(), []
+
+    class Breaks(type(ensemble)):
+        def loss_gradient(self, *args):
+            out = super().loss_gradient(*args)
+            losses.append(out.loss)
+            if len(losses) == 5:
+                out.loss[0] = out.gradient[0] = float("nan")
+            return out
+
+    breaks = Breaks(ensemble.teachers, ensemble.weights)
+    settings = InversionSettings(iterations=8, stops="3", fractions="0.3", tv_weight=0.1)
+    with pytest.raises(InversionDivergedError, match=r"iteration 4: .*inversion\.learning-rate") as caught:
+        invert(breaks, LABELS, tiny_grid(), settings, generator=torch.Generator().manual_seed(3))
+    good = caught.value.last_good
+    assert good.kept.shape[1] == 11
+    assert torch.equal(good.images, run(settings.model_copy(update={"iterations": 4})).images)
+
+
+def test_a_broken_teacher_is_found_at_the_first_iteration():
     ensemble = tiny_ensemble()
     with torch.no_grad():
         ensemble.teachers[0].head.weight.fill_(float("nan"))
     settings = InversionSettings(iterations=5, stops="2", fractions="0.3")
-    with pytest.raises(InversionDivergedError, match="iteration 2"):
+    with pytest.raises(InversionDivergedError, match="iteration 0"):
         invert(ensemble, LABELS, tiny_grid(), settings, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("stopping", [False, True])
+def test_trajectories_follow_the_plain_reference(stopping):
+    """Loosely: Adam takes sign-like steps, which amplify gradients near zero."""
+    settings = InversionSettings(tv_weight=0.05, learning_rate=0.05)
+    ensemble, grid = tiny_ensemble(), tiny_grid()
+    start = torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(0)).clamp(-1, 2)
+    kept = torch.rand(6, 16, generator=torch.Generator().manual_seed(1)).argsort(1)[:, :7].sort(1).values
+    kept = kept if stopping else None
+    plain = PlainInversion(ensemble.teachers, ensemble.weights, start, LABELS, kept, grid, settings)
+    batch = InversionBatch(tiny_ensemble(), LABELS, start, kept, grid, settings)
+    for _ in range(5):
+        assert torch.allclose(batch.step(), plain.step(), rtol=1e-3)
+    assert float((batch.result().images - plain.images.detach()).abs().mean()) < 1e-4
+    assert float((batch.result().images - start).abs().mean()) > 0.05
 
 
 def test_scatter_changes_only_the_kept_patches():

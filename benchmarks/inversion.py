@@ -1,0 +1,196 @@
+"""Speed of sparse inversion: our engine against a plain reference with the same mathematics.
+
+    python -m benchmarks.inversion --quick    # final stage of DeiT-Tiny and DeiT-Base, projected schedules; 2 minutes
+    python -m benchmarks.inversion            # every stage, more models and teachers; writes benchmarks/results/
+
+Weights and images are random: the time of an iteration doesn't depend on them. Variants take turns in one process, on
+one thread unless `--threads` says otherwise; CPU time counts (wall-clock time with more threads), and each value is a
+median. The last line is JSON. In the quick run its values are ratios reference / ours, larger is faster: at the final
+stage (47 tokens) against the sparse reference in fp32, and, for `schedule_...`, over 4000 iterations with stops at
+50, 100, 200 and 300, projected from the stages, against the reference without stops in fp32.
+
+Letters: B images, K teachers, L patches kept.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated
+
+import timm
+import torch
+import typer
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from benchmarks.reference import PlainInversion
+from fedmitr_flwr.ensemble import Ensemble
+from fedmitr_flwr.grid import PatchGrid
+from fedmitr_flwr.inversion import InversionBatch, most_attended
+from fedmitr_flwr.precision import compute_dtype
+from fedmitr_flwr.settings import InversionSettings
+from fedmitr_flwr.vit import grid_size, patch_size
+
+ITERATIONS, STOPS, FRACTION = 4000, (50, 100, 200, 300), 0.3
+QUICK_REPEATS, RESULTS = 5, Path("benchmarks/results")
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model with B images and K teachers."""
+
+    name: str
+    model: str
+    options: dict[str, int]
+    images: int
+    teachers: int = 1
+
+    def build(self, count: int) -> list[VisionTransformer]:
+        torch.manual_seed(0)
+        return [timm.create_model(self.model, **self.options).eval() for _ in range(count)]
+
+
+TINY = Case("tiny", "deit_tiny_patch16_224", {}, 16)
+BASE = Case("base", "deit_base_patch16_224", {}, 4)
+DEMO_MODEL = {"img_size": 28, "patch_size": 4, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
+DEMO = [Case(f"demo K={K}", "vit_tiny_patch16_224", {**DEMO_MODEL, "num_classes": 10}, 40, K) for K in (1, 10, 50, 200)]
+FULL = [TINY, BASE, Case("tiny K=10", TINY.model, {}, 16, 10), *DEMO]
+
+
+class Bench:
+    """All variants of one case, on the same images and kept sets."""
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.teachers = case, case.build(case.teachers)
+        model = self.teachers[0]
+        channels = model.patch_embed.proj.in_channels
+        side = patch_size(model)[0] * grid_size(model)[0]
+        bound = torch.full((channels,), 2.0)
+        self.grid = PatchGrid(channels, side, patch_size(model), -bound, bound)
+        generator = torch.Generator().manual_seed(1)
+        self.images = torch.randn(case.images, channels, side, side, generator=generator).clamp(-2, 2)
+        self.labels = torch.arange(case.images) % model.num_classes
+        self.weights = torch.full((case.teachers, model.num_classes), 1 / case.teachers)
+        order = torch.rand(case.images, self.grid.num_patches, generator=generator)
+        self.kept = [torch.arange(self.grid.num_patches).repeat(case.images, 1)]
+        for _ in STOPS:
+            self.kept.append(self.kept[-1].gather(1, most_attended(order.gather(1, self.kept[-1]), FRACTION)))
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens of each stage."""
+        return [kept.shape[1] + self.teachers[0].num_prefix_tokens for kept in self.kept]
+
+    def reference(self, stage: int) -> Callable[[], Tensor]:
+        """One fp32 iteration of the plain reference; stage 0 is dense."""
+        settings = InversionSettings(tv_weight=0.05, learning_rate=0.25)
+        kept = self.kept[stage] if stage else None
+        plain = PlainInversion(self.teachers, self.weights, self.images, self.labels, kept, self.grid, settings)
+        return plain.step
+
+    def ours(self, stage: int, precision: str, ensemble: Ensemble) -> Callable[[], Tensor]:
+        """One iteration of our engine."""
+        settings = InversionSettings(tv_weight=0.05, learning_rate=0.25, precision=precision)
+        batch = InversionBatch(ensemble, self.labels, self.images, self.kept[stage], self.grid, settings)
+        return batch.step
+
+    def ensemble(self) -> Ensemble:
+        """A fresh ensemble of its own copies."""
+        return Ensemble(self.case.build(self.case.teachers), self.weights)
+
+
+def interleaved(variants: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, list[float]]:
+    """Seconds of each variant, which take turns; one round before them is not counted."""
+    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
+    for repeat in range(repeats + 1):
+        for name, run in variants.items():
+            start = clock()
+            run()
+            if repeat:
+                seconds[name].append(clock() - start)
+    return seconds
+
+
+def schedule(stages: Sequence[float]) -> float:
+    """Seconds of all iterations, from seconds an iteration at each stage."""
+    ends = (*STOPS, ITERATIONS)
+    lengths = [end - start for start, end in zip((0, *STOPS), ends, strict=True)]
+    return sum(length * seconds for length, seconds in zip(lengths, stages, strict=True))
+
+
+def measure(
+    case: Case, stages: Sequence[int], reference: Sequence[int], precisions: Sequence[str], repeats: int
+) -> dict[str, list[float]]:
+    """Seconds of an iteration, by ``VARIANT STAGE``; the plain reference at some of the stages."""
+    bench = Bench(case)
+    ensembles = {precision: bench.ensemble() for precision in precisions}
+    found: dict[str, list[float]] = {}
+    for stage in stages:
+        variants = {f"{p} {stage}": bench.ours(stage, p, ensemble) for p, ensemble in ensembles.items()}
+        if stage in reference:
+            variants[f"reference {stage}"] = bench.reference(stage)
+        found |= interleaved(variants, repeats)
+    return found
+
+
+def ratios(tiny: dict[str, list[float]], base: dict[str, list[float]]) -> dict[str, float]:
+    """The values of the last line."""
+    last = len(STOPS)
+    found = {}
+    for precision in ("fp32", "bf16"):
+        for name, seconds in (("tiny", tiny), ("base", base)):
+            middle = {key: statistics.median(values) for key, values in seconds.items()}
+            found[f"{name}_{precision}"] = middle[f"reference {last}"] / middle[f"{precision} {last}"]
+    middle = {key: statistics.median(values) for key, values in tiny.items()}
+    for precision in ("fp32", "bf16"):
+        ours = schedule([middle[f"{precision} {stage}"] for stage in range(last + 1)])
+        found[f"schedule_tiny_{precision}_vs_dense"] = ITERATIONS * middle["reference 0"] / ours
+    return {key: round(value, 2) for key, value in found.items()}
+
+
+def hardware() -> dict[str, str | int | bool]:
+    """What the numbers were taken on."""
+    cpu = platform.processor() or platform.machine()
+    if sys.platform == "linux":
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        cpu = next((line.split(": ", 1)[1] for line in lines if line.startswith("model name")), cpu)
+    return {
+        "cpu": cpu,
+        "cores": os.cpu_count() or 0,
+        "amx": torch.cpu._is_amx_tile_supported(),
+        "auto": str(compute_dtype("auto", 192, torch.device("cpu"))),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def main(
+    quick: Annotated[bool, typer.Option("--quick", help="the six ratios alone")] = False,
+    threads: Annotated[int, typer.Option(help="threads of PyTorch; 0: all")] = 1,
+    repeats: Annotated[int, typer.Option(help="repetitions; a median of them is taken")] = QUICK_REPEATS,
+    results: Annotated[
+        Path, typer.Option(help="folder for inversion.md and inversion.json (not for --quick)")
+    ] = RESULTS,
+) -> None:
+    """Measure and print."""
+    torch.set_num_threads(threads or os.cpu_count() or 1)
+    every, both, last = range(len(STOPS) + 1), ("fp32", "bf16"), len(STOPS)
+    if quick:
+        tiny = measure(TINY, every[:-1], (0,), both, max(1, repeats // 2)) | measure(
+            TINY, (last,), (last,), both, repeats
+        )
+        print(json.dumps(ratios(tiny, measure(BASE, (last,), (last,), both, repeats))))
+        return
+
+
+if __name__ == "__main__":
+    typer.run(main)
