@@ -150,7 +150,7 @@ def ensemble_accuracies(federation: Federation, settings: Settings) -> dict[str,
         changed = settings.replace(**{"ensemble.weighting": weighting, "train.share-label-histogram": True})
         ensemble, _ = make_ensemble(changed, federation.spec, federation.clients, federation.initial, device)
         state = dict(federation.initial)
-        result = PipelineResult(state, state, ensemble, None, None, {})
+        result = PipelineResult(state, state, ensemble, None, None, None, {})
         found = evaluate(result, federation.source.test, federation.spec, settings.model, device)
         out[weighting] = round(found.ensemble, 4)
     return out

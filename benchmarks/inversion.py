@@ -2,6 +2,7 @@
 
     python -m benchmarks.inversion --quick    # final stage of DeiT-Tiny and DeiT-Base, projected schedules; 2 minutes
     python -m benchmarks.inversion            # every stage, more models and teachers; writes benchmarks/results/
+    python -m benchmarks.inversion --memory "demo K=200"    # one step in this process: its extra peak memory
 
 Weights and images are random: the time of an iteration doesn't depend on them. Variants take turns in one process, on
 one thread unless `--threads` says otherwise; CPU time counts (wall-clock time with more threads), and each value is a
@@ -14,10 +15,13 @@ Letters: B images, K teachers, L patches kept.
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import platform
+import resource
 import statistics
+import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -25,6 +29,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
+import psutil
 import timm
 import torch
 import typer
@@ -157,6 +162,44 @@ def ratios(tiny: dict[str, list[float]], base: dict[str, list[float]]) -> dict[s
     return {key: round(value, 2) for key, value in found.items()}
 
 
+def flops(case: Case, tokens: int) -> float:
+    """Floating-point operations of one iteration of our engine: forward and pixel gradient, K teachers.
+
+    Matrix products alone, two for a multiply-add: all blocks but the last for all tokens; of the last block next to
+    nothing is left.
+    """
+    model = case.build(1)[0]
+    D, E, depth = model.embed_dim, model.patch_embed.proj.weight[0].numel(), len(model.blocks)
+    hidden = model.blocks[0].mlp.fc1.out_features
+    token = 2 * (4 * D * D + 2 * D * hidden) * (depth - 1) + 2 * D * E
+    attention = 4 * tokens * D * (depth - 1)
+    return case.teachers * case.images * tokens * (2 * token + 3 * attention)
+
+
+def extra_peak_mb(case: Case, precision: str = "fp32") -> dict[str, float]:
+    """Extra peak memory of one dense step in this process, packed weights included, and the size of the teachers."""
+    bench = Bench(case)
+    ensemble = Ensemble(bench.teachers, bench.weights)
+    weights = sum(p.numel() * p.element_size() for teacher in ensemble.teachers for p in teacher.parameters())
+    step = bench.ours(0, precision, ensemble)
+    before = psutil.Process().memory_info().rss
+    step()
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {
+        "teachers_mb": round(weights / 2**20, 1),
+        "extra_peak_mb": round((peak - before) / 2**20, 1),
+        "peak_mb": round(peak / 2**20, 1),
+    }
+
+
+def memory_of(name: str) -> dict[str, float]:
+    """`extra_peak_mb` in a process of its own."""
+    run = [sys.executable, "-m", "benchmarks.inversion", "--memory", name]
+    out = subprocess.run(run, capture_output=True, text=True, check=True).stdout
+    found: dict[str, float] = json.loads(out.splitlines()[-1])
+    return found
+
+
 def hardware() -> dict[str, str | int | bool]:
     """What the numbers were taken on."""
     cpu = platform.processor() or platform.machine()
@@ -167,16 +210,65 @@ def hardware() -> dict[str, str | int | bool]:
         "cpu": cpu,
         "cores": os.cpu_count() or 0,
         "amx": torch.cpu._is_amx_tile_supported(),
-        "auto": str(compute_dtype("auto", 192, torch.device("cpu"))),
+        "auto_precision": str(compute_dtype("auto", 192, torch.device("cpu"))).removeprefix("torch."),
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
     }
+
+
+def full(repeats: int, folder: Path) -> dict[str, float]:
+    """Measure every case at every stage and write ``inversion.json`` and ``inversion.md``."""
+    every, last = range(len(STOPS) + 1), len(STOPS)
+    raw: dict[str, object] = {"hardware": hardware()}
+    summary: dict[str, float] = {}
+    lines = []
+    for case in FULL:
+        # the plain reference keeps the graphs of all teachers: not for many
+        compared = every if case.teachers <= 10 else ()
+        precisions = ("fp32", "bf16") if case.teachers == 1 else ("fp32",)
+        seconds = measure(case, every, compared, precisions, repeats if case.teachers <= 10 else 1)
+        middle = {key: statistics.median(values) for key, values in seconds.items()}
+        tokens = Bench(dataclasses.replace(case, teachers=1)).tokens
+        memory = memory_of(case.name)
+        raw[case.name] = {"tokens": tokens, "seconds": seconds, "memory": memory}
+        gflop = [flops(case, n) / 1e9 for n in tokens]
+        for precision in precisions:
+            ours = [middle[f"{precision} {stage}"] for stage in every]
+            cells = [f"{1000 * value:.0f}" for value in ours]
+            rate = case.images / schedule(ours)
+            row = f"| {case.name}, B={case.images} | {precision} | {' / '.join(cells)} | {rate:.4f} | "
+            if compared:
+                ratio = [middle[f"reference {stage}"] / ours[stage] for stage in every]
+                whole = ITERATIONS * middle["reference 0"] / schedule(ours)
+                sparse = schedule([middle[f"reference {stage}"] for stage in every]) / schedule(ours)
+                row += f"{' / '.join(f'{value:.2f}' for value in ratio)} | {sparse:.2f} | {whole:.2f} | "
+                summary[f"{case.name} {precision}"] = round(ratio[last], 2)
+                summary[f"schedule {case.name} {precision} vs dense"] = round(whole, 2)
+            else:
+                row += "| | | "
+            row += f"{gflop[0]:.1f} / {gflop[last]:.1f} | {memory['extra_peak_mb']:.0f} ({memory['teachers_mb']:.0f}) |"
+            lines.append(row)
+            print(row, flush=True)
+    head = (
+        f"# Speed of sparse inversion\n\n`python -m benchmarks.inversion` on {hardware()}.\n\n"
+        "Ratios are reference / ours, medians of interleaved repetitions: at 197, 138, 97, 68, 47 tokens (demo: 50, "
+        "35, 24, 17, 12) against the reference with the same patches; over the schedule of 4000 iterations, projected, "
+        "against the sparse and the dense reference. Reference: fp32, `benchmarks/reference.py`. GFLOP of an iteration "
+        "at the first and last stage. Memory: extra peak of a dense fp32 step, packed weights included (teachers).\n\n"
+        "| case | ours | ms an iteration | images/s | ratio | schedule, sparse | schedule, dense | GFLOP | MiB |\n"
+        "|---|---|---|---|---|---|---|---|---|\n"
+    )
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "inversion.md").write_text(head + "\n".join(lines) + "\n")
+    (folder / "inversion.json").write_text(json.dumps(raw, indent=1) + "\n")
+    return summary
 
 
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="the six ratios alone")] = False,
     threads: Annotated[int, typer.Option(help="threads of PyTorch; 0: all")] = 1,
     repeats: Annotated[int, typer.Option(help="repetitions; a median of them is taken")] = QUICK_REPEATS,
+    memory: Annotated[str, typer.Option(help="name of a case: measure its memory alone")] = "",
     results: Annotated[
         Path, typer.Option(help="folder for inversion.md and inversion.json (not for --quick)")
     ] = RESULTS,
@@ -189,7 +281,10 @@ def main(
             TINY, (last,), (last,), both, repeats
         )
         print(json.dumps(ratios(tiny, measure(BASE, (last,), (last,), both, repeats))))
-        return
+    elif memory:
+        print(json.dumps(extra_peak_mb(next(case for case in FULL if case.name == memory))))
+    else:
+        print(json.dumps(full(repeats, results)))
 
 
 if __name__ == "__main__":

@@ -229,10 +229,20 @@ def most_attended(attention: Tensor, fraction: float) -> Tensor:
     Tensor
         ``(B, L')`` int64 places into L, sorted; of equal attention the earlier place stays.
     """
-    L = attention.shape[1]
-    stay = max(1, math.floor(L * (1 - fraction) + 1e-9))
+    stay = _stay(attention.shape[1], fraction)
     order = attention.sort(dim=1, descending=True, stable=True).indices
     return order[:, :stay].sort(dim=1).values
+
+
+def patches_left(patches: int, settings: InversionSettings) -> int:
+    """How many of the full grid's patches the stop schedule leaves."""
+    for fraction in settings.fractions:
+        patches = _stay(patches, fraction)
+    return patches
+
+
+def _stay(L: int, fraction: float) -> int:
+    return max(1, math.floor(L * (1 - fraction) + 1e-9))
 
 
 def scatter(canvas: Tensor, kept: Tensor, pixels: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from torch import Tensor
 from fedmitr_flwr.averaging import fedavg, merged
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.density import PatchSplit, split_patches
+from fedmitr_flwr.diagnostics import Diagnostics, diagnose
 from fedmitr_flwr.distill import LossTerms, distill, make_pool
 from fedmitr_flwr.ensemble import Ensemble, MemoryLimits
 from fedmitr_flwr.grid import PatchGrid
@@ -59,6 +60,8 @@ class PipelineResult:
         The teachers with their weights.
     synthetic, split
         The synthetic images and the density split of their patches; None of a method that makes none.
+    diagnostics
+        Of the synthetic images; None without them.
     seconds
         Wall-clock seconds of ``invert``, ``relabel`` and ``distill``.
     """
@@ -68,6 +71,7 @@ class PipelineResult:
     ensemble: Ensemble
     synthetic: SyntheticImages | None
     split: PatchSplit | None
+    diagnostics: Diagnostics | None
     seconds: dict[str, float]
 
 
@@ -129,6 +133,10 @@ def run_pipeline(
     grid = PatchGrid.of(model, spec)
     with observer.stage("invert"):
         synthetic = invert_all(ensemble, known, grid, settings.inversion, seed=seed, device=device, observer=observer)
+        found = diagnose(ensemble, synthetic, grid, settings.inversion)
+        observer.event("diagnostics", **found.as_dict())
+        for warning in found.warnings():
+            observer.event("diagnostics", warning=warning)
     with observer.stage("relabel"):
         split, targets = split_and_relabel(ensemble, synthetic, grid, settings)
         observer.event(
@@ -146,7 +154,7 @@ def run_pipeline(
         report = report_steps(observer, settings.distill.steps)
         distill(model.to(device), pool, settings.distill, generator=generator, on_step=report)
     state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
-    return PipelineResult(state, average, ensemble, synthetic, split, dict(observer.seconds))
+    return PipelineResult(state, average, ensemble, synthetic, split, found, dict(observer.seconds))
 
 
 def make_ensemble(

@@ -154,7 +154,8 @@ def write_results(
     save_timm(result.state, settings.model, spec, run.path / MODEL, metadata)
     if result.synthetic is not None:
         save_synthetic(result.synthetic, spec, PatchGrid.of(result.ensemble.teachers[0], spec), run.path / SYNTHETIC)
-    run.write_json(METRICS, make_metrics(evaluation, clients, observer))
+    found = None if result.diagnostics is None else {**result.diagnostics.as_dict()}
+    run.write_json(METRICS, {**make_metrics(evaluation, clients, observer), "diagnostics": found})
     for line in accuracy_table(evaluation, settings.run.evaluate_on):
         log.info("%s", line)
 

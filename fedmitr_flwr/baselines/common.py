@@ -23,4 +23,4 @@ def untrained_result(
     """Ensemble and one-shot average, which every method is compared with; the average is the global model too."""
     ensemble, _ = make_ensemble(settings, spec, clients, initial, device)
     average = fedavg([client.state for client in clients], torch.tensor([client.num_examples for client in clients]))
-    return PipelineResult(dict(average), average, ensemble, None, None, {})
+    return PipelineResult(dict(average), average, ensemble, None, None, None, {})

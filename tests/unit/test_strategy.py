@@ -138,7 +138,7 @@ class FakePipeline:
         self.initial.append(initial)
         self.seeds.append(seed)
         state = {key: torch.stack([client.state[key] for client in clients]).mean(0) for key in initial}
-        return PipelineResult(state, state, cast(Any, None), cast(Any, None), cast(Any, None), {})
+        return PipelineResult(state, state, *[cast(Any, None)] * 4, {})
 
 
 @pytest.fixture(autouse=True)

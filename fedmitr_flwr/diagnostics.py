@@ -1,0 +1,105 @@
+"""What is known to go wrong with inverted images, as numbers and as sentences.
+
+Letters: B images, K teachers, C classes, P patches of the full grid, L patches kept.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from fedmitr_flwr.ensemble import Ensemble
+from fedmitr_flwr.grid import PatchGrid
+from fedmitr_flwr.inversion import SyntheticImages, patches_left
+from fedmitr_flwr.settings import InversionSettings
+
+LOOKED_AT = 256
+"""Images looked at, at most: each costs K forward passes."""
+
+
+@dataclass(frozen=True)
+class Diagnostics:
+    """Of a set of synthetic images.
+
+    Attributes
+    ----------
+    black, saturated
+        Fraction of the pixels at the lower and at the upper end of the valid range.
+    ensemble_agrees
+        Fraction of the images whose most probable class under A is y.
+    teachers_agree
+        The same for single teachers, mean weighted by their weights for y.
+    diversity
+        Mean distance between two images of a class over that between any two; 1: classes look alike or are as diverse
+        as the whole, 0: all images of a class are the same. 1 if no class has two images.
+    kept, expected
+        Patches that were in the graph at the end, and that the schedule leaves.
+    cost
+        Iteration cost at the end over that of dense inversion, by the number of tokens: what the schedule saves.
+    """
+
+    black: float
+    saturated: float
+    ensemble_agrees: float
+    teachers_agree: float
+    diversity: float
+    kept: int
+    expected: int
+    cost: float
+
+    def as_dict(self) -> dict[str, float | int]:
+        """The content of ``diagnostics`` in ``metrics.json``."""
+        return {name: round(value, 4) for name, value in asdict(self).items()}
+
+    def warnings(self) -> list[str]:
+        """One sentence for each known failure."""
+        found = []
+        if self.black > 0.9:
+            found.append(f"{self.black:.0%} of the synthetic pixels are black: lower inversion.tv-weight or l2-weight")
+        if self.saturated > 0.5:
+            found.append(f"{self.saturated:.0%} of the synthetic pixels are saturated: lower inversion.learning-rate")
+        if self.ensemble_agrees < 0.5:
+            found.append(f"the ensemble sees y in {self.ensemble_agrees:.0%} of the images: raise inversion.iterations")
+        if self.diversity < 0.1:
+            found.append(f"images of a class are nearly the same (diversity {self.diversity:.2f})")
+        if self.kept != self.expected:
+            found.append(f"{self.kept} patches were in the graph at the end, the schedule leaves {self.expected}")
+        return found
+
+
+@torch.no_grad()
+def diagnose(
+    ensemble: Ensemble, synthetic: SyntheticImages, grid: PatchGrid, settings: InversionSettings
+) -> Diagnostics:
+    """Look at up to `LOOKED_AT` of the images, evenly spread."""
+    B = len(synthetic.labels)
+    rows = torch.linspace(0, B - 1, min(B, LOOKED_AT), device=synthetic.labels.device).round().long()
+    images, y, P = synthetic.images[rows], synthetic.labels[rows], grid.num_patches
+    low, high = (bound.to(images)[:, None, None] for bound in (grid.low, grid.high))
+    logits, _ = ensemble.see(grid.to_patches(images))
+    right = (logits.argmax(-1) == y).float()  # (K, b)
+    weights = ensemble.weights[:, y]
+    kept = synthetic.kept.shape[1]
+    return Diagnostics(
+        black=float((images <= low).float().mean()),
+        saturated=float((images >= high).float().mean()),
+        ensemble_agrees=float((ensemble.combine(logits).argmax(-1) == y).float().mean()),
+        teachers_agree=float((right * weights).sum() / weights.sum()),
+        diversity=diversity(images, y),
+        kept=kept,
+        expected=patches_left(P, settings),
+        cost=(kept + 1) / (P + 1),
+    )
+
+
+def diversity(images: Tensor, labels: Tensor) -> float:
+    """Mean distance between two images of a class over that between any two."""
+    distance = torch.cdist(images.flatten(1), images.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
+    pairs = ~torch.eye(len(images), dtype=torch.bool, device=images.device)
+    same = pairs & (labels[:, None] == labels)
+    if not bool(same.any()):
+        return 1.0
+    overall = distance[pairs].mean()
+    return float(distance[same].mean() / overall) if float(overall) > 0 else 0.0
