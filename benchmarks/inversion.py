@@ -226,7 +226,7 @@ def full(repeats: int, folder: Path) -> dict[str, float]:
         # the plain reference keeps the graphs of all teachers: not for many
         compared = every if case.teachers <= 10 else ()
         precisions = ("fp32", "bf16") if case.teachers == 1 else ("fp32",)
-        seconds = measure(case, every, compared, precisions, repeats if case.teachers <= 10 else 1)
+        seconds = measure(case, every, compared, precisions, repeats if case.teachers == 1 else 1)
         middle = {key: statistics.median(values) for key, values in seconds.items()}
         tokens = Bench(dataclasses.replace(case, teachers=1)).tokens
         memory = memory_of(case.name)

@@ -39,6 +39,11 @@ class Arena:
             found = self._buffers[key] = torch.empty(size, dtype=dtype, device=like.device)
         return found[:size].view(shape)
 
+    @property
+    def bytes(self) -> int:
+        """Size of all buffers."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
+
 
 @dataclass
 class _Saved:

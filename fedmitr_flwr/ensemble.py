@@ -199,9 +199,10 @@ class Ensemble:
             probabilities = self.combine(logits)
             loss = -probabilities.gather(1, labels[:, None]).squeeze(1).clamp_min(1e-12).log()
             (upstream,) = torch.autograd.grad(loss.sum(), logits)
-        probabilities, gradient = probabilities.detach(), torch.zeros_like(patches)
+        probabilities = probabilities.detach()
         with torch.no_grad():
-            for step in steps:
+            gradient = steps[0].backward(self._scratch, self._kept[0], upstream[steps[0].members])
+            for step in steps[1:]:
                 gradient += step.backward(self._scratch, self._kept[0], upstream[step.members])
         return LossGradient(loss.detach(), gradient, self._share(probabilities, seen, labels), probabilities)
 
@@ -250,6 +251,11 @@ class Ensemble:
     def release(self) -> None:
         """Give back the memory of activations."""
         self._scratch, self._kept = Arena(), [Arena()]
+
+    @property
+    def activation_bytes(self) -> int:
+        """Size of the buffers that passes use, until `release`."""
+        return sum(arena.bytes for arena in (self._scratch, *self._kept))
 
     def _steps(self, patches: Tensor, index: Tensor | None, dtype: torch.dtype) -> list[Step]:
         if dtype not in self._groups:

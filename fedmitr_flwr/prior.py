@@ -29,7 +29,7 @@ class _Direction:
     first: tuple[slice, slice]
     second: tuple[slice, slice]
     valid: Tensor  # (B, 1, h, w, L) 1 where both ends lie in the image and one in the patch, else 0
-    share: Tensor  # like `valid`, but 1/2 where another kept patch has the same pair in its window
+    share: Tensor  # like `valid`, but sqrt(1/2) where another kept patch has the same pair in its window
     constant: Tensor  # (B,) sum of squares over the pairs between stopped pixels
 
 
@@ -65,7 +65,7 @@ class Prior:
         places = (window[:, 1:-1, 1:-1].permute(0, 3, 1, 2)[:, :, None] + offset.view(B, 1, channels, 1, 1)).flatten()
         self._places = places  # of the kept pixels in the order of (B, L, E)
         self._padded = padded.flatten()
-        self._buffers = [padded.new_empty(self._window.shape) for _ in range(3)]
+        self._buffers = [padded.new_empty(self._window.shape) for _ in range(4)]
         states = state.flatten(1).gather(1, window.flatten(1)).view(B, 1, ph + 2, pw + 2, L)
         inside = F.pad(torch.ones(ph, pw, 1, device=kept.device), (0, 0, 1, 1, 1, 1))
         self._directions = [self._direction(step, states, inside, padded, state) for step in _DIRECTIONS]
@@ -78,7 +78,7 @@ class Prior:
         touches = inside[first] + inside[second]
         valid = ((a > 0) & (b > 0) & (touches > 0)).float()
         shared = (a == 2) & (b == 2) & (touches < 2)
-        share = torch.where(shared, valid / 2, valid)
+        share = torch.where(shared, valid * 0.5**0.5, valid)
         start, end = _ends(step, *padded.shape[-2:])
         still = (state[:, :, *start] == 1) & (state[:, :, *end] == 1)
         difference = padded[:, :, *end] - padded[:, :, *start]
@@ -99,11 +99,12 @@ class Prior:
             shape = (*self._shape[:2], *way.valid.shape[2:])
             difference = self._buffers[2][: math.prod(shape)].view(shape)
             torch.sub(windows[:, :, *way.second], windows[:, :, *way.first], out=difference)
-            square = (difference * way.share).mul_(difference).flatten(1).sum(1) + way.constant
+            weighted = torch.mul(difference, way.share, out=self._buffers[3][: difference.numel()].view(shape))
+            square = weighted.flatten(1).norm(dim=1).square() + way.constant
             scale = self._settings.tv_weight / square.sqrt().clamp_min(1e-12)
-            difference.mul_(way.valid).mul_(scale.view(-1, 1, 1, 1, 1))
-            total[:, :, *way.second] += difference
-            total[:, :, *way.first] -= difference
+            factor = way.valid * scale.view(-1, 1, 1, 1, 1)
+            total[:, :, *way.second].addcmul_(difference, factor)
+            total[:, :, *way.first].addcmul_(difference, factor, value=-1)
         inner = total[:, :, 1:-1, 1:-1].permute(0, 4, 1, 2, 3)  # (B, L, channels, patch)
         gradient.view(inner.shape).add_(inner)
 

@@ -172,6 +172,19 @@ def test_repeated_forward_passes_give_the_same_gradient_as_kept_activations(monk
     assert torch.equal(twice.loss_gradient(patches, None, labels).gradient, kept.gradient)
 
 
+def test_activations_do_not_grow_with_the_number_of_teachers():
+    labels = torch.arange(100) % CLASSES
+    patches = tiny_grid().to_patches(torch.randn(100, 1, 16, 16))
+    sizes = []
+    for K in (1, 12):
+        ensemble = Ensemble([tiny_vit(k) for k in range(K)], torch.full((K, CLASSES), 1 / K), MemoryLimits(0))
+        ensemble.loss_gradient(patches, None, labels)
+        sizes.append(ensemble.activation_bytes)
+        ensemble.release()
+        assert ensemble.activation_bytes == 0
+    assert 0 < sizes[0] == sizes[1]
+
+
 def test_teachers_above_the_memory_limit_are_held_in_bf16_and_say_nearly_the_same():
     labels = torch.tensor([0, 1, 2, 3])
     patches = tiny_grid().to_patches(torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(0)))
