@@ -14,6 +14,7 @@ from fedmitr_flwr.client import ClientTask, client_name, train_client
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.digest import check_digest
 from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.watchdog import time_limit
 from fedmitr_flwr.wire import decode_trusted, encode_state
 
 log = logging.getLogger("fedmitr.client")
@@ -48,7 +49,9 @@ def _train(content: RecordDict, context: Context, name: str) -> RecordDict:
         round_number=int(str(config["round"])),
         initial=decode_trusted(content.array_records["arrays"]),
     )
-    upload = train_client(task, context.node_config, name)
+    limit = settings.train.time_limit_seconds or settings.run.deadline_seconds
+    with time_limit(limit, "training"):
+        upload = train_client(task, context.node_config, name)
     dtype = settings.train.upload_dtype
     answer = RecordDict({"config": ConfigRecord({"digest": digest, "client": name, "dtype": dtype})})
     partition = context.node_config.get("partition-id")

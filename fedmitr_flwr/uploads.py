@@ -82,12 +82,22 @@ class UploadStore:
         C, the length of a histogram.
     needs_histogram
         Refuse uploads without a label histogram.
+    max_update_norm
+        Refuse weights that lie further from the reference than this many times its L2 norm; 0: no limit.
     """
 
     def __init__(
-        self, directory: Path, reference: Mapping[str, Tensor], num_classes: int, *, needs_histogram: bool = False
+        self,
+        directory: Path,
+        reference: Mapping[str, Tensor],
+        num_classes: int,
+        *,
+        needs_histogram: bool = False,
+        max_update_norm: float = 0.0,
     ) -> None:
         self.directory = directory
+        self.reference = reference
+        self.max_update_norm = max_update_norm
         self.num_classes = num_classes
         self.needs_histogram = needs_histogram
         self.layout = {key: TensorLayout(tuple(value.shape), value.dtype) for key, value in reference.items()}
@@ -165,9 +175,7 @@ class UploadStore:
         final_accuracy = _finite("accuracy", accuracy)
         if not 0.0 <= final_accuracy <= 1.0:
             raise UploadRefused(f"accuracy {final_accuracy} is not between 0 and 1")
-        for key, value in state.items():
-            if not torch.isfinite(value).all():
-                raise UploadRefused(f"{key} holds NaN or Inf")
+        self._check_values(state)
         path = self.directory / f"{_file_stem(name)}.safetensors"
         upload = Upload(name, count, counts, final_loss, final_accuracy, path, hash_tensors(state))
         self._write(upload, state)
@@ -190,6 +198,24 @@ class UploadStore:
         if hash_tensors(state) != upload.sha256:
             raise ValueError(f"{upload.path} has changed since the upload of {upload.client} was accepted")
         return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+    def _check_values(self, state: Mapping[str, Tensor]) -> None:
+        """Refuse NaN, Inf, and weights too far from the common initialisation to come from training."""
+        update = start = 0.0
+        for key, expected in self.reference.items():
+            value = state[key]
+            if not torch.isfinite(value).all():
+                raise UploadRefused(f"{key} holds NaN or Inf")
+            if value.is_floating_point():
+                # The square of fp32's largest numbers is infinite in fp32, and then it is too large as well.
+                update += float(torch.linalg.vector_norm(value.float() - expected)) ** 2
+                start += float(torch.linalg.vector_norm(expected)) ** 2
+        distance, limit = math.sqrt(update), self.max_update_norm * max(1.0, math.sqrt(start))
+        if self.max_update_norm and not distance <= limit:
+            raise UploadRefused(
+                f"lies {distance:.4g} from the common initialisation, above run.max-update-norm = "
+                f"{self.max_update_norm:g} times its norm ({limit:.4g})"
+            )
 
     def _histogram(self, histogram: object, num_examples: int) -> tuple[int, ...] | None:
         if histogram is None:

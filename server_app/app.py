@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import InMemoryGrid
 
+from fedmitr_flwr.actors import close_pool, end_busy_actors, replace_dead_actors
+from fedmitr_flwr.exchange import WindowedGrid
 from fedmitr_flwr.models import initial_state
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.quorum import wait_for_nodes
@@ -30,20 +34,33 @@ def main(grid: Grid, context: Context) -> None:
             settings = Settings.from_run_config(context.run_config)
             federation = prepare(settings, _simulated_clients(grid, settings))
             run = RunDirectory.create(settings.run.output, settings.run.name)
-        with run, run.logging(), failures_logged():
+        with run, run.logging(), failures_logged(), _workers(grid):
             _run(grid, settings, federation, run)
         log.info("Results: %s", run.path)
+
+
+@contextmanager
+def _workers(grid: Grid) -> Iterator[None]:
+    """Mend a simulation's workers, and leave none at work that Flower would wait for."""
+    if not isinstance(grid, InMemoryGrid):
+        yield
+        return
+    replace_dead_actors()
+    try:
+        yield
+    finally:
+        close_pool()
 
 
 def _run(grid: Grid, settings: Settings, federation: Federation, run: RunDirectory) -> None:
     run.write_json(CONFIG, describe_run(settings, federation))
     observer = Observer()
     strategy = FedMITR(settings, federation.spec, run, device=federation.device, observer=observer)
+    simulated = isinstance(grid, InMemoryGrid)
     strategy.start(
-        grid,
+        WindowedGrid(grid, settings.run, end_busy_actors if simulated else None),
         encode_state(initial_state(settings, federation.spec)),
         num_rounds=settings.run.rounds,
-        timeout=settings.run.deadline_seconds,
     )
     assert strategy.outcome is not None  # a round that yields nothing raises
     observer.seconds.update(strategy.seconds)
