@@ -8,6 +8,7 @@ from collections.abc import Iterable
 
 from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
+from fedmitr_flwr.atomic import release_memory
 from fedmitr_flwr.digest import short
 from fedmitr_flwr.quorum import ClientCounts
 from fedmitr_flwr.uploads import Upload, UploadRefused, UploadStore
@@ -60,6 +61,7 @@ class Collection:
             start = time.perf_counter()
             tally[self._receive(reply)] += 1
             del reply  # Flower makes the next one while this name would still hold the last
+            release_memory()
             self.working += time.perf_counter() - start
         silent = asked - sum(tally.values())
         if silent > 0:

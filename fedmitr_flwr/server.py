@@ -9,6 +9,7 @@ import resource
 import sys
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -16,9 +17,7 @@ import fedmitr_flwr
 from fedmitr_flwr.atomic import Json
 from fedmitr_flwr.data import ImageSet, ImageSpec, load_source, load_spec, partition_indices
 from fedmitr_flwr.digest import code_digest
-from fedmitr_flwr.evaluate import Evaluation, evaluate
 from fedmitr_flwr.export import save_timm
-from fedmitr_flwr.figures import save_synthetic
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.models import build_model
 from fedmitr_flwr.observe import Observer
@@ -26,6 +25,9 @@ from fedmitr_flwr.pipeline import PipelineResult
 from fedmitr_flwr.quorum import ClientCounts
 from fedmitr_flwr.rundir import METRICS, MODEL, SYNTHETIC, RunDirectory
 from fedmitr_flwr.settings import Settings, SettingsError
+
+if TYPE_CHECKING:
+    from fedmitr_flwr.evaluate import Evaluation
 
 log = logging.getLogger("fedmitr.run")
 
@@ -145,6 +147,10 @@ def write_results(
     observer
         Holds the seconds of all stages so far, summed over the rounds.
     """
+    # They bring in torchmetrics, SciPy and matplotlib: 100 MB that collection has no use for.
+    from fedmitr_flwr.evaluate import evaluate
+    from fedmitr_flwr.figures import save_synthetic
+
     spec = federation.spec
     evaluation = None
     if federation.held_out is not None:

@@ -209,6 +209,19 @@ class FedMITR(Strategy):
         QuorumError
             If fewer uploads are usable than `run.min-clients` and `run.min-fraction` ask for.
         """
+        store, counts = self.collect(server_round, replies)
+        check_quorum(counts, self.settings.run)
+        uploads = store.uploads()
+        clients = [ClientModel(store.load(upload), upload.num_examples, upload.histogram) for upload in uploads]
+        seed = self.settings.run.seed + server_round - 1
+        result = self.pipeline(
+            self.settings, self.spec, clients, self._initial, seed=seed, device=self.device, observer=self.observer
+        )
+        self.outcome = RoundOutcome(result, tuple(uploads), counts)
+        return encode_state(result.state), _metrics(uploads, counts)
+
+    def collect(self, server_round: int, replies: Iterable[Message]) -> tuple[UploadStore, ClientCounts]:
+        """Keep the good uploads of a round; see `collection.Collection`."""
         store = UploadStore(
             self.run.uploads(server_round),
             self._initial,
@@ -220,16 +233,8 @@ class FedMITR(Strategy):
         counts = collection.take(replies, self._asked)
         self.seconds["collect"] += collection.working
         self.seconds["clients"] += time.perf_counter() - self._asked_at - collection.working
-        log.info("aggregate_train: %s", counts)
-        check_quorum(counts, self.settings.run)
-        uploads = store.uploads()
-        clients = [ClientModel(store.load(upload), upload.num_examples, upload.histogram) for upload in uploads]
-        seed = self.settings.run.seed + server_round - 1
-        result = self.pipeline(
-            self.settings, self.spec, clients, self._initial, seed=seed, device=self.device, observer=self.observer
-        )
-        self.outcome = RoundOutcome(result, tuple(uploads), counts)
-        return encode_state(result.state), _metrics(uploads, counts)
+        log.info("collected: %s", counts)
+        return store, counts
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

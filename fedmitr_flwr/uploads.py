@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedmitr_flwr.tensor_files import write_tensors
+from fedmitr_flwr.tensor_files import hash_tensors, write_tensors
 
 UPLOAD_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -204,12 +204,14 @@ class UploadStore:
         update = start = 0.0
         for key, expected in self.reference.items():
             value = state[key]
-            if not torch.isfinite(value).all():
+            if not value.is_floating_point():
+                continue
+            norm = float(torch.linalg.vector_norm(value.float() - expected))
+            # The square of fp32's largest numbers is infinite in fp32 too: these are finite, and too large.
+            if not math.isfinite(norm) and not torch.isfinite(value).all():
                 raise UploadRefused(f"{key} holds NaN or Inf")
-            if value.is_floating_point():
-                # The square of fp32's largest numbers is infinite in fp32, and then it is too large as well.
-                update += float(torch.linalg.vector_norm(value.float() - expected)) ** 2
-                start += float(torch.linalg.vector_norm(expected)) ** 2
+            update += norm**2
+            start += float(torch.linalg.vector_norm(expected)) ** 2
         distance, limit = math.sqrt(update), self.max_update_norm * max(1.0, math.sqrt(start))
         if self.max_update_norm and not distance <= limit:
             raise UploadRefused(
@@ -239,16 +241,6 @@ class UploadStore:
             "sha256": upload.sha256,
         }
         write_tensors(upload.path, state, metadata)
-
-
-def hash_tensors(state: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over names, dtypes, shapes and values, whatever the order of the keys."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        value = state[key].detach().cpu().contiguous()
-        digest.update(json.dumps([key, str(value.dtype), list(value.shape)]).encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
 
 
 def natural_key(text: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
