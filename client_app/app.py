@@ -39,6 +39,13 @@ def train(message: Message, context: Context) -> Message:
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
 
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Say which client this is, so that a run that goes on asks only those whose upload is missing."""
+    name = client_name(context.node_config, context.node_id)
+    return Message(RecordDict({"config": ConfigRecord({"client": name})}), reply_to=message)
+
+
 def _train(content: RecordDict, context: Context, name: str) -> RecordDict:
     config = content.config_records["config"]
     digest = check_digest(str(config["digest"]))  # first of all: other code may read the rest differently

@@ -9,7 +9,9 @@ import json
 import logging
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -18,6 +20,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
+from fedmitr_flwr.atomic import write_json
+from fedmitr_flwr.checkpoints import Checkpoints
 from fedmitr_flwr.collection import Collection
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.digest import code_digest, short
@@ -25,7 +29,7 @@ from fedmitr_flwr.exchange import WindowedGrid
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.pipeline import ClientModel, PipelineResult, run_pipeline
 from fedmitr_flwr.quorum import ClientCounts, check_quorum, wait_for_nodes
-from fedmitr_flwr.rundir import RunDirectory
+from fedmitr_flwr.rundir import COLLECTED, RunDirectory
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.uploads import Upload, UploadStore
 from fedmitr_flwr.wire import decode_trusted, encode_state
@@ -124,6 +128,8 @@ class FedMITR(Strategy):
         self._initial: dict[str, Tensor] = {}
         self._asked = 0
         self._asked_at = 0.0
+        self._store: UploadStore | None = None
+        self._closed: ClientCounts | None = None
 
     def summary(self) -> None:
         """Log the strategy's main settings in Flower's style."""
@@ -171,8 +177,16 @@ class FedMITR(Strategy):
             If too few nodes connect within `run.wait-nodes-seconds`.
         """
         run = self.settings.run
-        nodes = wait_for_nodes(grid.get_node_ids, run)
         self._initial = decode_trusted(arrays)
+        self._asked, self._asked_at = 0, time.perf_counter()
+        self._store = self._open_store(server_round)
+        self._closed = self._closed_collection(server_round, self._store)
+        if self._closed is not None:
+            log.info("configure_train: all uploads of round %d are there", server_round)
+            return []
+        nodes = wait_for_nodes(grid.get_node_ids, run)
+        if have := {upload.client for upload in self._store.uploads()}:
+            nodes = self._without(have, nodes, grid)
         ours: dict[str, str | int] = {
             "digest": self.digest,
             "settings": json.dumps(self.settings.flat()),
@@ -212,9 +226,15 @@ class FedMITR(Strategy):
         store, counts = self.collect(server_round, replies)
         check_quorum(counts, self.settings.run)
         uploads = store.uploads()
+        if self._closed is None:
+            write_json(self._collected(server_round), {"clients": counts.as_dict(), "uploads": _hashes(uploads)})
         clients = [ClientModel(store.load(upload), upload.num_examples, upload.histogram) for upload in uploads]
         seed = self.settings.run.seed + server_round - 1
-        result = self.pipeline(
+        pipeline = self.pipeline
+        if pipeline is run_pipeline:
+            checkpoints = Checkpoints(self.run.checkpoints(server_round), self.settings.run.checkpoint_seconds)
+            pipeline = partial(run_pipeline, checkpoints=checkpoints)
+        result = pipeline(
             self.settings, self.spec, clients, self._initial, seed=seed, device=self.device, observer=self.observer
         )
         self.outcome = RoundOutcome(result, tuple(uploads), counts)
@@ -222,6 +242,21 @@ class FedMITR(Strategy):
 
     def collect(self, server_round: int, replies: Iterable[Message]) -> tuple[UploadStore, ClientCounts]:
         """Keep the good uploads of a round; see `collection.Collection`."""
+        store = self._store
+        assert store is not None  # Flower calls configure_train first
+        if self._closed is not None:
+            return store, self._closed
+        before = len(store.uploads())
+        collection = Collection(store, self.digest, histograms=self.settings.train.share_label_histogram)
+        new = collection.take(replies, self._asked)
+        self.seconds["collect"] += collection.working
+        self.seconds["clients"] += time.perf_counter() - self._asked_at - collection.working
+        counts = replace(new, asked=new.asked + before, accepted=new.accepted + before)
+        log.info("collected: %s", counts)
+        return store, counts
+
+    def _open_store(self, server_round: int) -> UploadStore:
+        """Open the round's directory of uploads, with those that an earlier process of the run took."""
         store = UploadStore(
             self.run.uploads(server_round),
             self._initial,
@@ -229,12 +264,41 @@ class FedMITR(Strategy):
             needs_histogram=self.settings.train.share_label_histogram,
             max_update_norm=self.settings.run.max_update_norm,
         )
-        collection = Collection(store, self.digest, histograms=self.settings.train.share_label_histogram)
-        counts = collection.take(replies, self._asked)
-        self.seconds["collect"] += collection.working
-        self.seconds["clients"] += time.perf_counter() - self._asked_at - collection.working
-        log.info("collected: %s", counts)
-        return store, counts
+        store.recover()
+        return store
+
+    def _collected(self, server_round: int) -> Path:
+        return self.run.uploads(server_round) / COLLECTED
+
+    def _closed_collection(self, server_round: int, store: UploadStore) -> ClientCounts | None:
+        """Return the counts of a collection that an earlier process finished.
+
+        Raises
+        ------
+        ValueError
+            If its uploads are no longer what they were.
+        """
+        path = self._collected(server_round)
+        if not path.exists():
+            return None
+        closed = json.loads(path.read_text("utf-8"))
+        if closed["uploads"] != _hashes(store.uploads()):
+            raise ValueError(
+                f"the uploads beside {path} are not those that were collected; put them back, or start anew"
+            )
+        return ClientCounts(**closed["clients"])
+
+    def _without(self, have: set[str], nodes: list[int], grid: Grid) -> list[int]:
+        """Leave out the nodes whose upload is there: each says its name, since Flower's ids change with every run."""
+        messages = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
+        patience = self.settings.run.wait_nodes_seconds + 0.5 * len(nodes)
+        done = set()
+        for reply in grid.send_and_receive(messages, timeout=patience):
+            if not reply.has_error():
+                name = reply.content.config_records.get("config", ConfigRecord()).get("client")
+                done |= {reply.metadata.src_node_id} if name in have else set()
+        log.info("configure_train: %d uploads are there already", len(have))
+        return [node for node in nodes if node not in done]
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -256,6 +320,10 @@ def _metrics(uploads: Sequence[Upload], counts: ClientCounts) -> MetricRecord:
             "local-accuracy": sum(upload.accuracy * upload.num_examples for upload in uploads) / total,
         }
     )
+
+
+def _hashes(uploads: Sequence[Upload]) -> dict[str, str]:
+    return {upload.client: upload.sha256 for upload in uploads}
 
 
 def _yes(value: bool) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import math
 import re
 from collections.abc import Mapping, Sequence
@@ -16,10 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
 from fedmitr_flwr.tensor_files import hash_tensors, write_tensors
+
+log = logging.getLogger("fedmitr.collection")
 
 UPLOAD_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
@@ -180,6 +184,45 @@ class UploadStore:
         upload = Upload(name, count, counts, final_loss, final_accuracy, path, hash_tensors(state))
         self._write(upload, state)
         self._uploads[name] = upload
+        return upload
+
+    def recover(self) -> list[Upload]:
+        """Take the uploads over that an earlier process accepted into this directory.
+
+        Files are believed when they are whole and still hold what was accepted; another is left out with a warning, so
+        that its client is asked again.
+
+        Returns
+        -------
+        list[Upload]
+            As `uploads`.
+        """
+        for path in sorted(self.directory.glob("*.safetensors")):
+            try:
+                upload = self._read(path)
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                log.warning("\t├──! %s is not used: %s", path, error)
+                continue
+            self._uploads[upload.client] = upload
+        return self.uploads()
+
+    def _read(self, path: Path) -> Upload:
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+        counts = json.loads(about["histogram"])
+        upload = Upload(
+            about["client"],
+            int(about["num-examples"]),
+            None if counts is None else tuple(counts),
+            float(about["loss"]),
+            float(about["accuracy"]),
+            path,
+            about["sha256"],
+        )
+        if path.stem != _file_stem(upload.client):
+            raise ValueError(f"it is named after another client than {upload.client}")
+        state = self.load(upload)
+        self.check_layout({key: TensorLayout(tuple(value.shape), value.dtype) for key, value in state.items()})
         return upload
 
     def uploads(self) -> list[Upload]:

@@ -65,6 +65,14 @@ class RunSettings(Stage):
         gt=0.0,
         description="How long to wait for the clients' uploads, from the moment they are asked.",
     )
+    resume: str = Field(
+        "",
+        description="Directory of a run that was cut off, to go on with from what it has finished. Its settings apply; "
+        "keys given here change them where that contradicts nothing finished. `fedmitr resume` sets this.",
+    )
+    checkpoint_seconds: float = Field(
+        30.0, ge=0.0, description="Least time between two checkpoints of distillation; 0: one after each step."
+    )
     window: int = Field(
         0,
         ge=0,
