@@ -228,7 +228,7 @@ class FedMITR(Strategy):
         uploads = store.uploads()
         if self._closed is None:
             write_json(self._collected(server_round), {"clients": counts.as_dict(), "uploads": _hashes(uploads)})
-        clients = [ClientModel(store.load(upload), upload.num_examples, upload.histogram) for upload in uploads]
+        clients = [ClientModel(store.open(upload), upload.num_examples, upload.histogram) for upload in uploads]
         seed = self.settings.run.seed + server_round - 1
         pipeline = self.pipeline
         if pipeline is run_pipeline:

@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -70,6 +70,30 @@ class Upload:
     accuracy: float
     path: Path
     sha256: str
+
+
+class StoredState(Mapping[str, Tensor]):
+    """The weights of an accepted upload, read from disk tensor by tensor when they are asked for, in fp32.
+
+    So hundreds of client models need not be in memory beside the teachers that are made from them.
+    """
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self._path = path
+        self._names = names
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self._path, "pt") as file:
+            value: Tensor = file.get_tensor(name)
+        return value.float() if value.is_floating_point() else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 class UploadStore:
@@ -261,6 +285,16 @@ class UploadStore:
                 f"lies {distance:.4g} from the common initialisation, above run.max-update-norm = "
                 f"{self.max_update_norm:g} times its norm ({limit:.4g})"
             )
+
+    def open(self, upload: Upload) -> StoredState:
+        """Return an upload's tensors as a mapping that reads them when asked for; the file is checked now.
+
+        Raises
+        ------
+        ValueError
+            If the file is not what was accepted.
+        """
+        return StoredState(upload.path, tuple(self.load(upload)))
 
     def _histogram(self, histogram: object, num_examples: int) -> tuple[int, ...] | None:
         if histogram is None:

@@ -19,7 +19,7 @@ from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.quorum import wait_for_nodes
 from fedmitr_flwr.resume import changes_in, is_complete, resumed_settings, simulation_config
 from fedmitr_flwr.rundir import CONFIG, INITIAL, RunDirectory, console_log, failures_logged
-from fedmitr_flwr.server import Federation, describe_run, prepare, write_results
+from fedmitr_flwr.server import Federation, check_disk, describe_run, prepare, write_results
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.strategy import FedMITR
 from fedmitr_flwr.wire import encode_state
@@ -43,6 +43,9 @@ def main(grid: Grid, context: Context) -> None:
                 settings = resumed_settings(resumed, changes_in(settings, resumed))
             clients = _simulated_clients(grid, settings)
             federation = prepare(settings, clients)
+            check_disk(
+                settings, federation.spec, clients or max(settings.run.min_clients, len(list(grid.get_node_ids())))
+            )
             run = (
                 RunDirectory.resume(resumed) if resumed else RunDirectory.create(settings.run.output, settings.run.name)
             )

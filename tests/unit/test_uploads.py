@@ -45,6 +45,28 @@ def test_an_upload_comes_back_from_disk_as_it_was(store: UploadStore) -> None:
     assert all(torch.equal(loaded[key], value) for key, value in weights(1).items())
 
 
+def test_an_upload_can_be_read_tensor_by_tensor(store: UploadStore) -> None:
+    upload = store.accept("a", weights(1, torch.float16), **GOOD)
+    state = store.open(upload)
+    assert dict(state).keys() == weights().keys()
+    assert all(torch.equal(state[key], value) for key, value in store.load(upload).items())
+    assert state["head.bias"].dtype == torch.float32
+    with pytest.raises(KeyError):
+        state["more"]
+
+
+def test_a_new_process_finds_the_uploads_of_the_last(store: UploadStore, caplog: pytest.LogCaptureFixture) -> None:
+    for client in ("partition-10", "Site A", "partition-2"):
+        store.accept(client, weights(len(client)), **GOOD)
+    (store.directory / "broken.safetensors").write_bytes(b"half a file")
+    save_file(weights(5), store.uploads()[0].path)
+    later = UploadStore(store.directory, weights(), 3)
+    assert later.recover() == store.uploads()[1:]
+    assert "broken.safetensors is not used" in caplog.text
+    with pytest.raises(UploadRefused, match="second upload of client partition-2"):
+        later.accept("partition-2", weights(9), **GOOD)
+
+
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_stays_half_on_disk_and_is_loaded_as_fp32(store: UploadStore, dtype: torch.dtype) -> None:
     upload = store.accept("a", weights(1, dtype), **GOOD)
