@@ -113,6 +113,7 @@ def simulate(
                 error = _run(flower, app, settings, federation, log, status)
             code = 1 if error else 0
         except Interrupted as interruption:
+            flower.kill_server_app()
             error, code = f"the run was interrupted by {interruption}", 128 + interruption.number
         except OSError as problem:
             error, code = str(problem), 1
