@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Container, Iterable, Sequence
+from pathlib import Path
 
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
+from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
 
-from fedmitr_flwr.atomic import release_memory
+from fedmitr_flwr.atomic import release_memory, write_json
 from fedmitr_flwr.digest import short
 from fedmitr_flwr.quorum import ClientCounts
 from fedmitr_flwr.uploads import Upload, UploadRefused, UploadStore
@@ -118,6 +121,54 @@ class Collection:
             # One that was not asked for is not kept, whatever the client thinks of it.
             histogram=metrics.get("histogram") if self.histograms else None,
         )
+
+
+def close_collection(path: Path, counts: ClientCounts, uploads: Sequence[Upload]) -> None:
+    """Write down that a round's collection is over, and what it has: nobody is asked again."""
+    write_json(path, {"clients": counts.as_dict(), "uploads": _hashes(uploads)})
+
+
+def closed_collection(path: Path, uploads: Sequence[Upload]) -> ClientCounts | None:
+    """Return the counts of a collection that an earlier process finished, or None.
+
+    Raises
+    ------
+    ValueError
+        If its uploads are no longer what they were.
+    """
+    if not path.exists():
+        return None
+    closed = json.loads(path.read_text("utf-8"))
+    if closed["uploads"] != _hashes(uploads):
+        raise ValueError(f"the uploads beside {path} are not those that were collected; put them back, or start anew")
+    return ClientCounts(**closed["clients"])
+
+
+def nodes_without(have: Container[str], nodes: Sequence[int], grid: Grid, patience: float) -> list[int]:
+    """Leave out the nodes of clients whose upload is there: each says its name, as Flower's ids change with every run.
+
+    Parameters
+    ----------
+    have
+        Names of these clients.
+    nodes
+        To ask.
+    grid
+        To ask them with.
+    patience
+        Seconds to wait for answers; nodes without one stay in.
+    """
+    done = set()
+    messages = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
+    for reply in grid.send_and_receive(messages, timeout=patience):
+        if not reply.has_error():
+            name = reply.content.config_records.get("config", ConfigRecord()).get("client")
+            done |= {reply.metadata.src_node_id} if isinstance(name, str) and name in have else set()
+    return [node for node in nodes if node not in done]
+
+
+def _hashes(uploads: Sequence[Upload]) -> dict[str, str]:
+    return {upload.client: upload.sha256 for upload in uploads}
 
 
 def failure_reason(text: str) -> str:

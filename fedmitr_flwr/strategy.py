@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -20,9 +19,8 @@ from flwr.serverapp import Grid
 from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
-from fedmitr_flwr.atomic import write_json
 from fedmitr_flwr.checkpoints import Checkpoints
-from fedmitr_flwr.collection import Collection
+from fedmitr_flwr.collection import Collection, close_collection, closed_collection, nodes_without
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.digest import code_digest, short
 from fedmitr_flwr.exchange import WindowedGrid
@@ -180,13 +178,14 @@ class FedMITR(Strategy):
         self._initial = decode_trusted(arrays)
         self._asked, self._asked_at = 0, time.perf_counter()
         self._store = self._open_store(server_round)
-        self._closed = self._closed_collection(server_round, self._store)
+        self._closed = closed_collection(self.run.uploads(server_round) / COLLECTED, self._store.uploads())
         if self._closed is not None:
             log.info("configure_train: all uploads of round %d are there", server_round)
             return []
         nodes = wait_for_nodes(grid.get_node_ids, run)
         if have := {upload.client for upload in self._store.uploads()}:
-            nodes = self._without(have, nodes, grid)
+            log.info("configure_train: %d uploads are there already", len(have))
+            nodes = nodes_without(have, nodes, grid, run.wait_nodes_seconds + 0.5 * len(nodes))
         ours: dict[str, str | int] = {
             "digest": self.digest,
             "settings": json.dumps(self.settings.flat()),
@@ -227,7 +226,7 @@ class FedMITR(Strategy):
         check_quorum(counts, self.settings.run)
         uploads = store.uploads()
         if self._closed is None:
-            write_json(self._collected(server_round), {"clients": counts.as_dict(), "uploads": _hashes(uploads)})
+            close_collection(self.run.uploads(server_round) / COLLECTED, counts, uploads)
         clients = [ClientModel(store.open(upload), upload.num_examples, upload.histogram) for upload in uploads]
         seed = self.settings.run.seed + server_round - 1
         pipeline = self.pipeline
@@ -267,39 +266,6 @@ class FedMITR(Strategy):
         store.recover()
         return store
 
-    def _collected(self, server_round: int) -> Path:
-        return self.run.uploads(server_round) / COLLECTED
-
-    def _closed_collection(self, server_round: int, store: UploadStore) -> ClientCounts | None:
-        """Return the counts of a collection that an earlier process finished.
-
-        Raises
-        ------
-        ValueError
-            If its uploads are no longer what they were.
-        """
-        path = self._collected(server_round)
-        if not path.exists():
-            return None
-        closed = json.loads(path.read_text("utf-8"))
-        if closed["uploads"] != _hashes(store.uploads()):
-            raise ValueError(
-                f"the uploads beside {path} are not those that were collected; put them back, or start anew"
-            )
-        return ClientCounts(**closed["clients"])
-
-    def _without(self, have: set[str], nodes: list[int], grid: Grid) -> list[int]:
-        """Leave out the nodes whose upload is there: each says its name, since Flower's ids change with every run."""
-        messages = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
-        patience = self.settings.run.wait_nodes_seconds + 0.5 * len(nodes)
-        done = set()
-        for reply in grid.send_and_receive(messages, timeout=patience):
-            if not reply.has_error():
-                name = reply.content.config_records.get("config", ConfigRecord()).get("client")
-                done |= {reply.metadata.src_node_id} if name in have else set()
-        log.info("configure_train: %d uploads are there already", len(have))
-        return [node for node in nodes if node not in done]
-
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
@@ -320,10 +286,6 @@ def _metrics(uploads: Sequence[Upload], counts: ClientCounts) -> MetricRecord:
             "local-accuracy": sum(upload.accuracy * upload.num_examples for upload in uploads) / total,
         }
     )
-
-
-def _hashes(uploads: Sequence[Upload]) -> dict[str, str]:
-    return {upload.client: upload.sha256 for upload in uploads}
 
 
 def _yes(value: bool) -> str:

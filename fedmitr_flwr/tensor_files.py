@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
 from torch import Tensor
 
 from fedmitr_flwr.atomic import atomic_path
@@ -45,6 +46,30 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         file.write(len(text).to_bytes(8, "little") + text)
         for _, value in ordered:
             file.write(_bytes(value))
+
+
+class StoredState(Mapping[str, Tensor]):
+    """Weights in a safetensors file, read tensor by tensor when they are asked for, floating-point ones as fp32.
+
+    So hundreds of client models need not be in memory beside the teachers that are made from them.
+    """
+
+    def __init__(self, path: Path, names: Sequence[str]) -> None:
+        self._path = path
+        self._names = names
+
+    def __getitem__(self, name: str) -> Tensor:
+        if name not in self._names:
+            raise KeyError(name)
+        with safe_open(self._path, "pt") as file:
+            value: Tensor = file.get_tensor(name)
+        return value.float() if value.is_floating_point() else value
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._names)
+
+    def __len__(self) -> int:
+        return len(self._names)
 
 
 def hash_tensors(state: Mapping[str, Tensor]) -> str:

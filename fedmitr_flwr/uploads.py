@@ -12,7 +12,7 @@ import json
 import logging
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedmitr_flwr.tensor_files import hash_tensors, write_tensors
+from fedmitr_flwr.tensor_files import StoredState, hash_tensors, write_tensors
 
 log = logging.getLogger("fedmitr.collection")
 
@@ -70,30 +70,6 @@ class Upload:
     accuracy: float
     path: Path
     sha256: str
-
-
-class StoredState(Mapping[str, Tensor]):
-    """The weights of an accepted upload, read from disk tensor by tensor when they are asked for, in fp32.
-
-    So hundreds of client models need not be in memory beside the teachers that are made from them.
-    """
-
-    def __init__(self, path: Path, names: Sequence[str]) -> None:
-        self._path = path
-        self._names = names
-
-    def __getitem__(self, name: str) -> Tensor:
-        if name not in self._names:
-            raise KeyError(name)
-        with safe_open(self._path, "pt") as file:
-            value: Tensor = file.get_tensor(name)
-        return value.float() if value.is_floating_point() else value
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self._names)
-
-    def __len__(self) -> int:
-        return len(self._names)
 
 
 class UploadStore:
