@@ -12,9 +12,10 @@ from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 
 from fedmitr_flwr.atomic import release_memory, write_json
+from fedmitr_flwr.claims import UploadRefused
 from fedmitr_flwr.digest import short
 from fedmitr_flwr.quorum import ClientCounts
-from fedmitr_flwr.uploads import Upload, UploadRefused, UploadStore
+from fedmitr_flwr.uploads import Upload, UploadStore
 from fedmitr_flwr.wire import decode_state
 
 log = logging.getLogger("fedmitr.collection")

@@ -7,12 +7,10 @@ model with believable numbers beside it, and refused with the reason otherwise.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,18 +19,22 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from fedmitr_flwr.claims import (
+    UploadRefused,
+    brief,
+    check_accuracy,
+    check_count,
+    check_histogram,
+    check_name,
+    check_number,
+    file_stem,
+    natural_key,
+)
 from fedmitr_flwr.tensor_files import StoredState, hash_tensors, write_tensors
 
 log = logging.getLogger("fedmitr.collection")
 
 UPLOAD_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-# No honest site holds more images; it keeps sums of counts far inside int64 and float64.
-MAX_EXAMPLES = 10**9
-
-
-class UploadRefused(ValueError):  # noqa: N818 - a verdict on one upload, not an error of the run
-    """An upload that will not be used; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -116,11 +118,10 @@ class UploadStore:
         UploadRefused
             If it is not a printable name of 1 to 128 characters, or its upload was accepted already.
         """
-        if not isinstance(client, str) or not 1 <= len(client) <= 128 or not client.isprintable():
-            raise UploadRefused(f"client name {_brief(client)} is not 1 to 128 printable characters")
-        if client in self._uploads:
-            raise UploadRefused(f"second upload of client {client}")
-        return client
+        name = check_name(client)
+        if name in self._uploads:
+            raise UploadRefused(f"second upload of client {name}")
+        return name
 
     def check_layout(self, declared: Mapping[str, TensorLayout]) -> None:
         """Compare declared names, shapes and dtypes with the reference; allocates nothing.
@@ -138,7 +139,7 @@ class UploadStore:
             found = declared[key]
             # Equal, not merely broadcastable: (1, 64) in place of (64, 64) would average silently.
             if found.shape != expected.shape:
-                raise UploadRefused(f"{key} has shape {_brief(found.shape)}, expected {expected.shape}")
+                raise UploadRefused(f"{key} has shape {brief(found.shape)}, expected {expected.shape}")
             allowed = set(UPLOAD_DTYPES.values()) if expected.dtype.is_floating_point else {expected.dtype}
             if found.dtype not in allowed:
                 raise UploadRefused(f"{key} has dtype {found.dtype}, expected {_dtype_names(allowed)}")
@@ -173,14 +174,12 @@ class UploadStore:
         """
         name = self.check_client(client)
         self.check_layout({key: TensorLayout(tuple(value.shape), value.dtype) for key, value in state.items()})
-        count = _count("num-examples", num_examples, 1)
-        counts = self._histogram(histogram, count)
-        final_loss = _finite("loss", loss)
-        final_accuracy = _finite("accuracy", accuracy)
-        if not 0.0 <= final_accuracy <= 1.0:
-            raise UploadRefused(f"accuracy {final_accuracy} is not between 0 and 1")
+        count = check_count("num-examples", num_examples, 1)
+        counts = check_histogram(histogram, count, self.num_classes, needed=self.needs_histogram)
+        final_loss = check_number("loss", loss)
+        final_accuracy = check_accuracy(accuracy)
         self._check_values(state)
-        path = self.directory / f"{_file_stem(name)}.safetensors"
+        path = self.directory / f"{file_stem(name)}.safetensors"
         upload = Upload(name, count, counts, final_loss, final_accuracy, path, hash_tensors(state))
         self._write(upload, state)
         self._uploads[name] = upload
@@ -219,7 +218,7 @@ class UploadStore:
             path,
             about["sha256"],
         )
-        if path.stem != _file_stem(upload.client):
+        if path.stem != file_stem(upload.client):
             raise ValueError(f"it is named after another client than {upload.client}")
         state = self.load(upload)
         self.check_layout({key: TensorLayout(tuple(value.shape), value.dtype) for key, value in state.items()})
@@ -272,18 +271,6 @@ class UploadStore:
         """
         return StoredState(upload.path, tuple(self.load(upload)))
 
-    def _histogram(self, histogram: object, num_examples: int) -> tuple[int, ...] | None:
-        if histogram is None:
-            if self.needs_histogram:
-                raise UploadRefused("has no label histogram, and this run needs one")
-            return None
-        if not isinstance(histogram, Sequence) or isinstance(histogram, str) or len(histogram) != self.num_classes:
-            raise UploadRefused(f"histogram {_brief(histogram)} is not a list of {self.num_classes} counts")
-        counts = tuple(_count("histogram entry", entry, 0) for entry in histogram)
-        if sum(counts) != num_examples:
-            raise UploadRefused(f"histogram sums to {sum(counts)}, but num-examples is {num_examples}")
-        return counts
-
     def _write(self, upload: Upload, state: Mapping[str, Tensor]) -> None:
         metadata = {
             "client": upload.client,
@@ -296,44 +283,11 @@ class UploadStore:
         write_tensors(upload.path, state, metadata)
 
 
-def natural_key(text: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
-    """Sort key under which ``partition-2`` comes before ``partition-10``."""
-    parts = re.findall(r"[0-9]+|[^0-9]+", text)
-    numbered = tuple((0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts)
-    return numbered, text
-
-
-def _file_stem(client: str) -> str:
-    """Turn a name into a file name that no other name gets.
-
-    A name that had to change ends in an underscore and a hash; names that stay have no underscore.
-    """
-    plain = re.sub(r"[^a-z0-9-]+", "-", client.lower()).strip("-")[:64]
-    return plain if plain == client else f"{plain}_{hashlib.sha256(client.encode()).hexdigest()[:16]}"
-
-
 def _refuse_names(kind: str, names: list[str]) -> None:
     if names:
-        shown = ", ".join(_brief(name) for name in names[:3]) + (", …" if len(names) > 3 else "")
+        shown = ", ".join(brief(name) for name in names[:3]) + (", …" if len(names) > 3 else "")
         raise UploadRefused(f"{len(names)} {kind} tensor{'s' if len(names) > 1 else ''}: {shown}")
 
 
 def _dtype_names(dtypes: set[torch.dtype]) -> str:
     return " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-
-
-def _count(what: str, value: object, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_EXAMPLES:
-        raise UploadRefused(f"{what} {_brief(value)} is not an integer between {least} and {MAX_EXAMPLES}")
-    return value
-
-
-def _finite(what: str, value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise UploadRefused(f"{what} {_brief(value)} is not a finite number")
-    return float(value)
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."

@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedmitr_flwr import uploads
+from fedmitr_flwr.claims import UploadRefused, natural_key
 from fedmitr_flwr.tensor_files import hash_tensors
-from fedmitr_flwr.uploads import UploadRefused, UploadStore, natural_key
+from fedmitr_flwr.uploads import UploadStore
 
 GOOD = {"num_examples": 7, "loss": 0.5, "accuracy": 0.75, "histogram": [3, 0, 4]}
 
