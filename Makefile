@@ -19,7 +19,7 @@ STAMP := $(VENV)/.fedmitr-installed
 SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo quick test unit integration slow docker-image test-deployment lint format settings bundle \
+.PHONY: help install demo quick test unit integration slow faults docker-image test-deployment lint format settings bundle \
 	clean
 
 help: ## list all targets
@@ -77,6 +77,9 @@ docker-image: ## build the container image; arguments as in docker/README.md
 
 test-deployment: $(STAMP) ## build the container image and test it (needs a Docker engine)
 	$(BIN)/python -m pytest -m deployment $(PYTEST_ARGS)
+
+faults: $(STAMP) ## kill, stop and starve real runs, and go on with them
+	$(BIN)/python -m pytest tests/integration/test_faults.py tests/integration/test_resume.py $(PYTEST_ARGS)
 
 lint: $(STAMP) ## check style, format and types
 	$(BIN)/ruff check .

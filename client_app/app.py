@@ -14,6 +14,7 @@ from fedmitr_flwr.client import ClientTask, client_name, train_client
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.digest import check_digest
 from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.watchdog import time_limit
 from fedmitr_flwr.wire import decode_trusted, encode_state
 
 log = logging.getLogger("fedmitr.client")
@@ -38,6 +39,13 @@ def train(message: Message, context: Context) -> Message:
         return Message(Error(ErrorCode.CLIENT_APP_RAISED_EXCEPTION, reason), reply_to=message)
 
 
+@app.query()
+def query(message: Message, context: Context) -> Message:
+    """Say which client this is, so that a run that goes on asks only those whose upload is missing."""
+    name = client_name(context.node_config, context.node_id)
+    return Message(RecordDict({"config": ConfigRecord({"client": name})}), reply_to=message)
+
+
 def _train(content: RecordDict, context: Context, name: str) -> RecordDict:
     config = content.config_records["config"]
     digest = check_digest(str(config["digest"]))  # first of all: other code may read the rest differently
@@ -48,7 +56,9 @@ def _train(content: RecordDict, context: Context, name: str) -> RecordDict:
         round_number=int(str(config["round"])),
         initial=decode_trusted(content.array_records["arrays"]),
     )
-    upload = train_client(task, context.node_config, name)
+    limit = settings.train.time_limit_seconds or settings.run.deadline_seconds
+    with time_limit(limit, "training"):
+        upload = train_client(task, context.node_config, name)
     dtype = settings.train.upload_dtype
     answer = RecordDict({"config": ConfigRecord({"digest": digest, "client": name, "dtype": dtype})})
     partition = context.node_config.get("partition-id")

@@ -8,13 +8,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 
 import fedmitr_flwr
 from fedmitr_flwr import run_files
-from fedmitr_flwr.settings import SettingsError
+from fedmitr_flwr.resume import is_complete
+from fedmitr_flwr.run_files import FederationValue
+from fedmitr_flwr.settings import Settings, SettingsError
 from fedmitr_flwr.settings import docs as settings_docs
 from fedmitr_flwr.simulate import simulate as run_simulation
 
@@ -104,10 +106,43 @@ def simulate(
         directory = run_files.app_directory(app_dir)
         settings = run_files.run_settings(directory, conf, overrides or [], output)
         config = run_files.federation_config(federation, clients, cpus)
+    _run(directory, settings, config, verbose=verbose, quiet=quiet)
+
+
+@app.command()
+def resume(
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of the run, such as outputs/demo.")],
+    overrides: SetOption = None,
+    cpus: Annotated[int | None, typer.Option("--cpus", help="CPU cores for the clients. Default: as before.")] = None,
+    app_dir: AppOption = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all that Flower and Ray print.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show the log only when the run fails.")] = False,
+) -> None:
+    """Go on with a simulation that failed or was interrupted, from what it has finished.
+
+    Only clients whose upload is missing train again; finished inversion batches and distillation steps stay. A setting
+    that decided what is finished cannot be changed. Last line and exit codes: as of `fedmitr simulate`.
+    """
+    path = run.expanduser().resolve()
+    with _bad_input():
+        directory = run_files.app_directory(app_dir)
+        if is_complete(path):
+            typer.echo(path)
+            raise typer.Exit
+        settings, federation = run_files.resumed_run(path, overrides or [])
+        config = run_files.federation_config(None, None, cpus, federation)
+    _run(directory, settings, config, verbose=verbose, quiet=quiet)
+
+
+def _run(
+    directory: Path, settings: Settings, config: dict[str, FederationValue], *, verbose: bool, quiet: bool
+) -> NoReturn:
     outcome = run_simulation(directory, settings, config, echo=_echo, verbose=verbose, quiet=quiet)
     if outcome.error:
         failed = "the run failed: " if outcome.exit_code == 1 else ""
         typer.secho(f"fedmitr: {failed}{outcome.error}", err=True, fg=typer.colors.RED)
+        if outcome.directory is not None and any(outcome.directory.glob("uploads/*/*.safetensors")):
+            typer.echo(f"fedmitr: go on from what is finished: fedmitr resume {outcome.directory}", err=True)
     if outcome.directory is not None:
         typer.echo(outcome.directory)
     raise typer.Exit(outcome.exit_code)

@@ -12,8 +12,9 @@ Letters: B images, C classes, P patches of the full grid, N images of the pool.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from typing import Any, Protocol
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -74,6 +75,16 @@ class LossTerms:
         return settings.kl_weight * self.kl + settings.ce_weight * self.ce + settings.low_weight * self.low
 
 
+class TrainingProgress(Protocol):
+    """Keeps the state of the training loop from time to time, such as `checkpoints.Progress`."""
+
+    def load(self) -> dict[str, Any] | None:
+        """Return what was kept last."""
+
+    def offer(self, make: Callable[[], Mapping[str, Any]]) -> None:
+        """Keep what `make` returns, or do not."""
+
+
 @torch.no_grad()
 def make_pool(
     ensemble: Ensemble,
@@ -128,6 +139,7 @@ def distill(
     *,
     generator: torch.Generator,
     on_step: Callable[[int, LossTerms], None] | None = None,
+    progress: TrainingProgress | None = None,
 ) -> None:
     """Train the student in place on random batches of the pool.
 
@@ -143,6 +155,8 @@ def distill(
         CPU generator of the order.
     on_step
         Called with the step, from 0, and its detached terms, still on the device.
+    progress
+        Where the state of the loop is kept; what it holds at the start is gone on with.
 
     Raises
     ------
@@ -156,7 +170,14 @@ def distill(
     student.train()
     queue = torch.empty(0, dtype=torch.int64)
     total = torch.zeros(())
-    for step in range(settings.steps):
+    start = 0
+    if progress is not None and (kept := progress.load()) is not None:
+        student.load_state_dict(kept["student"])
+        optimizer.load_state_dict(kept["optimizer"])
+        scheduler.load_state_dict(kept["scheduler"])
+        generator.set_state(kept["generator"])
+        queue, start = kept["queue"], kept["step"]
+    for step in range(start, settings.steps):
         while len(queue) < settings.batch_size:
             queue = torch.cat([queue, torch.randperm(len(pool.labels), generator=generator)])
         rows, queue = queue[: settings.batch_size], queue[settings.batch_size :]
@@ -169,6 +190,17 @@ def distill(
         scheduler.step()
         if on_step is not None:
             on_step(step, LossTerms(terms.kl.detach(), terms.ce.detach(), terms.low.detach()))
+        if progress is not None:
+            progress.offer(
+                lambda: {
+                    "step": step + 1,  # noqa: B023 - called at once
+                    "queue": queue.clone(),  # noqa: B023
+                    "generator": generator.get_state(),
+                    "student": student.state_dict(),
+                    "optimizer": optimizer.state_dict(),
+                    "scheduler": scheduler.state_dict(),
+                }
+            )
     student.eval()
     if not bool(torch.isfinite(total)):
         raise RuntimeError(f"distillation loss is not finite after {settings.steps} steps; lower distill.learning-rate")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Protocol
 
 import torch
@@ -15,6 +16,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from fedmitr_flwr.averaging import fedavg, merged
+from fedmitr_flwr.checkpoints import Checkpoints
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.density import PatchSplit, split_patches
 from fedmitr_flwr.diagnostics import Diagnostics, diagnose
@@ -88,6 +90,7 @@ class Pipeline(Protocol):
         seed: int,
         device: torch.device,
         observer: Observer,
+        checkpoints: Checkpoints | None = None,
     ) -> PipelineResult:
         """Run it; see `run_pipeline`."""
 
@@ -101,6 +104,7 @@ def run_pipeline(
     seed: int,
     device: torch.device,
     observer: Observer,
+    checkpoints: Checkpoints | None = None,
 ) -> PipelineResult:
     """Run FedMITR on validated uploads.
 
@@ -120,6 +124,8 @@ def run_pipeline(
         Where the stages run.
     observer
         Receives events and times.
+    checkpoints
+        Keeps what is finished; what it holds already is not made again.
 
     Raises
     ------
@@ -132,7 +138,16 @@ def run_pipeline(
     model = build_model(settings.model, spec)
     grid = PatchGrid.of(model, spec)
     with observer.stage("invert"):
-        synthetic = invert_all(ensemble, known, grid, settings.inversion, seed=seed, device=device, observer=observer)
+        synthetic = invert_all(
+            ensemble,
+            known,
+            grid,
+            settings.inversion,
+            seed=seed,
+            device=device,
+            observer=observer,
+            checkpoints=checkpoints,
+        )
         found = diagnose(ensemble, synthetic, grid, settings.inversion)
         observer.event("diagnostics", **found.as_dict())
         for warning in found.warnings():
@@ -147,13 +162,18 @@ def run_pipeline(
             else 0.0,
         )
     average = fedavg([client.state for client in clients], torch.tensor([client.num_examples for client in clients]))
-    with observer.stage("distill"):
-        model.load_state_dict(student_start(settings, clients, initial, ensemble, average))
-        generator = torch.Generator().manual_seed(seed)
-        pool = make_pool(ensemble, synthetic, split, targets, grid, settings.distill, generator=generator)
-        report = report_steps(observer, settings.distill.steps)
-        distill(model.to(device), pool, settings.distill, generator=generator, on_step=report)
-    state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+    state = checkpoints.model() if checkpoints is not None else None
+    if state is None:
+        with observer.stage("distill"):
+            model.load_state_dict(student_start(settings, clients, initial, ensemble, average))
+            generator = torch.Generator().manual_seed(seed)
+            pool = make_pool(ensemble, synthetic, split, targets, grid, settings.distill, generator=generator)
+            report = report_steps(observer, settings.distill.steps)
+            progress = checkpoints.progress() if checkpoints is not None else None
+            distill(model.to(device), pool, settings.distill, generator=generator, on_step=report, progress=progress)
+        state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+        if checkpoints is not None:
+            checkpoints.save_model(state)
     return PipelineResult(state, average, ensemble, synthetic, split, found, dict(observer.seconds))
 
 
@@ -199,6 +219,7 @@ def invert_all(
     seed: int,
     device: torch.device,
     observer: Observer,
+    checkpoints: Checkpoints | None = None,
 ) -> SyntheticImages:
     """Stage 1 in batches; labels run through `classes` in turn, each batch has its own seed."""
     labels = classes[torch.arange(settings.images, device=device) % len(classes)]
@@ -206,7 +227,8 @@ def invert_all(
     for number, batch in enumerate(labels.split(settings.batch_size)):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         few = ensemble.draw(settings.teachers_per_batch, batch, generator)
-        parts.append(invert(few, batch, grid, settings, generator=generator))
+        make = partial(invert, few, batch, grid, settings, generator=generator)
+        parts.append(make() if checkpoints is None else checkpoints.batch(number, make, device))
         done = min((number + 1) * settings.batch_size, settings.images)
         observer.event("invert", images=f"{done}/{settings.images}", loss=float(parts[-1].loss.mean()))
     return SyntheticImages(

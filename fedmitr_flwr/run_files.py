@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import fedmitr_flwr
+from fedmitr_flwr.resume import resumed_settings, stored_config
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError, flat_fields
 from fedmitr_flwr.settings.docs import CONFIG_TABLE, flatten, takes_text, toml_value
 
@@ -94,8 +95,40 @@ def run_settings(
     return settings.replace(**_absolute_paths(settings))
 
 
+def resumed_run(run: Path, overrides: Sequence[str] = ()) -> tuple[Settings, Mapping[str, Any]]:
+    """Read what it takes to go on with a simulation.
+
+    Parameters
+    ----------
+    run
+        Directory of the run.
+    overrides
+        ``key=value`` strings to change in its settings.
+
+    Returns
+    -------
+    settings
+        Of the run, to be run again.
+    federation
+        Its simulation config.
+
+    Raises
+    ------
+    SettingsError
+        If there is no such run, it was no simulation, or a change contradicts what is finished.
+    """
+    federation = stored_config(run).get("federation")
+    if not federation:
+        allowed = "was not simulated here; go on with it by `flwr run` with run.resume in the run-config"
+        raise SettingsError(("run.resume", str(run), allowed))
+    return resumed_settings(run, dict(_override(text) for text in overrides)), federation
+
+
 def federation_config(
-    file: Path | None = None, clients: int | None = None, cpus: int | None = None
+    file: Path | None = None,
+    clients: int | None = None,
+    cpus: int | None = None,
+    base: Mapping[str, Any] | None = None,
 ) -> dict[str, FederationValue]:
     """Resolve the simulation config: a federation file over defaults for this machine.
 
@@ -108,6 +141,8 @@ def federation_config(
     cpus
         CPU cores for the clients; wins over the file. When neither says: all that this process may use,
         as long as there are clients to use them.
+    base
+        In place of a file: the simulation config of an earlier run.
 
     Raises
     ------
@@ -115,7 +150,7 @@ def federation_config(
         Unknown key, wrong type or value out of range.
     """
     config: dict[str, Any] = {"num-supernodes": 10, "client-resources-num-cpus": 1, "client-resources-num-gpus": 0.0}
-    given = dict(flatten(_read_toml(file, "federation file"))) if file is not None else {}
+    given = dict(flatten(_read_toml(file, "federation file"))) if file is not None else dict(base or {})
     given |= {"num-supernodes": clients} if clients is not None else {}
     given |= {"init-args-num-cpus": cpus} if cpus is not None else {}
     problems = [problem for key, value in given.items() if (problem := _federation_problem(key, value))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import fcntl
 import logging
 import secrets
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path
@@ -25,14 +25,26 @@ LOG = "log.txt"
 SYNTHETIC = "synthetic.png"
 MODEL = "model"
 UPLOADS = "uploads"
+CHECKPOINTS = "checkpoints"
+COLLECTED = "collected.json"
+INITIAL = f"{CHECKPOINTS}/initial.safetensors"
 
 _LOCK = ".lock"
 _OWN_FILES = (STATUS, METRICS, CONFIG, LOG, SYNTHETIC, f"{MODEL}/model.safetensors", f"{MODEL}/config.json")
 _OWN_PATTERNS = (
     f"{UPLOADS}/round-*/*.safetensors",
-    *(f"{folder}.*{TEMPORARY_SUFFIX}" for folder in ("", f"{MODEL}/", f"{UPLOADS}/round-*/")),
+    f"{UPLOADS}/round-*/{COLLECTED}",
 )
-_OWN_FOLDERS = (f"{UPLOADS}/round-*", UPLOADS, MODEL)
+_CHECKPOINT_PATTERNS = (
+    INITIAL,
+    f"{CHECKPOINTS}/round-*/*.safetensors",
+    f"{CHECKPOINTS}/round-*/*.pt",
+)
+_TEMPORARY_PATTERNS = tuple(
+    f"{folder}.*{TEMPORARY_SUFFIX}"
+    for folder in ("", f"{MODEL}/", f"{UPLOADS}/round-*/", f"{CHECKPOINTS}/", f"{CHECKPOINTS}/round-*/")
+)
+_OWN_FOLDERS = (f"{UPLOADS}/round-*", UPLOADS, f"{CHECKPOINTS}/round-*", CHECKPOINTS, MODEL)
 
 logger = logging.getLogger(f"{LIBRARY_LOGGER}.run")
 
@@ -88,6 +100,32 @@ class RunDirectory:
             raise
         return cls(path, lock)
 
+    @classmethod
+    def resume(cls, path: Path) -> RunDirectory:
+        """Take over the directory of a run that was cut off; only files that were half written are removed.
+
+        Raises
+        ------
+        SettingsError
+            If it cannot be written to, or is in use by a running run.
+        """
+        try:
+            lock = _take_lock(path, path.name)
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise SettingsError(("run.resume", str(path), f"cannot be written: {reason}")) from None
+        _remove(path, _TEMPORARY_PATTERNS)
+        return cls(path, lock)
+
+    def checkpoints(self, round_number: int) -> Path:
+        """Return the directory of what a round's stages have finished."""
+        return self.path / CHECKPOINTS / f"round-{round_number}"
+
+    def drop_checkpoints(self) -> None:
+        """Remove all that serves only to go on with the run; the uploads stay."""
+        _remove(self.path, _CHECKPOINT_PATTERNS)
+        _remove_empty_folders(self.path)
+
     def uploads(self, round_number: int) -> Path:
         """Return the directory of a round's uploads."""
         return self.path / UPLOADS / f"round-{round_number}"
@@ -118,8 +156,11 @@ class RunDirectory:
         try:
             if error is None:
                 self._write_status("completed", None)
-            else:
+                return
+            try:
                 self._write_status("failed", f"{type(error).__name__}: {error}")
+            except OSError as problem:  # what failed the run, such as a full disk, is the error to report
+                logger.error("%s cannot be written: %s", STATUS, problem)
         finally:
             self._lock.close()
 
@@ -193,11 +234,19 @@ def _clear(path: Path, name: str) -> None:
         if foreign:
             allowed = f"{path} holds {foreign[0]}, but no run made it; choose another name"
             raise SettingsError(("run.name", name, allowed))
-    files = [path / file for file in _OWN_FILES]
-    found = [match for pattern in _OWN_PATTERNS for match in path.glob(pattern)]
+    _remove(path, (*_OWN_PATTERNS, *_CHECKPOINT_PATTERNS, *_TEMPORARY_PATTERNS))
     # The status goes last: a directory cleared by half is still known as a run's.
-    for file in [*found, *files[1:], files[0]]:
+    for file in [*_OWN_FILES[1:], _OWN_FILES[0]]:
+        (path / file).unlink(missing_ok=True)
+    _remove_empty_folders(path)
+
+
+def _remove(path: Path, patterns: Iterable[str]) -> None:
+    for file in [match for pattern in patterns for match in path.glob(pattern)]:
         file.unlink(missing_ok=True)
+
+
+def _remove_empty_folders(path: Path) -> None:
     for pattern in _OWN_FOLDERS:
         for folder in path.glob(pattern):
             if folder.is_dir() and not any(folder.iterdir()):

@@ -20,7 +20,9 @@ from pathlib import Path
 from types import FrameType
 from typing import Self
 
+from fedmitr_flwr.atomic import write_json
 from fedmitr_flwr.private_flower import PrivateFlower
+from fedmitr_flwr.resume import FEDERATION_VARIABLE
 from fedmitr_flwr.run_files import FederationValue, federation_toml
 from fedmitr_flwr.rundir import STATUS, fresh_name
 from fedmitr_flwr.settings import Settings
@@ -111,9 +113,12 @@ def simulate(
                 error = _run(flower, app, settings, federation, log, status)
             code = 1 if error else 0
         except Interrupted as interruption:
+            flower.kill_server_app()
             error, code = f"the run was interrupted by {interruption}", 128 + interruption.number
         except OSError as problem:
             error, code = str(problem), 1
+    if error:
+        status.close("interrupted" if code > 128 else "failed", error)
     if error and quiet:
         log.repeat()
     return RunOutcome(code, error, directory if status.is_new() else None)
@@ -134,6 +139,7 @@ def _run(
     command = ["run", str(app), "--stream"]
     command += ["--run-config", str(run_config), "--federation-config", str(federation_config)]
     for _ in range(3):
+        flower.environment[FEDERATION_VARIABLE] = json.dumps(dict(federation))
         code, run_id = _follow(flower, command, log)
         if run_id is not None or not log.holds(_NO_SUPERLINK):
             break
@@ -205,6 +211,12 @@ class _StatusFile:
 
     def is_new(self) -> bool:
         return self._stamp() not in (None, self._before)
+
+    def close(self, state: str, error: str) -> None:
+        """Say how the run ended where the ServerApp had no time to."""
+        if self.read()[0] == "running":
+            with contextlib.suppress(OSError, ValueError):
+                write_json(self._path, {**json.loads(self._path.read_text("utf-8")), "state": state, "error": error})
 
     def read(self) -> tuple[str, str]:
         """State and error that the ServerApp wrote; empty strings when it wrote none."""

@@ -8,29 +8,32 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
-from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, Metadata, MetricRecord, RecordDict
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
-from flwr.serverapp.strategy import Strategy
+from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
+from fedmitr_flwr.checkpoints import Checkpoints
+from fedmitr_flwr.collection import Collection, close_collection, closed_collection, nodes_without
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.digest import code_digest, short
+from fedmitr_flwr.exchange import WindowedGrid
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.pipeline import ClientModel, Pipeline, PipelineResult, run_pipeline
 from fedmitr_flwr.quorum import ClientCounts, check_quorum, wait_for_nodes
-from fedmitr_flwr.rundir import RunDirectory
+from fedmitr_flwr.rundir import COLLECTED, RunDirectory
 from fedmitr_flwr.settings import Settings
-from fedmitr_flwr.uploads import Upload, UploadRefused, UploadStore
-from fedmitr_flwr.wire import decode_state, decode_trusted, encode_state
+from fedmitr_flwr.uploads import Upload, UploadStore
+from fedmitr_flwr.wire import decode_trusted, encode_state
 
 log = logging.getLogger("fedmitr.strategy")
 
-# Error replies that the SuperLink makes itself carry its own id instead of the silent node's.
-_SUPERLINK_NODE_ID = 1
+# Seconds that a train message outlives the deadline: when its time is over, Flower drops it and the reply to it.
+_TTL_MARGIN = 3600.0
 
 
 @dataclass(frozen=True)
@@ -102,8 +105,10 @@ class FedMITR(Strategy):
         self.outcome: RoundOutcome | None = None
         self.seconds = {"clients": 0.0, "collect": 0.0}
         self._initial: dict[str, Tensor] = {}
-        self._asked: list[Metadata] = []
+        self._asked = 0
         self._asked_at = 0.0
+        self._store: UploadStore | None = None
+        self._closed: ClientCounts | None = None
 
     def summary(self) -> None:
         """Log the strategy's main settings in Flower's style."""
@@ -118,6 +123,29 @@ class FedMITR(Strategy):
         log.info("\t├──> Distillation: %d steps on %s", self.settings.distill.steps, self.device)
         log.info("\t└──> Code: %s", short(self.digest))
 
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 1,
+        timeout: float | None = None,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the rounds as Flower does, with one reply in memory at a time.
+
+        Parameters
+        ----------
+        timeout
+            Seconds for the clients of a round; default `run.deadline-seconds`.
+        """
+        run = self.settings.run
+        if not isinstance(grid, WindowedGrid):
+            grid = WindowedGrid(grid, run)
+        timeout = run.deadline_seconds if timeout is None else timeout
+        return super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
+
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
@@ -129,8 +157,17 @@ class FedMITR(Strategy):
             If too few nodes connect within `run.wait-nodes-seconds`.
         """
         run = self.settings.run
-        nodes = wait_for_nodes(grid.get_node_ids, run)
         self._initial = decode_trusted(arrays)
+        self._asked, self._asked_at = 0, time.perf_counter()
+        self._store = self._open_store(server_round)
+        self._closed = closed_collection(self.run.uploads(server_round) / COLLECTED, self._store.uploads())
+        if self._closed is not None:
+            log.info("configure_train: all uploads of round %d are there", server_round)
+            return []
+        nodes = wait_for_nodes(grid.get_node_ids, run)
+        if have := {upload.client for upload in self._store.uploads()}:
+            log.info("configure_train: %d uploads are there already", len(have))
+            nodes = nodes_without(have, nodes, grid, run.wait_nodes_seconds + 0.5 * len(nodes))
         ours: dict[str, str | int] = {
             "digest": self.digest,
             "settings": json.dumps(self.settings.flat()),
@@ -138,9 +175,10 @@ class FedMITR(Strategy):
             "round": server_round,
         }
         content = RecordDict({"arrays": arrays, "config": ConfigRecord({**config, **ours})})
-        messages = [Message(content, node, MessageType.TRAIN, group_id=str(server_round)) for node in nodes]
+        ttl = run.deadline_seconds + _TTL_MARGIN
+        messages = [Message(content, node, MessageType.TRAIN, ttl=ttl, group_id=str(server_round)) for node in nodes]
         log.info("configure_train: asking %d clients (round %d)", len(messages), server_round)
-        self._asked = [message.metadata for message in messages]
+        self._asked = len(messages)
         self._asked_at = time.perf_counter()
         return messages
 
@@ -166,23 +204,53 @@ class FedMITR(Strategy):
         QuorumError
             If fewer uploads are usable than `run.min-clients` and `run.min-fraction` ask for.
         """
+        store, counts = self.collect(server_round, replies)
+        check_quorum(counts, self.settings.run)
+        uploads = store.uploads()
+        if self._closed is None:
+            close_collection(self.run.uploads(server_round) / COLLECTED, counts, uploads)
+        clients = [ClientModel(store.open(upload), upload.num_examples, upload.histogram) for upload in uploads]
+        seed = self.settings.run.seed + server_round - 1
+        checkpoints = Checkpoints(self.run.checkpoints(server_round), self.settings.run.checkpoint_seconds)
+        result = self.pipeline(
+            self.settings,
+            self.spec,
+            clients,
+            self._initial,
+            seed=seed,
+            device=self.device,
+            observer=self.observer,
+            checkpoints=checkpoints,
+        )
+        self.outcome = RoundOutcome(result, tuple(uploads), counts)
+        return encode_state(result.state), _metrics(uploads, counts)
+
+    def collect(self, server_round: int, replies: Iterable[Message]) -> tuple[UploadStore, ClientCounts]:
+        """Keep the good uploads of a round; see `collection.Collection`."""
+        store = self._store
+        assert store is not None  # Flower calls configure_train first
+        if self._closed is not None:
+            return store, self._closed
+        before = len(store.uploads())
+        collection = Collection(store, self.digest, histograms=self.settings.train.share_label_histogram)
+        new = collection.take(replies, self._asked)
+        self.seconds["collect"] += collection.working
+        self.seconds["clients"] += time.perf_counter() - self._asked_at - collection.working
+        counts = replace(new, asked=new.asked + before, accepted=new.accepted + before)
+        log.info("collected: %s", counts)
+        return store, counts
+
+    def _open_store(self, server_round: int) -> UploadStore:
+        """Open the round's directory of uploads, with those that an earlier process of the run took."""
         store = UploadStore(
             self.run.uploads(server_round),
             self._initial,
             self.spec.num_classes,
             needs_histogram=self.settings.train.share_label_histogram,
+            max_update_norm=self.settings.run.max_update_norm,
         )
-        counts = self._collect(store, replies)
-        log.info("aggregate_train: %s", counts)
-        check_quorum(counts, self.settings.run)
-        uploads = store.uploads()
-        clients = [ClientModel(store.load(upload), upload.num_examples, upload.histogram) for upload in uploads]
-        seed = self.settings.run.seed + server_round - 1
-        result = self.pipeline(
-            self.settings, self.spec, clients, self._initial, seed=seed, device=self.device, observer=self.observer
-        )
-        self.outcome = RoundOutcome(result, tuple(uploads), counts)
-        return encode_state(result.state), _metrics(uploads, counts)
+        store.recover()
+        return store
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
@@ -192,88 +260,6 @@ class FedMITR(Strategy):
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> None:
         """Nobody was asked."""
-
-    def _collect(self, store: UploadStore, replies: Iterable[Message]) -> ClientCounts:
-        """Go through the replies as they come; the time between them is the clients', the rest is ours."""
-        tally = {"accepted": 0, "refused": 0, "failed": 0, "empty": 0}
-        working = 0.0
-        for reply in replies:
-            start = time.perf_counter()
-            tally[self._receive(store, reply)] += 1
-            working += time.perf_counter() - start
-        self.seconds["collect"] += working
-        self.seconds["clients"] += time.perf_counter() - self._asked_at - working
-        silent = len(self._asked) - sum(tally.values())
-        if silent > 0:
-            log.warning("\t├──! %d clients did not answer within %g s", silent, self.settings.run.deadline_seconds)
-            tally["failed"] += silent
-        return ClientCounts(asked=len(self._asked), **tally)
-
-    def _receive(self, store: UploadStore, reply: Message) -> str:
-        """Take one reply and say which count it belongs to."""
-        node = self._node(reply.metadata)
-        if reply.has_error():
-            reason = reply.error.reason or ""
-            log.warning("\t├──! node %d failed (code %d): %s", node, reply.error.code, failure_reason(reason))
-            log.debug("node %d, in full: %s", node, reason[:10_000])
-            return "failed"
-        try:
-            upload = self._accept(store, reply.content)
-        except UploadRefused as refusal:
-            log.warning("\t├──! upload of node %d refused: %s", node, refusal)
-            return "refused"
-        except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
-            # A reply that breaks the validation itself is a bad upload too: the others cannot be sent again.
-            log.warning("\t├──! upload of node %d refused: unreadable (%s)", node, type(error).__name__)
-            log.debug("node %d, in full:", node, exc_info=True)
-            return "refused"
-        finally:
-            reply.content.clear()  # Flower holds on to the message; its arrays need not stay in memory
-        if upload is None:
-            log.info("\t├──> node %d has no data", node)
-            return "empty"
-        log.info("\t├──> %s: %d images, local accuracy %.3f", upload.client, upload.num_examples, upload.accuracy)
-        return "accepted"
-
-    def _accept(self, store: UploadStore, content: RecordDict) -> Upload | None:
-        """Validate a reply's records and store the upload; None from a client without data."""
-        config = content.config_records.get("config", ConfigRecord())
-        metrics = content.metric_records.get("metrics", MetricRecord())
-        arrays = content.array_records.get("arrays")
-        digest = config.get("digest")
-        if digest != self.digest:
-            raise UploadRefused(f"made by other code: {short(str(digest))}, the server runs {short(self.digest)}")
-        client = store.check_client(config.get("client"))
-        num_examples = metrics.get("num-examples")
-        if arrays is None:
-            if num_examples == 0:
-                return None
-            raise UploadRefused("has no arrays")
-        return store.accept(
-            client,
-            decode_state(arrays, store, config.get("dtype")),
-            num_examples=num_examples,
-            loss=metrics.get("loss"),
-            accuracy=metrics.get("accuracy"),
-            # One that was not asked for is not kept, whatever the client thinks of it.
-            histogram=metrics.get("histogram") if self.settings.train.share_label_histogram else None,
-        )
-
-    def _node(self, metadata: Metadata) -> int:
-        if metadata.src_node_id != _SUPERLINK_NODE_ID:
-            return metadata.src_node_id
-        asked = {message.message_id: message.dst_node_id for message in self._asked}
-        return asked.get(metadata.reply_to_message_id, metadata.src_node_id)
-
-
-def failure_reason(text: str) -> str:
-    """Return the line of an error reply that says what happened.
-
-    Our ClientApp puts it first; Flower's own replies have it at the end of a traceback.
-    """
-    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason given"]
-    own = not lines[0].startswith(("Traceback", "<class"))
-    return lines[0 if own else -1][:500]
 
 
 def _metrics(uploads: Sequence[Upload], counts: ClientCounts) -> MetricRecord:

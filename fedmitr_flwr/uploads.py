@@ -7,28 +7,34 @@ model with believable numbers beside it, and refused with the reason otherwise.
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import math
-import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedmitr_flwr.tensor_files import write_tensors
+from fedmitr_flwr.claims import (
+    UploadRefused,
+    brief,
+    check_accuracy,
+    check_count,
+    check_histogram,
+    check_name,
+    check_number,
+    file_stem,
+    natural_key,
+)
+from fedmitr_flwr.tensor_files import StoredState, hash_tensors, write_tensors
+
+log = logging.getLogger("fedmitr.collection")
 
 UPLOAD_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-# No honest site holds more images; it keeps sums of counts far inside int64 and float64.
-MAX_EXAMPLES = 10**9
-
-
-class UploadRefused(ValueError):  # noqa: N818 - a verdict on one upload, not an error of the run
-    """An upload that will not be used; the message is the reason."""
 
 
 @dataclass(frozen=True)
@@ -82,12 +88,22 @@ class UploadStore:
         C, the length of a histogram.
     needs_histogram
         Refuse uploads without a label histogram.
+    max_update_norm
+        Refuse weights that lie further from the reference than this many times its L2 norm; 0: no limit.
     """
 
     def __init__(
-        self, directory: Path, reference: Mapping[str, Tensor], num_classes: int, *, needs_histogram: bool = False
+        self,
+        directory: Path,
+        reference: Mapping[str, Tensor],
+        num_classes: int,
+        *,
+        needs_histogram: bool = False,
+        max_update_norm: float = 0.0,
     ) -> None:
         self.directory = directory
+        self.reference = reference
+        self.max_update_norm = max_update_norm
         self.num_classes = num_classes
         self.needs_histogram = needs_histogram
         self.layout = {key: TensorLayout(tuple(value.shape), value.dtype) for key, value in reference.items()}
@@ -102,11 +118,10 @@ class UploadStore:
         UploadRefused
             If it is not a printable name of 1 to 128 characters, or its upload was accepted already.
         """
-        if not isinstance(client, str) or not 1 <= len(client) <= 128 or not client.isprintable():
-            raise UploadRefused(f"client name {_brief(client)} is not 1 to 128 printable characters")
-        if client in self._uploads:
-            raise UploadRefused(f"second upload of client {client}")
-        return client
+        name = check_name(client)
+        if name in self._uploads:
+            raise UploadRefused(f"second upload of client {name}")
+        return name
 
     def check_layout(self, declared: Mapping[str, TensorLayout]) -> None:
         """Compare declared names, shapes and dtypes with the reference; allocates nothing.
@@ -124,7 +139,7 @@ class UploadStore:
             found = declared[key]
             # Equal, not merely broadcastable: (1, 64) in place of (64, 64) would average silently.
             if found.shape != expected.shape:
-                raise UploadRefused(f"{key} has shape {_brief(found.shape)}, expected {expected.shape}")
+                raise UploadRefused(f"{key} has shape {brief(found.shape)}, expected {expected.shape}")
             allowed = set(UPLOAD_DTYPES.values()) if expected.dtype.is_floating_point else {expected.dtype}
             if found.dtype not in allowed:
                 raise UploadRefused(f"{key} has dtype {found.dtype}, expected {_dtype_names(allowed)}")
@@ -159,19 +174,54 @@ class UploadStore:
         """
         name = self.check_client(client)
         self.check_layout({key: TensorLayout(tuple(value.shape), value.dtype) for key, value in state.items()})
-        count = _count("num-examples", num_examples, 1)
-        counts = self._histogram(histogram, count)
-        final_loss = _finite("loss", loss)
-        final_accuracy = _finite("accuracy", accuracy)
-        if not 0.0 <= final_accuracy <= 1.0:
-            raise UploadRefused(f"accuracy {final_accuracy} is not between 0 and 1")
-        for key, value in state.items():
-            if not torch.isfinite(value).all():
-                raise UploadRefused(f"{key} holds NaN or Inf")
-        path = self.directory / f"{_file_stem(name)}.safetensors"
+        count = check_count("num-examples", num_examples, 1)
+        counts = check_histogram(histogram, count, self.num_classes, needed=self.needs_histogram)
+        final_loss = check_number("loss", loss)
+        final_accuracy = check_accuracy(accuracy)
+        self._check_values(state)
+        path = self.directory / f"{file_stem(name)}.safetensors"
         upload = Upload(name, count, counts, final_loss, final_accuracy, path, hash_tensors(state))
         self._write(upload, state)
         self._uploads[name] = upload
+        return upload
+
+    def recover(self) -> list[Upload]:
+        """Take the uploads over that an earlier process accepted into this directory.
+
+        Files are believed when they are whole and still hold what was accepted; another is left out with a warning, so
+        that its client is asked again.
+
+        Returns
+        -------
+        list[Upload]
+            As `uploads`.
+        """
+        for path in sorted(self.directory.glob("*.safetensors")):
+            try:
+                upload = self._read(path)
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                log.warning("\t├──! %s is not used: %s", path, error)
+                continue
+            self._uploads[upload.client] = upload
+        return self.uploads()
+
+    def _read(self, path: Path) -> Upload:
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+        counts = json.loads(about["histogram"])
+        upload = Upload(
+            about["client"],
+            int(about["num-examples"]),
+            None if counts is None else tuple(counts),
+            float(about["loss"]),
+            float(about["accuracy"]),
+            path,
+            about["sha256"],
+        )
+        if path.stem != file_stem(upload.client):
+            raise ValueError(f"it is named after another client than {upload.client}")
+        state = self.load(upload)
+        self.check_layout({key: TensorLayout(tuple(value.shape), value.dtype) for key, value in state.items()})
         return upload
 
     def uploads(self) -> list[Upload]:
@@ -191,17 +241,35 @@ class UploadStore:
             raise ValueError(f"{upload.path} has changed since the upload of {upload.client} was accepted")
         return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
-    def _histogram(self, histogram: object, num_examples: int) -> tuple[int, ...] | None:
-        if histogram is None:
-            if self.needs_histogram:
-                raise UploadRefused("has no label histogram, and this run needs one")
-            return None
-        if not isinstance(histogram, Sequence) or isinstance(histogram, str) or len(histogram) != self.num_classes:
-            raise UploadRefused(f"histogram {_brief(histogram)} is not a list of {self.num_classes} counts")
-        counts = tuple(_count("histogram entry", entry, 0) for entry in histogram)
-        if sum(counts) != num_examples:
-            raise UploadRefused(f"histogram sums to {sum(counts)}, but num-examples is {num_examples}")
-        return counts
+    def _check_values(self, state: Mapping[str, Tensor]) -> None:
+        """Refuse NaN, Inf, and weights too far from the common initialisation to come from training."""
+        update = start = 0.0
+        for key, expected in self.reference.items():
+            value = state[key]
+            if not value.is_floating_point():
+                continue
+            norm = float(torch.linalg.vector_norm(value.float() - expected))
+            # The square of fp32's largest numbers is infinite in fp32 too: these are finite, and too large.
+            if not math.isfinite(norm) and not torch.isfinite(value).all():
+                raise UploadRefused(f"{key} holds NaN or Inf")
+            update += norm**2
+            start += float(torch.linalg.vector_norm(expected)) ** 2
+        distance, limit = math.sqrt(update), self.max_update_norm * max(1.0, math.sqrt(start))
+        if self.max_update_norm and not distance <= limit:
+            raise UploadRefused(
+                f"lies {distance:.4g} from the common initialisation, above run.max-update-norm = "
+                f"{self.max_update_norm:g} times its norm ({limit:.4g})"
+            )
+
+    def open(self, upload: Upload) -> StoredState:
+        """Return an upload's tensors as a mapping that reads them when asked for; the file is checked now.
+
+        Raises
+        ------
+        ValueError
+            If the file is not what was accepted.
+        """
+        return StoredState(upload.path, tuple(self.load(upload)))
 
     def _write(self, upload: Upload, state: Mapping[str, Tensor]) -> None:
         metadata = {
@@ -215,54 +283,11 @@ class UploadStore:
         write_tensors(upload.path, state, metadata)
 
 
-def hash_tensors(state: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over names, dtypes, shapes and values, whatever the order of the keys."""
-    digest = hashlib.sha256()
-    for key in sorted(state):
-        value = state[key].detach().cpu().contiguous()
-        digest.update(json.dumps([key, str(value.dtype), list(value.shape)]).encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def natural_key(text: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
-    """Sort key under which ``partition-2`` comes before ``partition-10``."""
-    parts = re.findall(r"[0-9]+|[^0-9]+", text)
-    numbered = tuple((0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts)
-    return numbered, text
-
-
-def _file_stem(client: str) -> str:
-    """Turn a name into a file name that no other name gets.
-
-    A name that had to change ends in an underscore and a hash; names that stay have no underscore.
-    """
-    plain = re.sub(r"[^a-z0-9-]+", "-", client.lower()).strip("-")[:64]
-    return plain if plain == client else f"{plain}_{hashlib.sha256(client.encode()).hexdigest()[:16]}"
-
-
 def _refuse_names(kind: str, names: list[str]) -> None:
     if names:
-        shown = ", ".join(_brief(name) for name in names[:3]) + (", …" if len(names) > 3 else "")
+        shown = ", ".join(brief(name) for name in names[:3]) + (", …" if len(names) > 3 else "")
         raise UploadRefused(f"{len(names)} {kind} tensor{'s' if len(names) > 1 else ''}: {shown}")
 
 
 def _dtype_names(dtypes: set[torch.dtype]) -> str:
     return " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
-
-
-def _count(what: str, value: object, least: int) -> int:
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_EXAMPLES:
-        raise UploadRefused(f"{what} {_brief(value)} is not an integer between {least} and {MAX_EXAMPLES}")
-    return value
-
-
-def _finite(what: str, value: object) -> float:
-    if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
-        raise UploadRefused(f"{what} {_brief(value)} is not a finite number")
-    return float(value)
-
-
-def _brief(value: object) -> str:
-    text = repr(value)
-    return text if len(text) <= 100 else text[:97] + "..."

@@ -18,7 +18,8 @@ import torch
 from flwr.app import Array, ArrayRecord
 from torch import Tensor
 
-from fedmitr_flwr.uploads import UPLOAD_DTYPES, TensorLayout, UploadRefused, UploadStore
+from fedmitr_flwr.claims import UploadRefused
+from fedmitr_flwr.uploads import UPLOAD_DTYPES, TensorLayout, UploadStore
 
 UploadDtype = Literal["fp32", "fp16", "bf16"]
 

@@ -3,17 +3,24 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import InMemoryGrid
 
+from fedmitr_flwr.actors import close_pool, end_busy_actors, replace_dead_actors
 from fedmitr_flwr.baselines import METHODS
+from fedmitr_flwr.checkpoints import initial_or_stored
+from fedmitr_flwr.exchange import WindowedGrid
 from fedmitr_flwr.models import initial_state
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.quorum import wait_for_nodes
-from fedmitr_flwr.rundir import CONFIG, RunDirectory, console_log, failures_logged
-from fedmitr_flwr.server import Federation, describe_run, prepare, write_results
+from fedmitr_flwr.resume import changes_in, is_complete, resumed_settings, simulation_config
+from fedmitr_flwr.rundir import CONFIG, INITIAL, RunDirectory, console_log, failures_logged
+from fedmitr_flwr.server import Federation, check_disk, describe_run, prepare, write_results
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.strategy import FedMITR
 from fedmitr_flwr.wire import encode_state
@@ -29,15 +36,41 @@ def main(grid: Grid, context: Context) -> None:
     with console_log():
         with failures_logged():
             settings = Settings.from_run_config(context.run_config)
-            federation = prepare(settings, _simulated_clients(grid, settings))
-            run = RunDirectory.create(settings.run.output, settings.run.name)
-        with run, run.logging(), failures_logged():
-            _run(grid, settings, federation, run)
+            resumed = Path(settings.run.resume).expanduser().absolute() if settings.run.resume else None
+            if resumed is not None:
+                if is_complete(resumed):
+                    log.info("Complete already: %s", resumed)
+                    return
+                settings = resumed_settings(resumed, changes_in(settings, resumed))
+            clients = _simulated_clients(grid, settings)
+            federation = prepare(settings, clients)
+            check_disk(
+                settings, federation.spec, clients or max(settings.run.min_clients, len(list(grid.get_node_ids())))
+            )
+            run = (
+                RunDirectory.resume(resumed) if resumed else RunDirectory.create(settings.run.output, settings.run.name)
+            )
+        with run, run.logging(), failures_logged(), _workers(grid):
+            _run(grid, settings, federation, run, clients)
         log.info("Results: %s", run.path)
 
 
-def _run(grid: Grid, settings: Settings, federation: Federation, run: RunDirectory) -> None:
-    run.write_json(CONFIG, describe_run(settings, federation))
+@contextmanager
+def _workers(grid: Grid) -> Iterator[None]:
+    """Mend a simulation's workers, and leave none at work that Flower would wait for."""
+    if not isinstance(grid, InMemoryGrid):
+        yield
+        return
+    replace_dead_actors()
+    try:
+        yield
+    finally:
+        close_pool()
+
+
+def _run(grid: Grid, settings: Settings, federation: Federation, run: RunDirectory, clients: int | None) -> None:
+    run.write_json(CONFIG, {**describe_run(settings, federation), "federation": simulation_config(clients)})
+    initial = initial_or_stored(run.path / INITIAL, lambda: initial_state(settings, federation.spec))
     observer = Observer()
     strategy = FedMITR(
         settings,
@@ -47,15 +80,16 @@ def _run(grid: Grid, settings: Settings, federation: Federation, run: RunDirecto
         observer=observer,
         pipeline=METHODS[settings.run.method],
     )
+    simulated = isinstance(grid, InMemoryGrid)
     strategy.start(
-        grid,
-        encode_state(initial_state(settings, federation.spec)),
+        WindowedGrid(grid, settings.run, end_busy_actors if simulated else None),
+        encode_state(initial),
         num_rounds=settings.run.rounds,
-        timeout=settings.run.deadline_seconds,
     )
     assert strategy.outcome is not None  # a round that yields nothing raises
     observer.seconds.update(strategy.seconds)
     write_results(run, settings, federation, strategy.outcome.result, strategy.outcome.clients, observer)
+    run.drop_checkpoints()
 
 
 def _simulated_clients(grid: Grid, settings: Settings) -> int | None:

@@ -12,6 +12,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fedmitr_flwr.checkpoints import Checkpoints
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.pipeline import ClientModel, PipelineResult, run_pipeline
@@ -35,10 +36,13 @@ def dense_inversion(
     seed: int,
     device: torch.device,
     observer: Observer,
+    checkpoints: Checkpoints | None = None,
 ) -> PipelineResult:
     """Distil KL to the ensemble and cross-entropy with the pseudo-label. See `pipeline.run_pipeline`."""
     dense = settings.replace(**_DENSE)
-    return run_pipeline(dense, spec, clients, initial, seed=seed, device=device, observer=observer)
+    return run_pipeline(
+        dense, spec, clients, initial, seed=seed, device=device, observer=observer, checkpoints=checkpoints
+    )
 
 
 def dense_inversion_kl(
@@ -50,7 +54,10 @@ def dense_inversion_kl(
     seed: int,
     device: torch.device,
     observer: Observer,
+    checkpoints: Checkpoints | None = None,
 ) -> PipelineResult:
     """Distil KL to the ensemble alone. See `pipeline.run_pipeline`."""
     dense = settings.replace(**_DENSE, **{"distill.ce-weight": 0.0})
-    return run_pipeline(dense, spec, clients, initial, seed=seed, device=device, observer=observer)
+    return run_pipeline(
+        dense, spec, clients, initial, seed=seed, device=device, observer=observer, checkpoints=checkpoints
+    )

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedmitr_flwr.baselines.common import untrained_result
+from fedmitr_flwr.checkpoints import Checkpoints
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.pipeline import ClientModel, PipelineResult
@@ -23,6 +24,7 @@ def one_shot_fedavg(
     seed: int,
     device: torch.device,
     observer: Observer,
+    checkpoints: Checkpoints | None = None,
 ) -> PipelineResult:
     """Average the uploads; nothing is trained, so `seed` is without effect. See `pipeline.run_pipeline`."""
     return untrained_result(settings, spec, clients, initial, device)

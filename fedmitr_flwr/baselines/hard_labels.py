@@ -10,6 +10,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor
 
+from fedmitr_flwr.checkpoints import Checkpoints
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.pipeline import ClientModel, PipelineResult, run_pipeline
@@ -25,7 +26,10 @@ def hard_labels(
     seed: int,
     device: torch.device,
     observer: Observer,
+    checkpoints: Checkpoints | None = None,
 ) -> PipelineResult:
     """See `pipeline.run_pipeline`."""
     hard = settings.replace(**{"distill.labels": "hard", "relabel.labels": "hard"})
-    return run_pipeline(hard, spec, clients, initial, seed=seed, device=device, observer=observer)
+    return run_pipeline(
+        hard, spec, clients, initial, seed=seed, device=device, observer=observer, checkpoints=checkpoints
+    )

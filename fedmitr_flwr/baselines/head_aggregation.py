@@ -14,6 +14,7 @@ from torch import Tensor
 
 from fedmitr_flwr.averaging import merged
 from fedmitr_flwr.baselines.common import untrained_result
+from fedmitr_flwr.checkpoints import Checkpoints
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.pipeline import ClientModel, PipelineResult
@@ -29,6 +30,7 @@ def head_aggregation(
     seed: int,
     device: torch.device,
     observer: Observer,
+    checkpoints: Checkpoints | None = None,
 ) -> PipelineResult:
     """Merge the uploads; nothing is trained, so `seed` is without effect. See `pipeline.run_pipeline`."""
     result = untrained_result(settings, spec, clients, initial, device)

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from fedmitr_flwr.baselines.common import untrained_result
+from fedmitr_flwr.checkpoints import Checkpoints
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.density import PatchSplit
 from fedmitr_flwr.distill import Pool, distill, label_patches
@@ -34,6 +35,7 @@ def ensemble_on_random_images(
     seed: int,
     device: torch.device,
     observer: Observer,
+    checkpoints: Checkpoints | None = None,
 ) -> PipelineResult:
     """See `pipeline.run_pipeline`."""
     result = untrained_result(settings, spec, clients, initial, device)
@@ -47,7 +49,8 @@ def ensemble_on_random_images(
         patches = grid.to_patches(random_images(recipe.noise_kind, count, grid, generator).to(device))
         pool = _pool(patches, label_patches(result.ensemble, patches, recipe))
         on_step = report_steps(observer, recipe.steps)
-        distill(student.to(device), pool, recipe, generator=generator, on_step=on_step)
+        progress = checkpoints.progress() if checkpoints is not None else None
+        distill(student.to(device), pool, recipe, generator=generator, on_step=on_step, progress=progress)
     state = {name: value.detach().cpu().clone() for name, value in student.state_dict().items()}
     return replace(result, state=state, seconds=dict(observer.seconds))
 

@@ -110,4 +110,10 @@ class TrainSettings(Stage):
         False,
         description="Upload the number of examples of each class; needed by `ensemble.weighting = histogram`.",
     )
+    time_limit_seconds: float = Field(
+        0.0,
+        ge=0.0,
+        description="A client that trains for longer gives up with an error, and its process is ended if it hangs; "
+        "0: `run.deadline-seconds`.",
+    )
     upload_dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="Number format of uploaded weights.")

@@ -75,6 +75,33 @@ class RunSettings(Stage):
         gt=0.0,
         description="How long to wait for the clients' uploads, from the moment they are asked.",
     )
+    resume: str = Field(
+        "",
+        description="Directory of a run that was cut off, to go on with from what it has finished. Its settings apply; "
+        "keys given here change them where that contradicts nothing finished. `fedmitr resume` sets this.",
+    )
+    checkpoint_seconds: float = Field(
+        30.0, ge=0.0, description="Least time between two checkpoints of distillation; 0: one after each step."
+    )
+    window: int = Field(
+        0,
+        ge=0,
+        description="How many clients may be asked and not have answered yet: uploads wait in memory until the server "
+        "takes them. 0: twice the CPU cores in a simulation, all sites at once in a deployment.",
+    )
+    retries: int = Field(
+        2,
+        ge=0,
+        le=100,
+        description="How often a client is asked again whose process died or that lost its connection. One that "
+        "raised an error, or does not answer, is not asked again.",
+    )
+    max_update_norm: float = Field(
+        10.0,
+        ge=0.0,
+        description="An upload is refused when its weights lie further from the common initialisation than this many "
+        "times the initialisation's own L2 norm; 0: no limit.",
+    )
 
 
 class Settings(Stage):

@@ -3,7 +3,9 @@ import pytest
 import torch
 
 from fedmitr_flwr.averaging import fedavg
+from fedmitr_flwr.checkpoints import Checkpoints, Progress
 from fedmitr_flwr.data import load_source
+from fedmitr_flwr.distill import loss_terms
 from fedmitr_flwr.evaluate import evaluate
 from fedmitr_flwr.figures import save_synthetic, shown
 from fedmitr_flwr.grid import PatchGrid
@@ -52,10 +54,64 @@ def clients():
     return uploads
 
 
-def run(clients, seed=5, **changes):
+def run(clients, seed=5, checkpoints=None, **changes):
     settings = SETTINGS.replace(**changes)
     initial = initial_state(settings, SOURCE.spec)
-    return run_pipeline(settings, SOURCE.spec, clients, initial, seed=seed, device=CPU, observer=Observer())
+    kept = {"observer": Observer(), "checkpoints": checkpoints}
+    return run_pipeline(settings, SOURCE.spec, clients, initial, seed=seed, device=CPU, **kept)
+
+
+class CutOffError(RuntimeError):
+    """The process was killed here."""
+
+
+def cut_after(monkeypatch, method, times):
+    """Kill the process in its call number `times` of a method, after it did its work."""
+    owner, name = method
+    original, calls = getattr(owner, name), []
+
+    def counted(*arguments, **keywords):
+        result = original(*arguments, **keywords)
+        calls.append(1)
+        if len(calls) == times:
+            raise CutOffError
+        return result
+
+    monkeypatch.setattr(owner, name, counted)
+
+
+@pytest.mark.parametrize(
+    ("method", "times"),
+    [
+        ((Checkpoints, "batch"), 2),
+        ((Progress, "offer"), 1),
+        ((Progress, "offer"), 14),
+        ((Checkpoints, "save_model"), 1),
+    ],
+)
+def test_a_pipeline_that_was_cut_off_goes_on_to_the_same_model(clients, tmp_path, monkeypatch, method, times):
+    whole = run(clients)
+    with monkeypatch.context() as patch:
+        cut_after(patch, method, times)
+        with pytest.raises(CutOffError):
+            run(clients, checkpoints=Checkpoints(tmp_path, 0.0))
+    done = {path: path.stat().st_mtime_ns for path in tmp_path.glob("*.safetensors")}
+    assert done
+    resumed = run(clients, checkpoints=Checkpoints(tmp_path, 0.0))
+    assert all(torch.equal(whole.state[name], resumed.state[name]) for name in whole.state)
+    assert torch.equal(whole.synthetic.images, resumed.synthetic.images)
+    assert {path: path.stat().st_mtime_ns for path in done} == done
+
+
+def test_steps_that_were_kept_are_not_made_again(clients, tmp_path, monkeypatch):
+    with monkeypatch.context() as patch:
+        cut_after(patch, (Progress, "offer"), 14)
+        with pytest.raises(CutOffError):
+            run(clients, checkpoints=Checkpoints(tmp_path, 0.0))
+    steps = []
+    monkeypatch.setattr("fedmitr_flwr.distill.loss_terms", lambda *a: steps.append(1) or loss_terms(*a))
+    run(clients, checkpoints=Checkpoints(tmp_path, 0.0))
+    assert len(steps) == 1
 
 
 def test_pipeline_repeats_bit_for_bit_and_leaves_uploads_alone(clients):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import logging
 import random
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
+import numpy as np
 import pytest
 import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, Context, Error, Message, MessageType, MetricRecord, RecordDict
@@ -18,16 +20,16 @@ from torch import Tensor
 
 import client_app.app as client_module
 from client_app.app import app as client
-from fedmitr_flwr import quorum
-from fedmitr_flwr import strategy as strategy_module
+from fedmitr_flwr import collection, exchange, quorum
 from fedmitr_flwr.client import ClientTask, ClientUpload, client_name, client_seed
+from fedmitr_flwr.collection import failure_reason
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.pipeline import ClientModel, PipelineResult
 from fedmitr_flwr.quorum import QuorumError, wait_for_nodes
 from fedmitr_flwr.rundir import RunDirectory
 from fedmitr_flwr.settings import RunConfigValue, RunSettings, Settings
-from fedmitr_flwr.strategy import FedMITR, failure_reason
+from fedmitr_flwr.strategy import FedMITR
 from fedmitr_flwr.training import LocalResult
 from fedmitr_flwr.uploads import Upload, UploadStore
 from fedmitr_flwr.wire import decode_state, decode_trusted, encode_state
@@ -38,34 +40,41 @@ Behaviour = Callable[[Message, int], Message | None]
 
 
 class FakeGrid(Grid):
-    """Nodes 100, 101, … of which each answers as its behaviour says, in a shuffled order."""
+    """Nodes 100, 101, … of which each answers as its behaviour says, in a random order."""
 
     def __init__(self, behaviours: Sequence[Behaviour], shuffle: int = 0) -> None:
         self.behaviours = behaviours
-        self.shuffle = shuffle
+        self.random = random.Random(shuffle)
         self.sent: list[Message] = []
+        self.pulled: set[str] = set()
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterable[Message]:
-        pushed = list(messages)
-        self.push_messages(pushed)
-        random.Random(self.shuffle).shuffle(pushed)
-        for message in pushed:
-            partition = message.metadata.dst_node_id - 100
-            reply = self.behaviours[partition](message, partition)
-            if reply is not None:
-                yield reply
+        raise AssertionError("holds all replies")
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
+        ids = []
         for message in messages:
             message.metadata.__dict__["_message_id"] = f"message-{len(self.sent)}"
             self.sent.append(message)
-        return [message.metadata.message_id for message in self.sent]
+            ids.append(message.metadata.message_id)
+        return ids
+
+    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
+        replies = []
+        for name in message_ids:
+            assert name not in self.pulled, "Flower fails for a message that is pulled twice"
+            if self.random.random() < 0.5:
+                continue  # not yet
+            message = self.sent[int(name.removeprefix("message-"))]
+            partition = message.metadata.dst_node_id - 100
+            reply = self.behaviours[partition](message, partition)
+            if reply is not None:
+                self.pulled.add(name)
+                replies.append(reply)
+        return replies
 
     def get_node_ids(self) -> Iterable[int]:
         return [100 + partition for partition in range(len(self.behaviours))]
-
-    def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        raise NotImplementedError
 
     def create_message(self, *args: Any, **kwargs: Any) -> Message:
         raise NotImplementedError
@@ -145,6 +154,7 @@ class FakePipeline:
 def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(client_module, "train_client", fake_training)
     monkeypatch.setattr(quorum, "_POLL_SECONDS", 0.001)
+    monkeypatch.setattr(exchange, "_NETWORK", (0.001, 4))
     for name in ("_task_id", "_run_id", "_node_id"):  # Flower sets them in its processes
         monkeypatch.setattr(TaskIdentity, name, 1)
 
@@ -157,8 +167,10 @@ def run(tmp_path: Path) -> Iterator[RunDirectory]:
 
 def make(run: RunDirectory, **settings: RunConfigValue) -> tuple[FedMITR, FakePipeline]:
     base: dict[str, RunConfigValue] = {
-        "run.wait-nodes-seconds": 0.0,
         "run.min-fraction": 0.0,
+        "run.deadline-seconds": 1.0,
+        "run.max-update-norm": 0.0,
+        "run.wait-nodes-seconds": 0.0,
         "train.share-label-histogram": True,
     }
     values = Settings().replace(**{**base, **settings})
@@ -198,7 +210,9 @@ def test_uploads_become_the_global_model(run: RunDirectory) -> None:
     assert [model.num_examples for model in pipeline.clients[0]] == [1, 2, 3]
     assert [model.histogram for model in pipeline.clients[0]] == [(0, 0, 1), (1, 0, 1), (2, 0, 1)]
     assert counts(strategy) == {"asked": 3, "accepted": 3, "refused": 0, "failed": 0, "empty": 0}
-    assert sorted(path.name for path in run.uploads(1).iterdir()) == [f"partition-{n}.safetensors" for n in range(3)]
+    assert sorted(path.name for path in run.uploads(1).glob("*.safetensors")) == [
+        f"partition-{n}.safetensors" for n in range(3)
+    ]
 
 
 def test_the_order_of_arrival_does_not_change_what_the_pipeline_sees(tmp_path: Path) -> None:
@@ -226,7 +240,7 @@ def test_each_client_is_counted_once_and_its_reason_logged(run: RunDirectory, ca
         "upload of node 104 refused: head.bias holds NaN or Inf",
         "node 107 failed (code 8): node gone",
         "node 109 has no data",
-        "1 clients did not answer within 3600 s",
+        "1 clients did not answer before the deadline",
         "partition-5: 6 images, local accuracy 0.750",
     ):
         assert text in caplog.text
@@ -245,6 +259,24 @@ def hostile(record: str, **values: object) -> Behaviour:
         cast(dict[str, dict[str, object]], content)[record].update(values)
 
     return changed(change)
+
+
+def weights(bias: Tensor) -> Behaviour:
+    """An upload with another tensor in the place of head.bias."""
+    return hostile("arrays", **{"head.bias": Array(bias)})
+
+
+def raw_bytes(data: bytes, shape: tuple[int, ...] = (3,), dtype: str = "float32") -> Behaviour:
+    """An upload with these bytes for head.bias, of which it declares a shape and a type."""
+    return hostile("arrays", **{"head.bias": Array(dtype=dtype, shape=shape, stype="numpy.ndarray", data=data)})
+
+
+def npy(shape: tuple[int, ...], descr: str = "<f4") -> bytes:
+    """An npy header followed by twelve bytes."""
+    stream = io.BytesIO()
+    header = {"descr": descr, "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, header)
+    return stream.getvalue() + b"\0" * 12
 
 
 def reduced(*records: str) -> Behaviour:
@@ -284,17 +316,47 @@ def replaced(**records: ArrayRecord | MetricRecord | ConfigRecord) -> Behaviour:
         (hostile("metrics", histogram=[1, 1]), "is not a list of 3 counts"),
         (hostile("metrics", loss=float("nan")), "loss nan"),
         (hostile("metrics", accuracy=2), "accuracy 2.0 is not between"),
+        (hostile("metrics", **{"num-examples": 10**18}), "num-examples 1000000000000000000"),
+        (hostile("metrics", loss=float("-inf")), "loss -inf"),
+        (hostile("metrics", histogram=[3, -1, 0]), "histogram entry -1"),
+        (hostile("config", client=""), "client name ''"),
+        (hostile("config", client="../../etc/passwd\n"), "is not 1 to 128 printable characters"),
+        (weights(torch.full((3,), torch.nan)), "head.bias holds NaN or Inf"),
+        (weights(torch.tensor([0.0, torch.inf, 0.0])), "head.bias holds NaN or Inf"),
+        (weights(torch.full((3,), -torch.inf)), "head.bias holds NaN or Inf"),
+        (weights(torch.full((3,), 1e6)), "from the common initialisation, above run.max-update-norm"),
+        (weights(torch.full((3,), 3e38)), "from the common initialisation, above run.max-update-norm"),
+        (weights(torch.zeros(3, dtype=torch.float64)), "head.bias has dtype 'float64'"),
+        (weights(torch.zeros(3, dtype=torch.int64)), "head.bias has dtype torch.int64"),
+        (weights(torch.zeros(3, dtype=torch.bool)), "head.bias has dtype torch.bool"),
+        (weights(torch.zeros(4)), "head.bias has shape (4,)"),
+        (weights(torch.zeros(())), "head.bias has shape ()"),
+        (weights(torch.zeros(3, 1)), "head.bias has shape (3, 1)"),
+        (raw_bytes(npy((3,))[:-1]), "has 11 bytes of values, expected 12"),
+        (raw_bytes(npy((3,)) + b"0000"), "has 16 bytes of values, expected 12"),
+        (raw_bytes(npy((3,))[:20]), "head.bias is not an npy array"),
+        (raw_bytes(b""), "head.bias is not an npy array"),
+        (raw_bytes(b"\x80\x04cos\nsystem\n."), "head.bias is not an npy array"),
+        (raw_bytes(npy((10**13,))), "but its bytes say float32 (10000000000000,)"),
+        (raw_bytes(npy((10**13,)), (10**13,)), "head.bias has shape (10000000000000,)"),
+        (raw_bytes(npy((3,), "|O")), "but its bytes say object"),
+        (raw_bytes(npy((3,), "|O"), (3,), "object"), "head.bias has dtype 'object'"),
+        (raw_bytes(npy((3,), ">f4")), "but its bytes say >f4"),
     ],
 )
 def test_a_broken_reply_costs_only_itself(
-    run: RunDirectory, caplog: pytest.LogCaptureFixture, behaviour: Behaviour, reason: str
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, behaviour: Behaviour, reason: str
 ) -> None:
-    strategy, pipeline = make(run)
-    grid = FakeGrid([honest, behaviour], shuffle=0)  # the honest one first
-    start(strategy, grid)
-    assert counts(strategy) == {"asked": 2, "accepted": 1, "refused": 1, "failed": 0, "empty": 0}
-    assert [model.num_examples for model in pipeline.clients[0]] == [1]
+    models = []
+    for name, others in (("without", []), ("with", [behaviour])):
+        with RunDirectory.create(str(tmp_path), name) as run:
+            strategy, pipeline = make(run, **{"run.max-update-norm": 10.0, "run.window": 1})
+            models.append(start(strategy, FakeGrid([honest, *others])))
+            accepted = {"asked": 1 + len(others), "accepted": 1, "refused": len(others), "failed": 0, "empty": 0}
+            assert counts(strategy) == accepted
+            assert [model.num_examples for model in pipeline.clients[0]] == [1]
     assert reason in caplog.text
+    assert all(torch.equal(models[0][key], models[1][key]) for key in INITIAL)
 
 
 @pytest.mark.parametrize(
@@ -329,7 +391,7 @@ def test_a_reply_that_breaks_the_validation_itself_costs_only_itself(
             raise TypeError("unhashable type")
         return decode_state(record, store, dtype)
 
-    monkeypatch.setattr(strategy_module, "decode_state", fragile)
+    monkeypatch.setattr(collection, "decode_state", fragile)
     strategy, _ = make(run)
     start(strategy, FakeGrid([honest, hostile("arrays", odd=Array(torch.zeros(1)))]))
     assert counts(strategy)["refused"] == 1
@@ -413,7 +475,7 @@ def test_the_next_round_starts_from_the_global_model(run: RunDirectory) -> None:
     assert torch.equal(pipeline.initial[1]["head.bias"], torch.full((3,), 2.0))
     assert torch.equal(result["head.bias"], torch.full((3,), 4.0))
     assert len(set(pipeline.seeds)) == 2
-    assert len(list(run.uploads(2).iterdir())) == 3
+    assert len(list(run.uploads(2).glob("*.safetensors"))) == 3
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
@@ -443,6 +505,40 @@ def test_seconds_of_clients_and_of_our_own_work_are_told_apart(run: RunDirectory
     start(strategy, FakeGrid([honest] * 3))
     assert strategy.seconds["clients"] > 0.0
     assert strategy.seconds["collect"] > 0.0
+
+
+def test_a_run_that_goes_on_asks_only_for_missing_uploads(tmp_path: Path) -> None:
+    def trained(grid: FakeGrid) -> list[int]:
+        train = [message for message in grid.sent if message.metadata.message_type == MessageType.TRAIN]
+        return [message.metadata.dst_node_id - 100 for message in train]
+
+    with RunDirectory.create(str(tmp_path), "whole") as run:
+        whole = start(make(run)[0], FakeGrid([honest] * 4))
+    with RunDirectory.create(str(tmp_path), "cut") as run, pytest.raises(QuorumError):
+        start(make(run, **{"run.min-clients": 4})[0], FakeGrid([honest, failing, honest, silent]))
+    with RunDirectory.resume(tmp_path / "cut") as run:
+        strategy, pipeline = make(run, **{"run.min-clients": 4})
+        grid = FakeGrid([honest] * 4, shuffle=5)
+        resumed = start(strategy, grid)
+        assert sorted(trained(grid)) == [1, 3]
+        assert counts(strategy) == {"asked": 4, "accepted": 4, "refused": 0, "failed": 0, "empty": 0}
+        assert [model.num_examples for model in pipeline.clients[0]] == [1, 2, 3, 4]
+    assert all(torch.equal(whole[key], resumed[key]) for key in INITIAL)
+
+
+def test_a_collection_that_was_closed_stays_closed(tmp_path: Path) -> None:
+    with RunDirectory.create(str(tmp_path), "run") as run:
+        first = start(make(run)[0], FakeGrid([honest, honest, failing]))
+    with RunDirectory.resume(tmp_path / "run") as run:
+        strategy, _ = make(run)
+        grid = FakeGrid([honest] * 3)
+        second = start(strategy, grid)
+        assert grid.sent == []
+        assert counts(strategy) == {"asked": 3, "accepted": 2, "refused": 0, "failed": 1, "empty": 0}
+    assert all(torch.equal(first[key], second[key]) for key in INITIAL)
+    (tmp_path / "run" / "uploads" / "round-1" / "partition-1.safetensors").unlink()
+    with RunDirectory.resume(tmp_path / "run") as run, pytest.raises(ValueError, match="not those that were collected"):
+        start(make(run)[0], FakeGrid([honest] * 3))
 
 
 def test_nodes_are_waited_for_until_their_number_holds_still() -> None:

@@ -12,7 +12,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from fedmitr_flwr.uploads import UploadRefused, UploadStore, hash_tensors, natural_key
+from fedmitr_flwr import uploads
+from fedmitr_flwr.claims import UploadRefused, natural_key
+from fedmitr_flwr.tensor_files import hash_tensors
+from fedmitr_flwr.uploads import UploadStore
 
 GOOD = {"num_examples": 7, "loss": 0.5, "accuracy": 0.75, "histogram": [3, 0, 4]}
 
@@ -41,6 +44,28 @@ def test_an_upload_comes_back_from_disk_as_it_was(store: UploadStore) -> None:
     assert files(store) == ["partition-3.safetensors"]
     loaded = store.load(upload)
     assert all(torch.equal(loaded[key], value) for key, value in weights(1).items())
+
+
+def test_an_upload_can_be_read_tensor_by_tensor(store: UploadStore) -> None:
+    upload = store.accept("a", weights(1, torch.float16), **GOOD)
+    state = store.open(upload)
+    assert dict(state).keys() == weights().keys()
+    assert all(torch.equal(state[key], value) for key, value in store.load(upload).items())
+    assert state["head.bias"].dtype == torch.float32
+    with pytest.raises(KeyError):
+        state["more"]
+
+
+def test_a_new_process_finds_the_uploads_of_the_last(store: UploadStore, caplog: pytest.LogCaptureFixture) -> None:
+    for client in ("partition-10", "Site A", "partition-2"):
+        store.accept(client, weights(len(client)), **GOOD)
+    (store.directory / "broken.safetensors").write_bytes(b"half a file")
+    save_file(weights(5), store.uploads()[0].path)
+    later = UploadStore(store.directory, weights(), 3)
+    assert later.recover() == store.uploads()[1:]
+    assert "broken.safetensors is not used" in caplog.text
+    with pytest.raises(UploadRefused, match="second upload of client partition-2"):
+        later.accept("partition-2", weights(9), **GOOD)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -185,12 +210,10 @@ def test_no_name_leaves_the_directory_or_takes_the_file_of_another(store: Upload
 def test_a_write_that_fails_leaves_nothing_and_can_be_tried_again(
     store: UploadStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full_disk(path: Path, content: bytes) -> int:
-        with path.open("wb") as file:
-            file.write(content[: len(content) // 2])
+    def full_disk(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(Path, "write_bytes", full_disk)
+    monkeypatch.setattr(uploads, "write_tensors", full_disk)
     with pytest.raises(OSError, match="No space left"):
         store.accept("a", weights(), **GOOD)
     assert files(store) == []
@@ -217,3 +240,15 @@ def test_the_hash_sees_names_shapes_types_and_values_but_not_the_order() -> None
         {"a": torch.zeros(2, 3, dtype=torch.int32), "b": torch.ones(1)},
     ]
     assert len({hash_tensors(state) for state in [base, *others]}) == 5
+
+
+def test_weights_far_from_the_common_initialisation_are_refused(tmp_path: Path) -> None:
+    store = UploadStore(tmp_path, weights(), 3, max_update_norm=2.0)
+    near, far, farthest = ({**weights(), "head.weight": weights()["head.weight"] * scale} for scale in (2.0, 9.0, 1e38))
+    store.accept("near", near, **GOOD)
+    for state in (far, farthest):
+        with pytest.raises(
+            UploadRefused, match=r"from the common initialisation, above run\.max-update-norm = 2 times"
+        ):
+            store.accept("far", state, **GOOD)
+    UploadStore(tmp_path / "b", weights(), 3).accept("far", farthest, **GOOD)

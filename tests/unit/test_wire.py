@@ -13,7 +13,8 @@ from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 from torch import Tensor
 
-from fedmitr_flwr.uploads import UploadRefused, UploadStore
+from fedmitr_flwr.claims import UploadRefused
+from fedmitr_flwr.uploads import UploadStore
 from fedmitr_flwr.wire import UploadDtype, decode_state, decode_trusted, encode_state
 
 STATE = {

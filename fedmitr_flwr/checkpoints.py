@@ -1,0 +1,114 @@
+"""What the stages of a round have finished, on disk, so that a run that was cut off goes on from there.
+
+The stages know nothing of files: they are given `Checkpoints.batch` and `Progress`. A file is written whole or not at
+all, so whatever is there is finished.
+"""
+
+from __future__ import annotations
+
+import io
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedmitr_flwr.atomic import atomic_path
+from fedmitr_flwr.inversion import SyntheticImages
+from fedmitr_flwr.tensor_files import write_tensors
+
+log = logging.getLogger("fedmitr.checkpoints")
+
+
+class Checkpoints:
+    """The checkpoints of one round.
+
+    Parameters
+    ----------
+    directory
+        Where the files go; made when the first is written.
+    seconds
+        Least time between two checkpoints of distillation; 0: one after each step.
+    """
+
+    def __init__(self, directory: Path, seconds: float) -> None:
+        self.directory = directory
+        self.seconds = seconds
+
+    def batch(self, number: int, make: Callable[[], SyntheticImages], device: torch.device) -> SyntheticImages:
+        """Return the inversion batch of this number: from disk, or made now and kept."""
+        path = self.directory / f"inversion-{number:06d}.safetensors"
+        if path.exists():
+            return SyntheticImages(**{name: value.to(device) for name, value in load_file(path).items()})
+        images = make()
+        self._write(path, {field.name: getattr(images, field.name) for field in fields(images)})
+        return images
+
+    def model(self) -> dict[str, Tensor] | None:
+        """Return the finished global model of the round, or None."""
+        path = self.directory / "model.safetensors"
+        return load_file(path) if path.exists() else None
+
+    def save_model(self, state: Mapping[str, Tensor]) -> None:
+        """Keep the finished global model, and drop what distillation no longer needs."""
+        self._write(self.directory / "model.safetensors", state)
+        (self.directory / "distill.pt").unlink(missing_ok=True)
+
+    def progress(self) -> Progress:
+        """Return what keeps the state of distillation."""
+        return Progress(self.directory / "distill.pt", self.seconds)
+
+    def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, tensors)
+
+
+class Progress:
+    """The state of a training loop, kept from time to time.
+
+    Parameters
+    ----------
+    path
+        The one file that it is in.
+    seconds
+        Least time between two writes.
+    """
+
+    def __init__(self, path: Path, seconds: float) -> None:
+        self.path = path
+        self.seconds = seconds
+        self._written = time.monotonic()
+
+    def load(self) -> dict[str, Any] | None:
+        """Return what was kept last, or None."""
+        if not self.path.exists():
+            return None
+        state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+        log.info("├── distill: going on after step %d", state["step"])
+        return state
+
+    def offer(self, make: Callable[[], Mapping[str, Any]]) -> None:
+        """Keep what `make` returns, when it is time for it."""
+        if time.monotonic() - self._written < self.seconds:
+            return
+        content = io.BytesIO()
+        torch.save(dict(make()), content)
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_path(self.path) as temporary:
+            temporary.write_bytes(content.getbuffer())
+        self._written = time.monotonic()
+
+
+def initial_or_stored(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the common initialisation of a run: the one its clients started from if there is one, else a new one."""
+    if path.exists():
+        return load_file(path)
+    state = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, state)
+    return state

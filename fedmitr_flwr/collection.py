@@ -1,0 +1,182 @@
+"""From replies to uploads on disk: each is validated, written, counted and dropped before the next is taken."""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Container, Iterable, Sequence
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+
+from fedmitr_flwr.atomic import release_memory, write_json
+from fedmitr_flwr.claims import UploadRefused
+from fedmitr_flwr.digest import short
+from fedmitr_flwr.quorum import ClientCounts
+from fedmitr_flwr.uploads import Upload, UploadStore
+from fedmitr_flwr.wire import decode_state
+
+log = logging.getLogger("fedmitr.collection")
+
+
+class Collection:
+    """Takes the replies of one round.
+
+    Parameters
+    ----------
+    store
+        Validates and keeps the uploads.
+    digest
+        Of the code that clients must run.
+    histograms
+        Whether clients were asked for their label histogram.
+
+    Attributes
+    ----------
+    working
+        Seconds that validating and writing took so far.
+    """
+
+    def __init__(self, store: UploadStore, digest: str, *, histograms: bool) -> None:
+        self.store = store
+        self.digest = digest
+        self.histograms = histograms
+        self.working = 0.0
+
+    def take(self, replies: Iterable[Message], asked: int) -> ClientCounts:
+        """Go through the replies as they come.
+
+        Parameters
+        ----------
+        replies
+            Of nodes that were asked to train.
+        asked
+            Number of these nodes; those without a reply count as failed.
+
+        Raises
+        ------
+        OSError
+            If an upload cannot be written; the uploads taken before stay.
+        """
+        tally = {"accepted": 0, "refused": 0, "failed": 0, "empty": 0}
+        for reply in replies:
+            start = time.perf_counter()
+            tally[self._receive(reply)] += 1
+            del reply  # Flower makes the next one while this name would still hold the last
+            release_memory()
+            self.working += time.perf_counter() - start
+        silent = asked - sum(tally.values())
+        if silent > 0:
+            log.warning("\t├──! %d clients did not answer before the deadline", silent)
+            tally["failed"] += silent
+        return ClientCounts(asked=asked, **tally)
+
+    def _receive(self, reply: Message) -> str:
+        """Take one reply and say which count it belongs to."""
+        node = reply.metadata.src_node_id
+        if reply.has_error():
+            reason = reply.error.reason or ""
+            log.warning("\t├──! node %d failed (code %d): %s", node, reply.error.code, failure_reason(reason))
+            log.debug("node %d, in full: %s", node, reason[:10_000])
+            return "failed"
+        try:
+            upload = self._accept(reply.content)
+        except UploadRefused as refusal:
+            log.warning("\t├──! upload of node %d refused: %s", node, refusal)
+            return "refused"
+        except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AttributeError) as error:
+            # A reply that breaks the validation itself is a bad upload too: the others cannot be sent again.
+            log.warning("\t├──! upload of node %d refused: unreadable (%s)", node, type(error).__name__)
+            log.debug("node %d, in full:", node, exc_info=True)
+            return "refused"
+        finally:
+            reply.content.clear()  # Flower holds on to the message; its arrays need not stay in memory
+        if upload is None:
+            log.info("\t├──> node %d has no data", node)
+            return "empty"
+        log.info("\t├──> %s: %d images, local accuracy %.3f", upload.client, upload.num_examples, upload.accuracy)
+        return "accepted"
+
+    def _accept(self, content: RecordDict) -> Upload | None:
+        """Validate a reply's records and store the upload; None from a client without data."""
+        config = content.config_records.get("config", ConfigRecord())
+        metrics = content.metric_records.get("metrics", MetricRecord())
+        arrays = content.array_records.get("arrays")
+        digest = config.get("digest")
+        if digest != self.digest:
+            raise UploadRefused(f"made by other code: {short(str(digest))}, the server runs {short(self.digest)}")
+        client = self.store.check_client(config.get("client"))
+        num_examples = metrics.get("num-examples")
+        if arrays is None:
+            if num_examples == 0:
+                return None
+            raise UploadRefused("has no arrays")
+        return self.store.accept(
+            client,
+            decode_state(arrays, self.store, config.get("dtype")),
+            num_examples=num_examples,
+            loss=metrics.get("loss"),
+            accuracy=metrics.get("accuracy"),
+            # One that was not asked for is not kept, whatever the client thinks of it.
+            histogram=metrics.get("histogram") if self.histograms else None,
+        )
+
+
+def close_collection(path: Path, counts: ClientCounts, uploads: Sequence[Upload]) -> None:
+    """Write down that a round's collection is over, and what it has: nobody is asked again."""
+    write_json(path, {"clients": counts.as_dict(), "uploads": _hashes(uploads)})
+
+
+def closed_collection(path: Path, uploads: Sequence[Upload]) -> ClientCounts | None:
+    """Return the counts of a collection that an earlier process finished, or None.
+
+    Raises
+    ------
+    ValueError
+        If its uploads are no longer what they were.
+    """
+    if not path.exists():
+        return None
+    closed = json.loads(path.read_text("utf-8"))
+    if closed["uploads"] != _hashes(uploads):
+        raise ValueError(f"the uploads beside {path} are not those that were collected; put them back, or start anew")
+    return ClientCounts(**closed["clients"])
+
+
+def nodes_without(have: Container[str], nodes: Sequence[int], grid: Grid, patience: float) -> list[int]:
+    """Leave out the nodes of clients whose upload is there: each says its name, as Flower's ids change with every run.
+
+    Parameters
+    ----------
+    have
+        Names of these clients.
+    nodes
+        To ask.
+    grid
+        To ask them with.
+    patience
+        Seconds to wait for answers; nodes without one stay in.
+    """
+    done = set()
+    messages = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
+    for reply in grid.send_and_receive(messages, timeout=patience):
+        if not reply.has_error():
+            name = reply.content.config_records.get("config", ConfigRecord()).get("client")
+            done |= {reply.metadata.src_node_id} if isinstance(name, str) and name in have else set()
+    return [node for node in nodes if node not in done]
+
+
+def _hashes(uploads: Sequence[Upload]) -> dict[str, str]:
+    return {upload.client: upload.sha256 for upload in uploads}
+
+
+def failure_reason(text: str) -> str:
+    """Return the line of an error reply that says what happened.
+
+    Our ClientApp puts it first; Flower's own replies have it at the end of a traceback.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason given"]
+    own = not lines[0].startswith(("Traceback", "<class"))
+    return lines[0 if own else -1][:500]
