@@ -105,7 +105,8 @@ def forward(pack: Pack, patches: Tensor, index: Tensor | None, scratch: Arena, k
     scratch
         Buffers whose content nobody needs afterwards.
     keep
-        Buffers that `backward` will read; None: no backward pass will follow, blocks share their buffers.
+        Buffers that `backward` will read, which may be `scratch` itself; None: no backward pass will follow, and all
+        blocks use the first one's buffers.
     """
     T, (B, L, _) = pack.teachers, patches.shape
     store = scratch if keep is None else keep
@@ -113,7 +114,7 @@ def forward(pack: Pack, patches: Tensor, index: Tensor | None, scratch: Arena, k
     _embed(pack, patches, index, x)
     saved = []
     for number, block in enumerate(pack.blocks[:-1]):
-        x, parts = _block_forward(pack, block, x, B, scratch, store, "" if keep is None else str(number))
+        x, parts = _block_forward(pack, block, x, B, scratch, store, "0" if keep is None else str(number))
         if keep is not None:
             saved.append(parts)
     last, logits = _last_forward(pack, x, B)

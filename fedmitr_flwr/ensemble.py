@@ -124,7 +124,8 @@ class Ensemble:
                 if architecture_of(teacher) is not None:
                     teacher.to(torch.bfloat16)
         self._groups: dict[torch.dtype, list[Group]] = {}
-        self._scratch, self._kept = Arena(), [Arena()]
+        self._scratch = Arena()
+        self._kept: list[Arena] = []
 
     def __call__(
         self,
@@ -201,9 +202,9 @@ class Ensemble:
             (upstream,) = torch.autograd.grad(loss.sum(), logits)
         probabilities = probabilities.detach()
         with torch.no_grad():
-            gradient = steps[0].backward(self._scratch, self._kept[0], upstream[steps[0].members])
+            gradient = steps[0].backward(self._scratch, upstream[steps[0].members])
             for step in steps[1:]:
-                gradient += step.backward(self._scratch, self._kept[0], upstream[step.members])
+                gradient += step.backward(self._scratch, upstream[step.members])
         return LossGradient(loss.detach(), gradient, self._share(probabilities, seen, labels), probabilities)
 
     def combine(self, logits: Tensor) -> Tensor:
@@ -250,7 +251,8 @@ class Ensemble:
 
     def release(self) -> None:
         """Give back the memory of activations."""
-        self._scratch, self._kept = Arena(), [Arena()]
+        self._scratch = Arena()
+        self._kept = []
 
     @property
     def activation_bytes(self) -> int:
@@ -265,7 +267,7 @@ class Ensemble:
     def _arenas(self, steps: list[Step]) -> list[Arena] | list[None]:
         """Where each step keeps its activations; nowhere if they are too many."""
         if len(steps) > 1 and sum(step.bytes() for step in steps) > self.limits.activations << 20:
-            del self._kept[1:]
+            self._kept.clear()
             return [None] * len(steps)
         self._kept += [Arena() for _ in range(len(steps) - len(self._kept))]
         return self._kept[: len(steps)]

@@ -34,10 +34,10 @@ class Step(Protocol):
         """Logits ``(T, B, C)`` and attention ``(T, B, L)``; with `keep` the activations stay there for `backward`."""
         ...
 
-    def backward(self, scratch: Arena, spare: Arena, upstream: Tensor) -> Tensor:
+    def backward(self, scratch: Arena, upstream: Tensor) -> Tensor:
         """``(B, L, E)`` gradient for the pixels, given ``(T, B, C)`` for the logits.
 
-        Without activations the forward pass is repeated, into `spare`.
+        Without activations the forward pass is repeated.
         """
         ...
 
@@ -107,11 +107,11 @@ class _PackedStep:
         self._done = None if keep is None else done
         return done.logits, done.attention
 
-    def backward(self, scratch: Arena, spare: Arena, upstream: Tensor) -> Tensor:
+    def backward(self, scratch: Arena, upstream: Tensor) -> Tensor:
         done, self._done = self._done, None
         pack = self._group.pack(self._part)
         if done is None:
-            done = forward(pack, self._patches, self._index, scratch, spare)
+            done = forward(pack, self._patches, self._index, scratch, scratch)
         return backward(pack, done, upstream, scratch)
 
     def bytes(self) -> int:
@@ -137,7 +137,7 @@ class _ModuleStep:
         assert out.attention is not None
         return out.logits.float()[None], out.attention[None]
 
-    def backward(self, scratch: Arena, spare: Arena, upstream: Tensor) -> Tensor:
+    def backward(self, scratch: Arena, upstream: Tensor) -> Tensor:
         with torch.enable_grad():
             patches = self._patches.detach().requires_grad_(True)
             logits = forward_patches(self._teacher, patches, self._index).logits.float()
