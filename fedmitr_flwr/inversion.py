@@ -131,6 +131,11 @@ class InversionBatch:
         ``(B, ch, S, S)`` images, which are clipped to the valid range.
     kept
         ``(B, L)`` int64, sorted; None: all patches.
+
+    Raises
+    ------
+    ValueError
+        If `kept` names no patch.
     """
 
     def __init__(
@@ -142,6 +147,8 @@ class InversionBatch:
         grid: PatchGrid,
         settings: InversionSettings,
     ) -> None:
+        if kept is not None and kept.shape[1] == 0:
+            raise ValueError("kept names no patch: an image needs at least one to be inverted")
         self._ensemble, self._labels, self._grid, self._settings = ensemble, labels, grid, settings
         device = labels.device
         self._dtype = compute_dtype(settings.precision, ensemble.teachers[0].embed_dim, device)
@@ -235,7 +242,7 @@ def most_attended(attention: Tensor, fraction: float) -> Tensor:
 
 
 def patches_left(patches: int, settings: InversionSettings) -> int:
-    """How many of the full grid's patches the stop schedule leaves."""
+    """How many of the full grid's patches the stop schedule leaves; never fewer than one."""
     for fraction in settings.fractions:
         patches = _stay(patches, fraction)
     return patches

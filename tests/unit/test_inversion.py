@@ -3,7 +3,7 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.reference import PlainInversion
-from fedmitr_flwr.inversion import InversionBatch, InversionDivergedError, invert, most_attended, scatter
+from fedmitr_flwr.inversion import InversionBatch, InversionDivergedError, invert, most_attended, patches_left, scatter
 from fedmitr_flwr.prior import Prior
 from fedmitr_flwr.settings import InversionSettings
 from tests.unit.tiny import plain_ensemble, tiny_ensemble, tiny_grid
@@ -216,6 +216,19 @@ def test_trajectories_follow_the_plain_reference(stopping):
         assert torch.allclose(batch.step(), plain.step(), rtol=1e-3)
     assert float((batch.result().images - plain.images.detach()).abs().mean()) < 1e-4
     assert float((batch.result().images - start).abs().mean()) > 0.05
+
+
+def test_a_schedule_leaves_at_least_one_patch():
+    settings = InversionSettings(iterations=4, stops="1,2", fractions="0.9,0.9")
+    assert run(settings).kept.shape[1] == patches_left(16, settings) == 1
+
+
+def test_a_mask_without_a_patch_is_refused():
+    settings = InversionSettings()
+    with pytest.raises(ValueError, match="at least one"):
+        InversionBatch(
+            tiny_ensemble(), LABELS, torch.zeros(6, 1, 16, 16), LABELS[:, None][:, :0], tiny_grid(), settings
+        )
 
 
 def test_scatter_changes_only_the_kept_patches():
