@@ -44,6 +44,14 @@ class MemoryLimits:
     activations: int = 640
     teachers: int = 4096
 
+    def shrink(self, teacher: VisionTransformer, count: int) -> bool:
+        """Change one of `count` teachers to bf16 in place if they are too large in fp32; whether it is bf16 now."""
+        weights = [parameter for parameter in teacher.parameters() if parameter.dtype == torch.float32]
+        large = 2 * 4 * sum(parameter.numel() for parameter in weights) * count > self.teachers << 20
+        if large and architecture_of(teacher) is not None:
+            teacher.to(torch.bfloat16)
+        return teacher.patch_embed.proj.weight.dtype == torch.bfloat16
+
 
 @dataclass(frozen=True)
 class EnsembleOutput:
@@ -118,11 +126,7 @@ class Ensemble:
         unknown = (weights == 0) & (weights > 0).any(1, keepdim=True)
         self._bias = torch.where(unknown, torch.full_like(weights, -1e9), torch.zeros_like(weights))  # (K, C)
         self.limits = limits or MemoryLimits()
-        self._hold = 2 * sum(map(_bytes, self.teachers)) <= self.limits.teachers << 20
-        if not self._hold:
-            for teacher in self.teachers:
-                if architecture_of(teacher) is not None:
-                    teacher.to(torch.bfloat16)
+        self._hold = sum(self.limits.shrink(teacher, len(teachers)) for teacher in self.teachers) == 0
         self._groups: dict[torch.dtype, list[Group]] = {}
         self._scratch = Arena()
         self._kept: list[Arena] = []
@@ -271,10 +275,6 @@ class Ensemble:
             return [None] * len(steps)
         self._kept += [Arena() for _ in range(len(steps) - len(self._kept))]
         return self._kept[: len(steps)]
-
-
-def _bytes(model: VisionTransformer) -> int:
-    return sum(parameter.numel() * parameter.element_size() for parameter in model.parameters())
 
 
 def _fp32(model: VisionTransformer) -> VisionTransformer:

@@ -193,11 +193,13 @@ def make_ensemble(
     known
         ``(C',)`` int64 classes that at least one client knows something of.
     """
+    limits = MemoryLimits(settings.inversion.activation_memory_mb, settings.inversion.teacher_memory_mb)
     blank = build_model(settings.model, spec)
     teachers: list[VisionTransformer] = []
     for client in clients:
         teacher = copy.deepcopy(blank)
         teacher.load_state_dict(client.state)
+        limits.shrink(teacher, len(clients))
         teachers.append(teacher.to(device))
     num_examples = torch.tensor([client.num_examples for client in clients], dtype=torch.float64)
     shared = [client.histogram for client in clients if client.histogram is not None]
@@ -206,7 +208,6 @@ def make_ensemble(
     known_of = evidence(settings.ensemble.weighting, num_examples, histograms, head_updates)
     weights = class_weights(known_of, settings.ensemble.power)
     known = (known_of.sum(0) > 0).nonzero().squeeze(1)
-    limits = MemoryLimits(settings.inversion.activation_memory_mb, settings.inversion.teacher_memory_mb)
     return Ensemble(teachers, weights.to(device), limits), known.to(device)
 
 
