@@ -1,0 +1,46 @@
+"""The ``fedmitr`` command, one file a command; each file's function is registered here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import fedmitr_flwr
+from fedmitr_flwr.cli.common import BAD_INPUT
+from fedmitr_flwr.cli.initial import initial
+from fedmitr_flwr.cli.settings import settings
+from fedmitr_flwr.cli.simulate import simulate
+
+__all__ = ["BAD_INPUT", "app", "main"]
+
+app = typer.Typer(
+    name="fedmitr",
+    help="One-shot federated learning for Vision Transformers, as a Flower app.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (simulate, settings, initial):
+    app.command()(command)
+
+
+def main() -> None:
+    """Entry point of the ``fedmitr`` command."""
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fedmitr {fedmitr_flwr.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """One-shot federated learning for Vision Transformers, as a Flower app."""

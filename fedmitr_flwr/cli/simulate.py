@@ -1,0 +1,52 @@
+"""``fedmitr simulate``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedmitr_flwr import run_files
+from fedmitr_flwr.cli.common import FAILED, AppOption, ConfArgument, SetOption, bad_input, echo, show_error
+from fedmitr_flwr.simulate import simulate as run_simulation
+
+
+def simulate(
+    conf: ConfArgument = None,
+    overrides: SetOption = None,
+    clients: Annotated[
+        int | None, typer.Option("--clients", "-n", help="Simulated clients. Default: as in --federation, else 10.")
+    ] = None,
+    federation: Annotated[
+        Path | None,
+        typer.Option("--federation", metavar="FILE", help="Simulation config, such as conf/federation/100.toml."),
+    ] = None,
+    cpus: Annotated[
+        int | None, typer.Option("--cpus", help="CPU cores for the clients. Default: all, or as in --federation.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where results go; run.output.")
+    ] = None,
+    app_dir: AppOption = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all that Flower and Ray print.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show the log only when the run fails.")] = False,
+) -> None:
+    """Run a simulation on this machine: a real `flwr run` on Ray, and nothing left behind.
+
+    CONF is a settings file, such as conf/demo.toml; without it the app's defaults apply, which are the demo's.
+
+    Relative paths count from the current directory. The last line printed is the absolute path of the run's
+    results. Exit code: 0 completed, 1 failed (also below its quorum), 2 bad input, 130 interrupted.
+    """
+    with bad_input():
+        directory = run_files.app_directory(app_dir)
+        settings = run_files.run_settings(directory, conf, overrides or [], output)
+        config = run_files.federation_config(federation, clients, cpus)
+    outcome = run_simulation(directory, settings, config, echo=echo, verbose=verbose, quiet=quiet)
+    if outcome.error:
+        failed = "the run failed: " if outcome.exit_code == FAILED else ""
+        show_error(f"fedmitr: {failed}{outcome.error}")
+    if outcome.directory is not None:
+        typer.echo(outcome.directory)
+    raise typer.Exit(outcome.exit_code)
