@@ -60,6 +60,7 @@ def invert(
     *,
     generator: torch.Generator,
     on_iteration: Callable[[int, Tensor], None] | None = None,
+    on_stop: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> SyntheticImages:
     """Invert the ensemble into one image for each label.
 
@@ -77,6 +78,9 @@ def invert(
         CPU generator of the starting noise and the jitter.
     on_iteration
         Called with the iteration, from 0, and the ``(B,)`` detached cross-entropies, still on the device.
+    on_stop
+        Called at each stop with the iteration, the ``(B, ch, S, S)`` images as they are then, and the ``(B, L)``
+        patches that go on.
 
     Raises
     ------
@@ -109,6 +113,8 @@ def invert(
             kept = kept.gather(1, stay)
             gradient = _take(gradient, stay)
             state.keep(stay)
+            if on_stop is not None:
+                on_stop(iteration, grid.to_images(canvas), kept)
         gradient = gradient + prior_gradient(scatter(canvas, kept, state.pixels), kept, grid, settings)
         state.step(gradient, low, high)
     _check_finite(loss, state.pixels, settings.iterations - 1)
