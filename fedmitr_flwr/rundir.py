@@ -23,16 +23,21 @@ METRICS = "metrics.json"
 CONFIG = "config.json"
 LOG = "log.txt"
 SYNTHETIC = "synthetic.png"
+EVENTS = "metrics.jsonl"
+REPORT_DATA, REPORT_PICTURES, REPORT = "report.json", "report.safetensors", "report.html"
+TENSORBOARD = "tensorboard"
 MODEL = "model"
 UPLOADS = "uploads"
 
 _LOCK = ".lock"
-_OWN_FILES = (STATUS, METRICS, CONFIG, LOG, SYNTHETIC, f"{MODEL}/model.safetensors", f"{MODEL}/config.json")
+_OWN_FILES: tuple[str, ...] = (STATUS, METRICS, CONFIG, LOG, SYNTHETIC, EVENTS, REPORT_DATA, REPORT_PICTURES, REPORT)
+_OWN_FILES += tuple(f"{MODEL}/{name}" for name in ("model.safetensors", "config.json", "README.md"))
 _OWN_PATTERNS = (
     f"{UPLOADS}/round-*/*.safetensors",
+    f"{TENSORBOARD}/events.out.tfevents.*",
     *(f"{folder}.*{TEMPORARY_SUFFIX}" for folder in ("", f"{MODEL}/", f"{UPLOADS}/round-*/")),
 )
-_OWN_FOLDERS = (f"{UPLOADS}/round-*", UPLOADS, MODEL)
+_OWN_FOLDERS = (f"{UPLOADS}/round-*", UPLOADS, MODEL, TENSORBOARD)
 
 logger = logging.getLogger(f"{LIBRARY_LOGGER}.run")
 

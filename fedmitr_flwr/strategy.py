@@ -159,6 +159,7 @@ class FedMITR(Strategy):
         log.info("configure_train: asking %d clients (round %d)", len(messages), server_round)
         self._asked = [message.metadata for message in messages]
         self._asked_at = time.perf_counter()
+        self.observer.client("asked", count=len(messages))
         return messages
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
@@ -224,6 +225,7 @@ class FedMITR(Strategy):
         if silent > 0:
             log.warning("\t├──! %d clients did not answer within %g s", silent, self.settings.run.deadline_seconds)
             tally["failed"] += silent
+            self.observer.client("silent", count=silent)
         return ClientCounts(asked=len(self._asked), **tally)
 
     def _receive(self, store: UploadStore, reply: Message) -> str:
@@ -233,23 +235,35 @@ class FedMITR(Strategy):
             reason = reply.error.reason or ""
             log.warning("\t├──! node %d failed (code %d): %s", node, reply.error.code, failure_reason(reason))
             log.debug("node %d, in full: %s", node, reason[:10_000])
+            self.observer.client("failed", client=f"node {node}", reason=failure_reason(reason))
             return "failed"
         try:
             upload = self._accept(store, reply.content)
         except UploadRefused as refusal:
             log.warning("\t├──! upload of node %d refused: %s", node, refusal)
+            self.observer.client("refused", client=f"node {node}", reason=str(refusal))
             return "refused"
         except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError) as error:
             # A reply that breaks the validation itself is a bad upload too: the others cannot be sent again.
             log.warning("\t├──! upload of node %d refused: unreadable (%s)", node, type(error).__name__)
             log.debug("node %d, in full:", node, exc_info=True)
+            self.observer.client("refused", client=f"node {node}", reason=f"unreadable ({type(error).__name__})")
             return "refused"
         finally:
             reply.content.clear()  # Flower holds on to the message; its arrays need not stay in memory
         if upload is None:
             log.info("\t├──> node %d has no data", node)
+            self.observer.client("empty", client=f"node {node}")
             return "empty"
         log.info("\t├──> %s: %d images, local accuracy %.3f", upload.client, upload.num_examples, upload.accuracy)
+        self.observer.client(
+            "accepted",
+            client=upload.client,
+            num_examples=upload.num_examples,
+            loss=upload.loss,
+            accuracy=upload.accuracy,
+            histogram=upload.histogram or (),
+        )
         return "accepted"
 
     def _accept(self, store: UploadStore, content: RecordDict) -> Upload | None:

@@ -65,6 +65,11 @@ class RunSettings(Stage):
         gt=0.0,
         description="How long to wait for the clients' uploads, from the moment they are asked.",
     )
+    tensorboard: bool = Field(
+        False,
+        description="Also write losses, agreement and image grids for TensorBoard, into the run's `tensorboard` folder "
+        "(needs `pip install tensorboard`).",
+    )
 
 
 class Settings(Stage):
