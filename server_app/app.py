@@ -8,10 +8,11 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import InMemoryGrid
 
+from fedmitr_flwr.listeners import JsonLines, Keeper, boards
 from fedmitr_flwr.models import initial_state
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.quorum import wait_for_nodes
-from fedmitr_flwr.rundir import CONFIG, RunDirectory, console_log, failures_logged
+from fedmitr_flwr.rundir import CONFIG, EVENTS, RunDirectory, console_log, failures_logged
 from fedmitr_flwr.server import Federation, describe_run, prepare, write_results
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.strategy import FedMITR
@@ -37,7 +38,8 @@ def main(grid: Grid, context: Context) -> None:
 
 def _run(grid: Grid, settings: Settings, federation: Federation, run: RunDirectory) -> None:
     run.write_json(CONFIG, describe_run(settings, federation))
-    observer = Observer()
+    keeper = Keeper()
+    observer = Observer(JsonLines(run.path / EVENTS), keeper, *boards(settings.run, run.path))
     strategy = FedMITR(settings, federation.spec, run, device=federation.device, observer=observer)
     strategy.start(
         grid,
@@ -47,7 +49,8 @@ def _run(grid: Grid, settings: Settings, federation: Federation, run: RunDirecto
     )
     assert strategy.outcome is not None  # a round that yields nothing raises
     observer.seconds.update(strategy.seconds)
-    write_results(run, settings, federation, strategy.outcome.result, strategy.outcome.clients, observer)
+    write_results(run, settings, federation, strategy.outcome.result, strategy.outcome.clients, observer, keeper)
+    observer.close()
 
 
 def _simulated_clients(grid: Grid, settings: Settings) -> int | None:

@@ -9,6 +9,7 @@ import typer
 import fedmitr_flwr
 from fedmitr_flwr.cli.common import BAD_INPUT
 from fedmitr_flwr.cli.initial import initial
+from fedmitr_flwr.cli.report import report
 from fedmitr_flwr.cli.settings import settings
 from fedmitr_flwr.cli.simulate import simulate
 
@@ -19,10 +20,10 @@ app = typer.Typer(
     help="One-shot federated learning for Vision Transformers, as a Flower app.",
     no_args_is_help=True,
     rich_markup_mode=None,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
 )
-for command in (simulate, settings, initial):
+for command in (simulate, report, settings, initial):
     app.command()(command)
 
 

@@ -27,6 +27,10 @@ AppOption = Annotated[
     Path | None,
     typer.Option("--app", metavar="DIR", help="Folder of the Flower app. Default: where this command comes from."),
 ]
+RunArgument = Annotated[
+    Path, typer.Argument(metavar="RUN", show_default=False, help="Folder of a completed run, as its last line said.")
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
 
 
 @contextmanager

@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
+from rich.console import Console
 
 from fedmitr_flwr import run_files
 from fedmitr_flwr.cli.common import FAILED, AppOption, ConfArgument, SetOption, bad_input, echo, show_error
+from fedmitr_flwr.live import LiveView
+from fedmitr_flwr.rundir import EVENTS, fresh_name
+from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.simulate import simulate as run_simulation
 
 
@@ -30,6 +36,7 @@ def simulate(
     ] = None,
     app_dir: AppOption = None,
     verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all that Flower and Ray print.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="No live view: plain lines, as when piped.")] = False,
     quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show the log only when the run fails.")] = False,
 ) -> None:
     """Run a simulation on this machine: a real `flwr run` on Ray, and nothing left behind.
@@ -43,10 +50,23 @@ def simulate(
         directory = run_files.app_directory(app_dir)
         settings = run_files.run_settings(directory, conf, overrides or [], output)
         config = run_files.federation_config(federation, clients, cpus)
-    outcome = run_simulation(directory, settings, config, echo=echo, verbose=verbose, quiet=quiet)
+    settings = settings if settings.run.name else settings.replace(**{"run.name": fresh_name()})
+    with _shown(settings, live=not (plain or verbose or quiet)) as show:
+        outcome = run_simulation(directory, settings, config, echo=show, verbose=verbose, quiet=quiet)
     if outcome.error:
         failed = "the run failed: " if outcome.exit_code == FAILED else ""
         show_error(f"fedmitr: {failed}{outcome.error}")
     if outcome.directory is not None:
         typer.echo(outcome.directory)
     raise typer.Exit(outcome.exit_code)
+
+
+@contextmanager
+def _shown(settings: Settings, *, live: bool) -> Iterator[Callable[[str], None]]:
+    """Give the function that shows a line of the log: below a terminal's live view, or plainly."""
+    console = Console()
+    if not live or not console.is_terminal or console.is_dumb_terminal:
+        yield echo
+        return
+    with LiveView(Path(settings.run.output) / settings.run.name / EVENTS, console) as view:
+        yield view.echo
