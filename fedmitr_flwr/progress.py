@@ -104,14 +104,18 @@ class DistillProgress:
         if (step + 1) % self._logged == 0:
             values = {"kl": float(terms.kl), "ce": float(terms.ce), "low": float(terms.low)}
             self.observer.event("distill", step=step + 1, **values)
-        if self.observer.watched and ((step + 1) % self._every == 0 or step + 1 == self.steps):
+        due = (step + 1) % self._every == 0 or self._probes(step)
+        if self.observer.watched and due:
             self.observer.progress("distill", step + 1, self.steps, lambda: self._values(step, terms))
 
     def _values(self, step: int, terms: LossTerms) -> dict[str, float]:
         values = {"kl": float(terms.kl), "ce": float(terms.ce), "low": float(terms.low)}
-        if (step + 1) % self._logged == 0 or step + 1 == self.steps:
+        if self._probes(step):
             values["agreement"] = self._agreement()
         return values
+
+    def _probes(self, step: int) -> bool:
+        return step == 0 or (step + 1) % self._logged == 0 or step + 1 == self.steps
 
     @torch.no_grad()
     def _agreement(self) -> float:

@@ -59,6 +59,8 @@ th,td{padding:4px 8px;border-bottom:1px solid var(--line);vertical-align:top}
 td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
 td{overflow-wrap:anywhere}
 .wide td,.wide th{overflow-wrap:normal}
+.wide td:first-child{white-space:nowrap}
+.clients td:last-child{min-width:220px}
 .heat{width:auto;border-collapse:separate;border-spacing:2px;font-size:.8rem}
 .heat th{border:0;padding:2px 6px 2px 0;font-weight:400;color:var(--soft);white-space:nowrap;max-width:160px;
 overflow:hidden;text-overflow:ellipsis}
@@ -73,15 +75,16 @@ font-variant-numeric:tabular-nums;background:color-mix(in srgb,var(--heat) var(-
 margin:0 6px 10px 0;font-size:.88rem;cursor:pointer}
 .gallery input:checked+label{background:var(--accent);border-color:var(--accent);color:var(--panel)}
 .gallery input:focus-visible+label{outline:2px solid var(--ink);outline-offset:2px}
-.class{display:grid;grid-template-columns:minmax(56px,110px) minmax(0,1fr);gap:8px;align-items:center;margin:6px 0}
-.class>span{font-size:.88rem;overflow-wrap:anywhere}
+.class{display:flex;gap:8px;align-items:center;margin:6px 0}
+.class>div{min-width:0}
+.class>span{flex:none;min-width:1.6em;max-width:110px;font-size:.88rem;overflow-wrap:anywhere}
 .strip{display:flex;flex-wrap:wrap;gap:5px}
-.pic{position:relative;width:clamp(44px,8.5vw,64px);aspect-ratio:1;display:block}
+.pic{position:relative;width:46px;aspect-ratio:1;display:block}
 .pic img{position:absolute;inset:0;width:100%;height:100%;image-rendering:pixelated;border-radius:4px}
 .pic .over{display:none}
 #view-stopped:checked~.classes .stopped,#view-density:checked~.classes .density{display:block}
 .steps{display:flex;gap:10px;overflow-x:auto;padding-bottom:6px}
-.steps figure{margin:0;flex:none;width:clamp(72px,15vw,110px)}
+.steps figure{margin:0;flex:none;width:72px}
 .steps .pic{width:100%}
 .classes,.evolution{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:0 24px}
 .evolution>p{grid-column:1/-1}

@@ -42,7 +42,7 @@ Bars are 95 % intervals{% if accuracy.local_range %}; for the local models, from
 
 <section><h2>Clients</h2>
 <p class="note">What each upload brought. A client's weight for a class is its share in the ensemble's vote on that class.</p>
-<div class="panel"><div class="wide"><table>
+<div class="panel"><div class="wide"><table class="clients">
 <tr><th>Client</th><th>Upload</th><th class="n">Images</th><th class="n">Own accuracy</th>
 <th class="n">{{ "On " + accuracy.split if accuracy else "Held out" }}</th><th>Strongest in</th></tr>
 {% for client in clients.rows %}<tr><td>{{ client.name }}</td>
