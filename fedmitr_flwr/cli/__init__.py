@@ -8,7 +8,13 @@ import typer
 
 import fedmitr_flwr
 from fedmitr_flwr.cli.common import BAD_INPUT
+from fedmitr_flwr.cli.doctor import doctor
+from fedmitr_flwr.cli.evaluate import evaluate
+from fedmitr_flwr.cli.export import export
 from fedmitr_flwr.cli.initial import initial
+from fedmitr_flwr.cli.invert import invert
+from fedmitr_flwr.cli.plain_help import PlainHelpCommand
+from fedmitr_flwr.cli.predict import predict
 from fedmitr_flwr.cli.report import report
 from fedmitr_flwr.cli.settings import settings
 from fedmitr_flwr.cli.simulate import simulate
@@ -23,8 +29,8 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-for command in (simulate, report, settings, initial):
-    app.command()(command)
+for command in (simulate, report, predict, evaluate, export, invert, settings, initial, doctor):
+    app.command(cls=PlainHelpCommand)(command)
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ def initial(conf: ConfArgument = None, overrides: SetOption = None, app_dir: App
 
     For `model.init = glyphs` this renders letters and trains on them, once for each model and image size;
     pretrained weights are downloaded. Runs do this by themselves when needed.
+    Exit code: 0 made, 2 bad input.
     """
     with bad_input():
         run = run_files.run_settings(run_files.app_directory(app_dir), conf, overrides or [])

@@ -23,7 +23,10 @@ class Format(StrEnum):
 def settings(
     style: Annotated[Format, typer.Option("--format", "-f", help="How to print them.")] = Format.TABLE,
 ) -> None:
-    """Print every setting: key, default, allowed values and what it does."""
+    """Print every setting: key, default, allowed values and what it does.
+
+    Exit code: 0 printed, 2 bad input.
+    """
     if style is Format.TABLE:
         text = docs.to_table(shutil.get_terminal_size((100, 24)).columns)
     else:
