@@ -39,13 +39,18 @@ class StageState:
     ended: float | None = None
     done: int = 0
     total: int = 0
+    first: tuple[float, int] | None = None
+    last: tuple[float, int] | None = None
     values: dict[str, float] = field(default_factory=dict)
 
-    def rate(self, now: float) -> float | None:
-        """Steps a second so far."""
-        if self.started is None or not self.done:
+    def rate(self) -> float | None:
+        """Steps a second between the first report and the last: what comes before the first step doesn't count."""
+        if self.first is None or self.last is None or self.started is None:
             return None
-        return self.done / max((self.ended or now) - self.started, 1e-6)
+        (begun, before), (clock, done) = self.first, self.last
+        if done == before:
+            begun, before = self.started, 0
+        return (done - before) / max(clock - begun, 1e-6)
 
 
 class RunState:
@@ -79,13 +84,15 @@ class RunState:
         if stage is None:
             return
         if event["kind"] == "started":
-            stage.started, stage.ended, stage.done = self.clock, None, 0
+            stage.started, stage.ended, stage.done, stage.first = self.clock, None, 0, None
             if event["stage"] != "clients" and self.stages["clients"].ended is None:
                 self.stages["clients"].ended = self.clock
         elif event["kind"] == "ended":
             stage.ended = self.clock
         elif event["kind"] == "progress":
             stage.done, stage.total = int(event["done"]), int(event["total"])
+            stage.last = (self.clock, stage.done)
+            stage.first = stage.first or stage.last
             stage.values |= {name: event[name] for name in _SHOWN if event.get(name) is not None}
 
     def _client(self, event: Mapping[str, Any]) -> None:
@@ -127,7 +134,7 @@ def _times(stage: StageState, now: float) -> Text:
         return Text("")
     if stage.ended is not None:
         return Text(_clock(stage.ended - stage.started), "dim")
-    rate = stage.rate(now)
+    rate = stage.rate()
     if not rate or not stage.total:
         return Text(_clock(now - stage.started))
     return Text(f"{rate:.3g} it/s, {_clock((stage.total - stage.done) / rate)} left")

@@ -126,6 +126,7 @@ def run_pipeline(
         model.load_state_dict(student_start(settings, clients, initial, ensemble, average))
         generator = torch.Generator().manual_seed(seed)
         pool = make_pool(ensemble, synthetic, split, targets, grid, settings.distill, generator=generator)
+        observer.event("distill", labelled_images=len(pool.labels))
         model.to(device)
         report = DistillProgress(observer, settings.distill.steps, model, pool)
         distill(model, pool, settings.distill, generator=generator, on_step=report)

@@ -40,17 +40,18 @@ def test_it_counts_clients_in_and_refused() -> None:
 def test_it_shows_rate_time_left_loss_and_memory() -> None:
     state = state_of(
         {"kind": "started", "stage": "invert", "seconds": 10.0},
+        {"kind": "progress", "stage": "invert", "seconds": 20.0, "done": 10, "total": 150, "loss": 2.5},
         {
             "kind": "progress",
             "stage": "invert",
-            "seconds": 15.0,
+            "seconds": 24.0,
             "done": 50,
             "total": 150,
             "loss": 0.25,
             "peak_rss_mb": 800,
         },
     )
-    text = shown(state, 15.0)
+    text = shown(state, 24.0)
     assert "10 it/s, 0:10 left" in text
     assert "loss 0.25" in text
     assert "800 MiB" in text
