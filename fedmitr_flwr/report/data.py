@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import save
 from torch import Tensor
+from torch.nn import functional as F
 
 from fedmitr_flwr.atomic import Json, atomic_path, write_json
 from fedmitr_flwr.data import ImageSpec
@@ -27,6 +28,7 @@ from fedmitr_flwr.settings import Settings
 FORMAT = 1
 MOST_PICTURES = 240
 PICTURES_OF_A_CLASS = 8
+LARGEST_PICTURE = 112  # pixels a side; nobody sees more on the page, and 224 would be four times the file
 
 
 def write_report_data(
@@ -94,9 +96,9 @@ def pictures(
     Returns
     -------
     dict
-        ``images`` ``(b, ch, S, S)`` uint8, ``labels`` ``(b,)``, ``kept`` ``(b, P)`` bool, ``loss`` ``(b,)``,
-        ``density`` ``(b, P)`` if `attention` is given; and for each stop, ``stop.ITERATION.images`` and ``.kept`` with
-        the first image of each class.
+        ``images`` ``(b, ch, S, S)`` uint8, S at most 112; ``labels`` ``(b,)``; ``kept`` ``(b, P)`` bool; ``loss``
+        ``(b,)``; ``density`` ``(b, P)`` if `attention` is given; and for each stop ``stop.ITERATION.images`` and
+        ``.kept`` with the first image of each class.
     """
     synthetic = result.synthetic
     labels = synthetic.labels.cpu()
@@ -104,7 +106,7 @@ def pictures(
     each = max(1, min(PICTURES_OF_A_CLASS, MOST_PICTURES // len(known)))
     rows = torch.cat([(labels == label).nonzero().squeeze(1)[:each] for label in known[:MOST_PICTURES]])
     out = {
-        "images": spec.denormalise(synthetic.images.cpu()[rows]),
+        "images": _pixels(synthetic.images.cpu()[rows], spec),
         "labels": labels[rows],
         "kept": _mask(synthetic.kept.cpu()[rows], grid.num_patches),
         "loss": synthetic.loss.cpu().float()[rows],
@@ -113,7 +115,7 @@ def pictures(
         out["density"] = attention.float()[rows]
     for iteration in sorted({int(shot["iteration"]) for shot in stops}):
         parts = sorted((s for s in stops if int(s["iteration"]) == iteration), key=lambda shot: int(shot["row"][0]))
-        out[f"stop.{iteration:07d}.images"] = spec.denormalise(torch.cat([part["images"] for part in parts]))
+        out[f"stop.{iteration:07d}.images"] = _pixels(torch.cat([part["images"] for part in parts]), spec)
         out[f"stop.{iteration:07d}.kept"] = _mask(torch.cat([part["kept"] for part in parts]), grid.num_patches)
     return {name: value.contiguous() for name, value in out.items()}
 
@@ -133,6 +135,14 @@ def _evaluation(evaluation: Evaluation | None, split: str) -> Mapping[str, Json]
 
 def _rows(values: Tensor) -> list[list[float]]:
     return [[float(f"{value:.5g}") for value in row] for row in values.tolist()]
+
+
+def _pixels(images: Tensor, spec: ImageSpec) -> Tensor:
+    pixels = spec.denormalise(images)
+    if pixels.shape[-1] <= LARGEST_PICTURE:
+        return pixels
+    small = F.interpolate(pixels.float(), (LARGEST_PICTURE, LARGEST_PICTURE), mode="bilinear", antialias=True)
+    return small.round().clamp(0, 255).to(torch.uint8)
 
 
 def _mask(kept: Tensor, patches: int) -> Tensor:

@@ -15,9 +15,11 @@ from safetensors.torch import load_file
 from typer.testing import CliRunner
 
 from fedmitr_flwr.cli import app
+from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.flops import count_flops, kept_schedule
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.report import charts, load_run, run_page, words
+from fedmitr_flwr.report import FinishedRun, charts, load_run, run_page, words
+from fedmitr_flwr.report.data import _pixels
 from fedmitr_flwr.report.diagnostics import diagnose, warnings_of
 from fedmitr_flwr.settings import InversionSettings, SettingsError
 from tests.unit.finished import edit_json, make_run
@@ -232,6 +234,48 @@ def test_stopping_patches_shows_in_the_flops() -> None:
     one, all_of_them = count_flops(model, grid, 4), count_flops(model, grid, grid.num_patches)
     assert one < all_of_them < count_flops(model, grid, grid.num_patches, pixel_gradient=True)
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_a_hundred_classes_and_clients_in_colour_stay_below_5_mb(tmp_path: Path) -> None:
+    C, K, draw = 100, 100, torch.Generator().manual_seed(0)
+    rates = [[1 / C] * C for _ in range(K)]
+    evaluation = {
+        "split": "test",
+        "num_images": 10_000,
+        "accuracy": {"local_mean": 0.1, "fedavg": 0.2, "ensemble": 0.4, "global": 0.3},
+        "local": [0.1] * K,
+        "per_class": {name: [0.3] * C for name in ("fedavg", "ensemble", "global")},
+        "confusion": torch.randint(0, 9, (C, C), generator=draw).tolist(),
+    }
+    pixels = torch.randint(0, 256, (200, 3, 112, 112), generator=draw, dtype=torch.uint8)
+    kept = torch.rand(200, 196, generator=draw) < 0.25
+    pictures = {"images": pixels, "kept": kept, "labels": torch.arange(200) // 2, "density": torch.rand(200, 196)}
+    for stop in (50, 100, 200, 300):
+        pictures |= {f"stop.{stop:07d}.images": pixels[:20], f"stop.{stop:07d}.kept": kept[:20]}
+    run = FinishedRun(
+        path=tmp_path,
+        status={"started": "2026-01-01T00:00:00+00:00"},
+        config={"settings": {"ensemble.weighting": "competence"}},
+        metrics={"clients": {"asked": K, "accepted": K}, "seconds": {"invert": 7200.0}},
+        report={
+            "class_names": [f"class number {number}" for number in range(C)],
+            "image": {"channels": 3, "size": 224, "grid": [14, 14]},
+            "evaluation": evaluation,
+            "ensemble": {"weights": rates, "evidence": rates},
+        },
+        pictures=pictures,
+        events=[],
+    )
+    html = run_page(run)
+    assert Page(html).open == []
+    assert len(html) < 5 * 2**20
+    assert "2 h 00 min" in html
+
+
+def test_large_images_are_kept_small() -> None:
+    spec = ImageSpec(("a", "b"), 3, 224, (0.5,) * 3, (0.5,) * 3)
+    assert _pixels(torch.zeros(2, 3, 224, 224), spec).shape == (2, 3, 112, 112)
+    assert _pixels(torch.zeros(2, 3, 224, 224), spec).unique().tolist() == [128]
 
 
 def test_charts_place_values_on_their_scale() -> None:
