@@ -176,7 +176,7 @@ def write_report(
     """Write the report's data and the report; if that fails the run has still succeeded, and the log says why."""
     try:
         write_report_data(run.path, settings, spec, result, evaluation, keeper)
-        write_run_report(run.path)
+        log.info("Report: %s", write_run_report(run.path))
     except Exception as error:
         log.warning("The report could not be written (%s: %s)", type(error).__name__, error)
         log.debug("Traceback:", exc_info=True)

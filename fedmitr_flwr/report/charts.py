@@ -99,19 +99,21 @@ def bars(rows: Sequence[Bar], series: int = 1) -> Markup:
     return Markup('<div class="rows">{}</div>').format(inner)
 
 
-def class_dots(names: Sequence[str], series: Sequence[tuple[str, Sequence[float | None]]]) -> Markup:
-    """One row a class, one dot for each series, on a scale from 0 to 100 %."""
+def class_dots(
+    names: Sequence[str], series: Sequence[tuple[str, Sequence[float | None]]], *, values: bool = True
+) -> Markup:
+    """One row a class, one dot for each series, on a scale from 0 to 100 %; `values`: the last one's in figures."""
     parts = [legend([name for name, _ in series]), Markup('<div class="rows scroll">')]
     for place, name in enumerate(names):
         dots = Markup("")
-        for number, (title, values) in enumerate(series, 1):
-            value = values[place]
+        for number, (title, rates) in enumerate(series, 1):
+            value = rates[place]
             if value is not None:
                 dots += Markup(
                     '<i class="dot" style="left:{:.2f}%;background:var(--s{})" title="{}: {:.1f} %"></i>'
                 ).format(100 * value, number, title, 100 * value)
         last = series[-1][1][place]
-        shown = "–" if last is None else f"{100 * last:.0f} %"
+        shown = "" if not values else "–" if last is None else f"{100 * last:.0f} %"
         parts.append(
             Markup(
                 '<div class="row"><span class="name">{}</span><span class="track">{}</span>'

@@ -16,7 +16,14 @@ from fedmitr_flwr.report.template import COMPARISON
 from fedmitr_flwr.settings import Settings
 
 MOST_RUNS = 4  # as many as there are colours that can be told apart
-_IGNORED = ("run.name", "run.output")
+_IGNORED = ("run.name", "run.output", "run.tensorboard")
+# Settings without which accuracies were not measured on the same images, or of the same clients.
+_SAME_IMAGES = {
+    "data.source": "different data",
+    "data.split-seed": "different splits",
+    "run.evaluate-on": "different image sets",
+    "partition.seed": "different partitions",
+}
 
 
 def comparison_page(runs: Sequence[FinishedRun]) -> str:
@@ -63,6 +70,9 @@ def _verdict(names: Sequence[str], runs: Sequence[FinishedRun]) -> str:
     ]
     if len(scored) < 2:
         return "Fewer than two of these runs were measured."
+    for key, reason in _SAME_IMAGES.items():
+        if len({str(run.config.get("settings", {}).get(key)) for run in runs}) > 1:
+            return f"These runs have {reason}: which is better cannot be told from their accuracies."
     scored.sort(reverse=True)
     (best, name, count), (second, other, _) = scored[:2]
     if words.too_close(best, second, count):
@@ -73,12 +83,7 @@ def _verdict(names: Sequence[str], runs: Sequence[FinishedRun]) -> str:
 
 def _warnings(runs: Sequence[FinishedRun]) -> list[str]:
     warnings = []
-    for key, words_for in (
-        ("data.source", "different data"),
-        ("data.split-seed", "different splits"),
-        ("run.evaluate-on", "different image sets"),
-        ("partition.seed", "different partitions"),
-    ):
+    for key, words_for in _SAME_IMAGES.items():
         if len({str(run.config.get("settings", {}).get(key)) for run in runs}) > 1:
             warnings.append(
                 f"The runs were measured on {words_for} ({key}): their accuracies are not comparable as they stand."
@@ -107,7 +112,7 @@ def _rows(runs: Sequence[FinishedRun]) -> list[dict[str, object]]:
 
 def _classes(names: Sequence[str], runs: Sequence[FinishedRun], classes: Sequence[str]) -> Markup:
     tables = [run.report["evaluation"]["per_class"]["global"] for run in runs]
-    return charts.class_dots(classes, list(zip(names, tables, strict=True)))
+    return charts.class_dots(classes, list(zip(names, tables, strict=True)), values=False)
 
 
 def _curves(names: Sequence[str], runs: Sequence[FinishedRun]) -> list[dict[str, object]]:

@@ -35,6 +35,7 @@ def test_importing_the_library_imports_neither_torch_nor_flower(tmp_path: Path) 
     assert python("-c", program, cwd=tmp_path).returncode == 0
 
 
+@pytest.mark.slow
 def test_type_checkers_see_the_public_names(tmp_path: Path) -> None:
     pytest.importorskip("mypy", reason="mypy is not installed")
     assert (ROOT / "fedmitr_flwr" / "py.typed").is_file()

@@ -18,7 +18,7 @@ from fedmitr_flwr.cli import app
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.flops import count_flops, kept_schedule
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.report import FinishedRun, charts, load_run, run_page, words
+from fedmitr_flwr.report import FinishedRun, charts, comparison_page, load_run, run_page, words
 from fedmitr_flwr.report.data import _pixels
 from fedmitr_flwr.report.diagnostics import diagnose, warnings_of
 from fedmitr_flwr.settings import InversionSettings, SettingsError
@@ -129,6 +129,18 @@ def test_runs_are_compared_side_by_side(run: Path, other: Path, tmp_path: Path) 
     assert "inversion.images" not in page.text
     for name in ("first", "second"):
         assert name in page.text
+    assert "cannot be told" not in page.text
+
+
+def test_runs_on_other_data_are_not_ranked(run: Path, tmp_path: Path) -> None:
+    copy = tmp_path / "other-split"
+    shutil.copytree(run, copy)
+    config = json.loads((copy / "config.json").read_text())
+    config["settings"]["data.split-seed"] = 5
+    (copy / "config.json").write_text(json.dumps(config))
+    text = Page(comparison_page([load_run(run), load_run(copy)])).text
+    assert "These runs have different splits: which is better cannot be told" in text
+    assert "is best" not in text
 
 
 def unfinished(path: Path) -> None:
