@@ -27,10 +27,15 @@ def report(
     with bad_input():
         from fedmitr_flwr.report import REPORT, comparison_page, load_run, run_page, write_page
         from fedmitr_flwr.report.compare import MOST_RUNS
+        from fedmitr_flwr.rundir import REPORT_DATA
 
         if len(runs) > MOST_RUNS:
             raise SettingsError(("RUN", f"{len(runs)} of them", f"at most {MOST_RUNS} can be compared on one page"))
         loaded = [load_run(run) for run in runs]
+        for run in loaded:
+            if not run.report:
+                allowed = f"made by version {run.version}, which wrote no {REPORT_DATA}; a report needs it"
+                raise SettingsError(("RUN", str(run.path), allowed))
         page = run_page(loaded[0]) if len(loaded) == 1 else comparison_page(loaded)
         file = output or (loaded[0].path / REPORT if len(loaded) == 1 else Path("comparison.html"))
         try:

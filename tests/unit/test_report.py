@@ -155,6 +155,10 @@ def from_the_future(path: Path) -> None:
     edit_json(path / "report.json", format=99)
 
 
+def from_the_past(path: Path) -> None:
+    (path / "report.json").unlink()
+
+
 def no_run(path: Path) -> None:
     (path / "status.json").unlink()
 
@@ -169,6 +173,7 @@ def broken(path: Path) -> None:
         (unfinished, "has not finished"),
         (failed, "failed: QuorumError: few"),
         (from_the_future, "has format 99"),
+        (from_the_past, "which wrote no report.json"),
         (no_run, "is no run"),
         (broken, "metrics.json is not JSON"),
     ],
