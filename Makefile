@@ -19,8 +19,8 @@ STAMP := $(VENV)/.fedmitr-installed
 SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo quick test unit integration slow faults docker-image test-deployment lint format settings bundle \
-	clean
+.PHONY: help install demo quick test unit integration slow faults docker-image test-deployment lint format settings site \
+	bundle clean
 
 help: ## list all targets
 	@echo "usage: make TARGET [VENV=DIR] [PYTHON=python3.12] [PYTEST_ARGS=...]"; echo
@@ -93,9 +93,12 @@ format: $(STAMP) ## format the code and mend what ruff can mend
 settings: $(STAMP) ## write docs/settings.md and the defaults in pyproject.toml from settings.py
 	$(BIN)/python -m fedmitr_flwr.settings.docs
 
+site: $(STAMP) ## build the documentation site into site/
+	$(BIN)/python -m mkdocs build --strict
+
 bundle: $(STAMP) ## pack the Flower app into a .fab file
 	PATH="$(abspath $(BIN)):$$PATH" flwr build
 
 clean: ## remove caches and build results; the environment and outputs/ stay
-	rm -rf build dist .pytest_cache .mypy_cache .ruff_cache ./*.egg-info ./*.fab
+	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache ./*.egg-info ./*.fab
 	find fedmitr_flwr client_app server_app tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

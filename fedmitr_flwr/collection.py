@@ -14,6 +14,7 @@ from flwr.serverapp import Grid
 from fedmitr_flwr.atomic import release_memory, write_json
 from fedmitr_flwr.claims import UploadRefused
 from fedmitr_flwr.digest import short
+from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.quorum import ClientCounts
 from fedmitr_flwr.uploads import Upload, UploadStore
 from fedmitr_flwr.wire import decode_state
@@ -32,6 +33,8 @@ class Collection:
         Of the code that clients must run.
     histograms
         Whether clients were asked for their label histogram.
+    observer
+        Hears of every client; None: nobody does.
 
     Attributes
     ----------
@@ -39,10 +42,11 @@ class Collection:
         Seconds that validating and writing took so far.
     """
 
-    def __init__(self, store: UploadStore, digest: str, *, histograms: bool) -> None:
+    def __init__(self, store: UploadStore, digest: str, *, histograms: bool, observer: Observer | None = None) -> None:
         self.store = store
         self.digest = digest
         self.histograms = histograms
+        self.observer = observer or Observer()
         self.working = 0.0
 
     def take(self, replies: Iterable[Message], asked: int) -> ClientCounts:
@@ -71,6 +75,7 @@ class Collection:
         if silent > 0:
             log.warning("\t├──! %d clients did not answer before the deadline", silent)
             tally["failed"] += silent
+            self.observer.client("silent", count=silent)
         return ClientCounts(asked=asked, **tally)
 
     def _receive(self, reply: Message) -> str:
@@ -80,23 +85,35 @@ class Collection:
             reason = reply.error.reason or ""
             log.warning("\t├──! node %d failed (code %d): %s", node, reply.error.code, failure_reason(reason))
             log.debug("node %d, in full: %s", node, reason[:10_000])
+            self.observer.client("failed", client=f"node {node}", reason=failure_reason(reason))
             return "failed"
         try:
             upload = self._accept(reply.content)
         except UploadRefused as refusal:
             log.warning("\t├──! upload of node %d refused: %s", node, refusal)
+            self.observer.client("refused", client=f"node {node}", reason=str(refusal))
             return "refused"
         except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AttributeError) as error:
             # A reply that breaks the validation itself is a bad upload too: the others cannot be sent again.
             log.warning("\t├──! upload of node %d refused: unreadable (%s)", node, type(error).__name__)
             log.debug("node %d, in full:", node, exc_info=True)
+            self.observer.client("refused", client=f"node {node}", reason=f"unreadable ({type(error).__name__})")
             return "refused"
         finally:
             reply.content.clear()  # Flower holds on to the message; its arrays need not stay in memory
         if upload is None:
             log.info("\t├──> node %d has no data", node)
+            self.observer.client("empty", client=f"node {node}")
             return "empty"
         log.info("\t├──> %s: %d images, local accuracy %.3f", upload.client, upload.num_examples, upload.accuracy)
+        self.observer.client(
+            "accepted",
+            client=upload.client,
+            num_examples=upload.num_examples,
+            loss=upload.loss,
+            accuracy=upload.accuracy,
+            histogram=upload.histogram or (),
+        )
         return "accepted"
 
     def _accept(self, content: RecordDict) -> Upload | None:

@@ -57,13 +57,30 @@ class Diagnostics:
         """One sentence for each known failure."""
         found = []
         if self.black > 0.9:
-            found.append(f"{self.black:.0%} of the synthetic pixels are black: lower inversion.tv-weight or l2-weight")
+            found.append(
+                f"{self.black:.0%} of the synthetic pixels are black: inversion found little to draw. Try another "
+                "inversion.start, a lower inversion.tv-weight or l2-weight, or more inversion.iterations."
+            )
         if self.saturated > 0.5:
-            found.append(f"{self.saturated:.0%} of the synthetic pixels are saturated: lower inversion.learning-rate")
-        if self.ensemble_agrees < 0.5:
-            found.append(f"the ensemble sees y in {self.ensemble_agrees:.0%} of the images: raise inversion.iterations")
-        if self.diversity < 0.1:
-            found.append(f"images of a class are nearly the same (diversity {self.diversity:.2f})")
+            found.append(
+                f"{self.saturated:.0%} of the synthetic pixels are saturated: the images are over-driven. A lower "
+                "inversion.learning-rate keeps them softer."
+            )
+        if self.ensemble_agrees < 0.8:
+            found.append(
+                f"The ensemble takes only {self.ensemble_agrees:.0%} of the images for what they were inverted for: "
+                "more inversion.iterations, or a higher inversion.learning-rate."
+            )
+        if self.teachers_agree < 0.5:
+            found.append(
+                f"The client models disagree: asked one by one, {self.teachers_agree:.0%} of those with a say in a "
+                "class recognise its images. Their labels are a compromise."
+            )
+        if self.diversity < 0.5:
+            found.append(
+                f"Images of one class are nearly the same (diversity {self.diversity:.2f}): more of them will teach "
+                "little. Vary inversion.start."
+            )
         if self.kept != self.expected:
             found.append(f"{self.kept} patches were in the graph at the end, the schedule leaves {self.expected}")
         return found

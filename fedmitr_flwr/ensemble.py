@@ -50,7 +50,7 @@ class MemoryLimits:
         large = 2 * 4 * sum(parameter.numel() for parameter in weights) * count > self.teachers << 20
         if large and architecture_of(teacher) is not None:
             teacher.to(torch.bfloat16)
-        return teacher.patch_embed.proj.weight.dtype == torch.bfloat16
+        return bool(teacher.patch_embed.proj.weight.dtype == torch.bfloat16)
 
 
 @dataclass(frozen=True)

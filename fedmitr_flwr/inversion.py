@@ -78,6 +78,7 @@ def invert(
     *,
     generator: torch.Generator,
     on_iteration: Callable[[int, Tensor], None] | None = None,
+    on_stop: Callable[[int, Tensor, Tensor], None] | None = None,
 ) -> SyntheticImages:
     """Invert the ensemble into one image for each label.
 
@@ -95,6 +96,9 @@ def invert(
         CPU generator of the starting noise and the jitter.
     on_iteration
         Called with the iteration, from 0, and the ``(B,)`` detached cross-entropies, still on the device.
+    on_stop
+        Called at each stop with the iteration, the ``(B, ch, S, S)`` images as they are then, and the ``(B, L)``
+        patches that go on.
 
     Raises
     ------
@@ -110,6 +114,8 @@ def invert(
             loss = batch.step(shift, stop=stops.get(iteration, 0.0))
             if on_iteration is not None:
                 on_iteration(iteration, loss)
+            if on_stop is not None and iteration in stops:
+                on_stop(iteration, batch.result().images, batch.kept)
             if (iteration + 1) % CHECK == 0 or iteration in stops:
                 batch.check_finite()
         batch.check_finite()

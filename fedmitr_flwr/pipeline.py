@@ -6,7 +6,7 @@ Letters: B images, K teachers, C classes, D embedding.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -20,12 +20,13 @@ from fedmitr_flwr.checkpoints import Checkpoints
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.density import PatchSplit, split_patches
 from fedmitr_flwr.diagnostics import Diagnostics, diagnose
-from fedmitr_flwr.distill import LossTerms, distill, make_pool
+from fedmitr_flwr.distill import distill, make_pool
 from fedmitr_flwr.ensemble import Ensemble, MemoryLimits
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.inversion import SyntheticImages, invert
 from fedmitr_flwr.models import build_model
 from fedmitr_flwr.observe import Observer
+from fedmitr_flwr.progress import FINISHED_SHOWN, DistillProgress, InversionProgress
 from fedmitr_flwr.relabel import LowTargets, relabel
 from fedmitr_flwr.settings import InversionSettings, Settings
 from fedmitr_flwr.weighting import class_weights, evidence
@@ -134,7 +135,7 @@ def run_pipeline(
     InversionDivergedError, RuntimeError
         If a loss stops being finite.
     """
-    ensemble, known = make_ensemble(settings, spec, clients, initial, device)
+    ensemble, known = make_ensemble(settings, spec, clients, initial, device, observer)
     model = build_model(settings.model, spec)
     grid = PatchGrid.of(model, spec)
     with observer.stage("invert"):
@@ -153,7 +154,7 @@ def run_pipeline(
         for warning in found.warnings():
             observer.event("diagnostics", warning=warning)
     with observer.stage("relabel"):
-        split, targets = split_and_relabel(ensemble, synthetic, grid, settings)
+        split, targets = split_and_relabel(ensemble, synthetic, grid, settings, observer)
         observer.event(
             "relabel",
             high_density=float(split.high.float().mean()),
@@ -168,9 +169,11 @@ def run_pipeline(
             model.load_state_dict(student_start(settings, clients, initial, ensemble, average))
             generator = torch.Generator().manual_seed(seed)
             pool = make_pool(ensemble, synthetic, split, targets, grid, settings.distill, generator=generator)
-            report = report_steps(observer, settings.distill.steps)
+            observer.event("distill", labelled_images=len(pool.labels))
+            model.to(device)
+            report = DistillProgress(observer, settings.distill.steps, model, pool)
             progress = checkpoints.progress() if checkpoints is not None else None
-            distill(model.to(device), pool, settings.distill, generator=generator, on_step=report, progress=progress)
+            distill(model, pool, settings.distill, generator=generator, on_step=report, progress=progress)
         state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
         if checkpoints is not None:
             checkpoints.save_model(state)
@@ -183,6 +186,7 @@ def make_ensemble(
     clients: Sequence[ClientModel],
     initial: Mapping[str, Tensor],
     device: torch.device,
+    observer: Observer | None = None,
 ) -> tuple[Ensemble, Tensor]:
     """Load the uploads as teachers and weight them.
 
@@ -207,6 +211,8 @@ def make_ensemble(
     head_updates = torch.stack([client.state["head.weight"] - initial["head.weight"] for client in clients])
     known_of = evidence(settings.ensemble.weighting, num_examples, histograms, head_updates)
     weights = class_weights(known_of, settings.ensemble.power)
+    if observer is not None:
+        observer.snapshot("ensemble", evidence=known_of, weights=weights)
     known = (known_of.sum(0) > 0).nonzero().squeeze(1)
     return Ensemble(teachers, weights.to(device), limits), known.to(device)
 
@@ -225,33 +231,45 @@ def invert_all(
     """Stage 1 in batches; labels run through `classes` in turn, each batch has its own seed."""
     labels = classes[torch.arange(settings.images, device=device) % len(classes)]
     parts = []
+    progress = InversionProgress(observer, settings, len(classes)) if observer.watched else None
     for number, batch in enumerate(labels.split(settings.batch_size)):
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         few = ensemble.draw(settings.teachers_per_batch, batch, generator)
-        make = partial(invert, few, batch, grid, settings, generator=generator)
+        watch = progress.of_batch(number) if progress else {}
+        make = partial(invert, few, batch, grid, settings, generator=generator, **watch)
         parts.append(make() if checkpoints is None else checkpoints.batch(number, make, device))
         done = min((number + 1) * settings.batch_size, settings.images)
         observer.event("invert", images=f"{done}/{settings.images}", loss=float(parts[-1].loss.mean()))
-    return SyntheticImages(
+    synthetic = SyntheticImages(
         torch.cat([part.images for part in parts]),
         labels,
         torch.cat([part.kept for part in parts]),
         torch.cat([part.loss for part in parts]),
     )
+    shown = labels.argsort(stable=True)[:FINISHED_SHOWN]
+    observer.snapshot("finished", images=synthetic.images[shown], labels=labels[shown])
+    return synthetic
 
 
 @torch.no_grad()
 def split_and_relabel(
-    ensemble: Ensemble, synthetic: SyntheticImages, grid: PatchGrid, settings: Settings
+    ensemble: Ensemble,
+    synthetic: SyntheticImages,
+    grid: PatchGrid,
+    settings: Settings,
+    observer: Observer | None = None,
 ) -> tuple[PatchSplit, LowTargets]:
     """Stages 2 and 3. The attention over the full grid is taken anew on the finished images."""
     patches = grid.to_patches(synthetic.images)
-    attention = []
+    attention, seen = [], []
     for part, labels in zip(patches.split(256), synthetic.labels.split(256), strict=True):
-        out = ensemble(part, attention=True, labels=labels).attention
-        assert out is not None
-        attention.append(out)
+        out = ensemble(part, attention=True, labels=labels)
+        assert out.attention is not None
+        attention.append(out.attention)
+        seen.append(out.probabilities)
     split = split_patches(synthetic.kept, torch.cat(attention), settings.density)
+    if observer is not None:
+        observer.snapshot("density", attention=torch.cat(attention), probabilities=torch.cat(seen))
     return split, relabel(ensemble, patches, split, settings.relabel)
 
 
@@ -269,14 +287,3 @@ def student_start(
         states = [client.state for client in clients]
         return merged(initial, states, ensemble.weights.cpu(), settings.distill.merge_scale)
     return dict(average)
-
-
-def report_steps(observer: Observer, steps: int) -> Callable[[int, LossTerms], None]:
-    """Tell the observer of ten of `steps` distillation steps."""
-    every = max(1, steps // 10)
-
-    def on_step(step: int, terms: LossTerms) -> None:
-        if (step + 1) % every == 0:
-            observer.event("distill", step=step + 1, kl=float(terms.kl), ce=float(terms.ce), low=float(terms.low))
-
-    return on_step

@@ -23,6 +23,9 @@ METRICS = "metrics.json"
 CONFIG = "config.json"
 LOG = "log.txt"
 SYNTHETIC = "synthetic.png"
+EVENTS = "metrics.jsonl"
+REPORT_DATA, REPORT_PICTURES, REPORT = "report.json", "report.safetensors", "report.html"
+TENSORBOARD = "tensorboard"
 MODEL = "model"
 UPLOADS = "uploads"
 CHECKPOINTS = "checkpoints"
@@ -30,10 +33,12 @@ COLLECTED = "collected.json"
 INITIAL = f"{CHECKPOINTS}/initial.safetensors"
 
 _LOCK = ".lock"
-_OWN_FILES = (STATUS, METRICS, CONFIG, LOG, SYNTHETIC, f"{MODEL}/model.safetensors", f"{MODEL}/config.json")
+_OWN_FILES: tuple[str, ...] = (STATUS, METRICS, CONFIG, LOG, SYNTHETIC, EVENTS, REPORT_DATA, REPORT_PICTURES, REPORT)
+_OWN_FILES += tuple(f"{MODEL}/{name}" for name in ("model.safetensors", "config.json", "README.md"))
 _OWN_PATTERNS = (
     f"{UPLOADS}/round-*/*.safetensors",
     f"{UPLOADS}/round-*/{COLLECTED}",
+    f"{TENSORBOARD}/events.out.tfevents.*",
 )
 _CHECKPOINT_PATTERNS = (
     INITIAL,
@@ -44,7 +49,7 @@ _TEMPORARY_PATTERNS = tuple(
     f"{folder}.*{TEMPORARY_SUFFIX}"
     for folder in ("", f"{MODEL}/", f"{UPLOADS}/round-*/", f"{CHECKPOINTS}/", f"{CHECKPOINTS}/round-*/")
 )
-_OWN_FOLDERS = (f"{UPLOADS}/round-*", UPLOADS, f"{CHECKPOINTS}/round-*", CHECKPOINTS, MODEL)
+_OWN_FOLDERS = (f"{UPLOADS}/round-*", UPLOADS, f"{CHECKPOINTS}/round-*", CHECKPOINTS, MODEL, TENSORBOARD)
 
 logger = logging.getLogger(f"{LIBRARY_LOGGER}.run")
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import resource
 import shutil
-import sys
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -21,10 +19,14 @@ from fedmitr_flwr.data import ImageSet, ImageSpec, load_source, load_spec, parti
 from fedmitr_flwr.digest import code_digest
 from fedmitr_flwr.export import save_timm
 from fedmitr_flwr.grid import PatchGrid
+from fedmitr_flwr.listeners import Keeper
+from fedmitr_flwr.model_card import write_model_card
 from fedmitr_flwr.models import build_model
-from fedmitr_flwr.observe import Observer
+from fedmitr_flwr.observe import Observer, peak_rss_mb
 from fedmitr_flwr.pipeline import PipelineResult
 from fedmitr_flwr.quorum import ClientCounts
+from fedmitr_flwr.report import write_run_report
+from fedmitr_flwr.report.data import write_report_data
 from fedmitr_flwr.rundir import METRICS, MODEL, SYNTHETIC, RunDirectory
 from fedmitr_flwr.settings import Settings, SettingsError
 
@@ -172,8 +174,9 @@ def write_results(
     result: PipelineResult,
     clients: ClientCounts,
     observer: Observer,
+    keeper: Keeper | None = None,
 ) -> None:
-    """Evaluate the last round and write model, figure and metrics into the run's directory.
+    """Evaluate the last round and write model, figure, report and metrics into the run's directory.
 
     Parameters
     ----------
@@ -185,6 +188,8 @@ def write_results(
         Of its last round.
     observer
         Holds the seconds of all stages so far, summed over the rounds.
+    keeper
+        What the stages showed, for the report.
     """
     # They bring in torchmetrics, SciPy and matplotlib: 100 MB that collection has no use for.
     from fedmitr_flwr.evaluate import evaluate
@@ -197,12 +202,31 @@ def write_results(
             evaluation = evaluate(result, federation.held_out, spec, settings.model, federation.device)
     metadata = {"fedmitr-flwr": fedmitr_flwr.__version__, "digest": code_digest(), "seed": str(settings.run.seed)}
     save_timm(result.state, settings.model, spec, run.path / MODEL, metadata)
+    write_model_card(run.path / MODEL, settings, spec, evaluation, clients)
     if result.synthetic is not None:
         save_synthetic(result.synthetic, spec, PatchGrid.of(result.ensemble.teachers[0], spec), run.path / SYNTHETIC)
     found = None if result.diagnostics is None else {**result.diagnostics.as_dict()}
     run.write_json(METRICS, {**make_metrics(evaluation, clients, observer), "diagnostics": found})
+    write_report(run, settings, spec, result, evaluation, keeper)
     for line in accuracy_table(evaluation, settings.run.evaluate_on):
         log.info("%s", line)
+
+
+def write_report(
+    run: RunDirectory,
+    settings: Settings,
+    spec: ImageSpec,
+    result: PipelineResult,
+    evaluation: Evaluation | None,
+    keeper: Keeper | None,
+) -> None:
+    """Write the report's data and the report; if that fails the run has still succeeded, and the log says why."""
+    try:
+        write_report_data(run.path, settings, spec, result, evaluation, keeper)
+        log.info("Report: %s", write_run_report(run.path))
+    except Exception as error:
+        log.warning("The report could not be written (%s: %s)", type(error).__name__, error)
+        log.debug("Traceback:", exc_info=True)
 
 
 def make_metrics(evaluation: Evaluation | None, clients: ClientCounts, observer: Observer) -> dict[str, Json]:
@@ -226,9 +250,3 @@ def accuracy_table(evaluation: Evaluation | None, split: str) -> list[str]:
     for name, value in zip(names, evaluation.accuracy().values(), strict=True):
         lines.append(f"    {name:<20}{value:.4f}")
     return lines
-
-
-def peak_rss_mb() -> float:
-    """Return the peak resident memory of this process in MiB."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10

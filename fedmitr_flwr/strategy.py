@@ -180,6 +180,7 @@ class FedMITR(Strategy):
         log.info("configure_train: asking %d clients (round %d)", len(messages), server_round)
         self._asked = len(messages)
         self._asked_at = time.perf_counter()
+        self.observer.client("asked", count=len(messages))
         return messages
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
@@ -232,7 +233,9 @@ class FedMITR(Strategy):
         if self._closed is not None:
             return store, self._closed
         before = len(store.uploads())
-        collection = Collection(store, self.digest, histograms=self.settings.train.share_label_histogram)
+        collection = Collection(
+            store, self.digest, histograms=self.settings.train.share_label_histogram, observer=self.observer
+        )
         new = collection.take(replies, self._asked)
         self.seconds["collect"] += collection.working
         self.seconds["clients"] += time.perf_counter() - self._asked_at - collection.working

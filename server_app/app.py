@@ -15,11 +15,12 @@ from fedmitr_flwr.actors import close_pool, end_busy_actors, replace_dead_actors
 from fedmitr_flwr.baselines import METHODS
 from fedmitr_flwr.checkpoints import initial_or_stored
 from fedmitr_flwr.exchange import WindowedGrid
+from fedmitr_flwr.listeners import JsonLines, Keeper, boards
 from fedmitr_flwr.models import initial_state
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.quorum import wait_for_nodes
 from fedmitr_flwr.resume import changes_in, is_complete, resumed_settings, simulation_config
-from fedmitr_flwr.rundir import CONFIG, INITIAL, RunDirectory, console_log, failures_logged
+from fedmitr_flwr.rundir import CONFIG, EVENTS, INITIAL, RunDirectory, console_log, failures_logged
 from fedmitr_flwr.server import Federation, check_disk, describe_run, prepare, write_results
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.strategy import FedMITR
@@ -71,7 +72,8 @@ def _workers(grid: Grid) -> Iterator[None]:
 def _run(grid: Grid, settings: Settings, federation: Federation, run: RunDirectory, clients: int | None) -> None:
     run.write_json(CONFIG, {**describe_run(settings, federation), "federation": simulation_config(clients)})
     initial = initial_or_stored(run.path / INITIAL, lambda: initial_state(settings, federation.spec))
-    observer = Observer()
+    keeper = Keeper()
+    observer = Observer(JsonLines(run.path / EVENTS), keeper, *boards(settings.run, run.path))
     strategy = FedMITR(
         settings,
         federation.spec,
@@ -88,7 +90,8 @@ def _run(grid: Grid, settings: Settings, federation: Federation, run: RunDirecto
     )
     assert strategy.outcome is not None  # a round that yields nothing raises
     observer.seconds.update(strategy.seconds)
-    write_results(run, settings, federation, strategy.outcome.result, strategy.outcome.clients, observer)
+    write_results(run, settings, federation, strategy.outcome.result, strategy.outcome.clients, observer, keeper)
+    observer.close()
     run.drop_checkpoints()
 
 

@@ -21,7 +21,8 @@ from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.models import build_model
 from fedmitr_flwr.noise import random_images
 from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.pipeline import ClientModel, PipelineResult, report_steps, student_start
+from fedmitr_flwr.pipeline import ClientModel, PipelineResult, student_start
+from fedmitr_flwr.progress import DistillProgress
 from fedmitr_flwr.relabel import LowTargets
 from fedmitr_flwr.settings import Settings
 
@@ -48,9 +49,10 @@ def ensemble_on_random_images(
         count = round(settings.inversion.images * (recipe.views + recipe.mix + recipe.noise))
         patches = grid.to_patches(random_images(recipe.noise_kind, count, grid, generator).to(device))
         pool = _pool(patches, label_patches(result.ensemble, patches, recipe))
-        on_step = report_steps(observer, recipe.steps)
+        student.to(device)
+        on_step = DistillProgress(observer, recipe.steps, student, pool)
         progress = checkpoints.progress() if checkpoints is not None else None
-        distill(student.to(device), pool, recipe, generator=generator, on_step=on_step, progress=progress)
+        distill(student, pool, recipe, generator=generator, on_step=on_step, progress=progress)
     state = {name: value.detach().cpu().clone() for name, value in student.state_dict().items()}
     return replace(result, state=state, seconds=dict(observer.seconds))
 

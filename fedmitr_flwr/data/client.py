@@ -69,6 +69,17 @@ def client_images(
     return source.train.subset(part), source.spec
 
 
+def site_images(settings: DataSettings, origin: Origin, spec: ImageSpec) -> ImageSet:
+    """Return what a folder or ``.npz`` file holds, less what it marks as test data itself, brought to a spec.
+
+    Raises
+    ------
+    SettingsError
+        As `client_images`, naming the key of `origin`.
+    """
+    return _site(settings, origin, spec.class_names, spec)[0]
+
+
 # Ray actors serve many clients one after another: they load and divide once.
 @lru_cache(maxsize=1)
 def _source(settings: DataSettings) -> Source:

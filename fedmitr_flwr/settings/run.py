@@ -102,6 +102,11 @@ class RunSettings(Stage):
         description="An upload is refused when its weights lie further from the common initialisation than this many "
         "times the initialisation's own L2 norm; 0: no limit.",
     )
+    tensorboard: bool = Field(
+        False,
+        description="Also write losses, agreement and image grids for TensorBoard, into the run's `tensorboard` folder "
+        "(needs `pip install tensorboard`).",
+    )
 
 
 class Settings(Stage):

@@ -46,7 +46,8 @@ def test_a_run_writes_all_its_results(finished: tuple[subprocess.CompletedProces
     directory = finished[1]
     names = {path.relative_to(directory).as_posix() for path in directory.rglob("*") if path.is_file()}
     expected = {"metrics.json", "config.json", "status.json", "log.txt", "synthetic.png"}
-    assert expected | {"model/model.safetensors", "model/config.json"} <= names
+    expected |= {"report.html", "report.json", "report.safetensors", "metrics.jsonl"}
+    assert expected | {"model/model.safetensors", "model/config.json", "model/README.md"} <= names
     assert json.loads((directory / "status.json").read_text())["state"] == "completed"
     assert "partition-2" in (directory / "log.txt").read_text()
 

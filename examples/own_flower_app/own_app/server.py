@@ -1,0 +1,45 @@
+"""A ServerApp of one's own that uses the FedMITR strategy; the clients are fedmitr-flwr's.
+
+    flwr run examples/own_flower_app --stream --run-config "output='/tmp/own'"
+
+What is yours here: the settings in code, what happens before and after, and where the model goes.
+"""
+
+from pathlib import Path
+
+from flwr.app import Context
+from flwr.serverapp import Grid, ServerApp
+
+import fedmitr_flwr as fm
+from fedmitr_flwr.rundir import RunDirectory, console_log
+from fedmitr_flwr.server import choose_device
+from fedmitr_flwr.wire import encode_state
+
+app = ServerApp()
+
+SETTINGS = {
+    "data.source": "digits",
+    "model.options": "patch_size=2,embed_dim=32,depth=2,num_heads=2",
+    "model.init": "seeded",
+    "train.min-steps": 30,
+    "inversion.images": 20,
+    "inversion.iterations": 8,
+    "inversion.stops": "2,4",
+    "inversion.fractions": "0.3,0.3",
+    "distill.steps": 10,
+}
+
+
+@app.main()
+def main(grid: Grid, context: Context) -> None:
+    """Run one exchange and save the model."""
+    settings = fm.Settings.from_run_config(SETTINGS)
+    source = fm.load_source(settings.data)
+    device = choose_device(settings.run.device)
+    with console_log(), RunDirectory.create(str(context.run_config["output"]), "own") as run:
+        strategy = fm.FedMITR(settings, source.spec, run, device=device, observer=fm.Observer())
+        strategy.start(grid, encode_state(fm.initial_state(settings, source.spec)), num_rounds=1)
+        assert strategy.outcome is not None
+        state = strategy.outcome.result.state
+        fm.save_timm(state, settings.model, source.spec, run.path / "model", {"made-by": "own_flower_app"})
+        print(Path(run.path))

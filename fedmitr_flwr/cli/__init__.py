@@ -1,0 +1,54 @@
+"""The ``fedmitr`` command, one file a command; each file's function is registered here."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+import fedmitr_flwr
+from fedmitr_flwr.cli.common import BAD_INPUT
+from fedmitr_flwr.cli.doctor import doctor
+from fedmitr_flwr.cli.evaluate import evaluate
+from fedmitr_flwr.cli.export import export
+from fedmitr_flwr.cli.initial import initial
+from fedmitr_flwr.cli.invert import invert
+from fedmitr_flwr.cli.plain_help import PlainHelpCommand
+from fedmitr_flwr.cli.predict import predict
+from fedmitr_flwr.cli.report import report
+from fedmitr_flwr.cli.resume import resume
+from fedmitr_flwr.cli.settings import settings
+from fedmitr_flwr.cli.simulate import simulate
+
+__all__ = ["BAD_INPUT", "app", "main"]
+
+app = typer.Typer(
+    name="fedmitr",
+    help="One-shot federated learning for Vision Transformers, as a Flower app.",
+    no_args_is_help=True,
+    rich_markup_mode=None,
+    add_completion=True,
+    pretty_exceptions_enable=False,
+)
+for command in (simulate, resume, report, predict, evaluate, export, invert, settings, initial, doctor):
+    app.command(cls=PlainHelpCommand)(command)
+
+
+def main() -> None:
+    """Entry point of the ``fedmitr`` command."""
+    app()
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"fedmitr {fedmitr_flwr.__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    """One-shot federated learning for Vision Transformers, as a Flower app."""

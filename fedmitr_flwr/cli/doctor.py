@@ -1,0 +1,37 @@
+"""``fedmitr doctor``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedmitr_flwr.cli.common import FAILED, JsonOption
+
+
+def doctor(
+    output: Annotated[
+        Path, typer.Option("--output", "-o", metavar="DIR", help="Where results would go; its disk is looked at.")
+    ] = Path("outputs"),
+    as_json: JsonOption = False,
+) -> None:
+    """Check this machine: Python, packages, Flower, GPU, disk, memory, ports, a leftover SuperLink.
+
+    Exit code: 0 runs can work, 1 something would make them fail.
+    """
+    from fedmitr_flwr.doctor import examine
+
+    findings = examine(output)
+    if as_json:
+        typer.echo(json.dumps([vars(finding) for finding in findings], indent=2))
+    else:
+        marks = {"ok": "ok     ", "note": "note   ", "problem": "PROBLEM"}
+        colours = {"ok": typer.colors.GREEN, "note": typer.colors.YELLOW, "problem": typer.colors.RED}
+        width = max(len(finding.name) for finding in findings)
+        for finding in findings:
+            mark = typer.style(marks[finding.level], fg=colours[finding.level])
+            typer.echo(f"{mark} {finding.name:<{width}}  {finding.found}")
+    if any(finding.level == "problem" for finding in findings):
+        raise typer.Exit(FAILED)

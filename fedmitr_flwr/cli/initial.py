@@ -1,0 +1,32 @@
+"""``fedmitr initial``."""
+
+from __future__ import annotations
+
+import typer
+
+from fedmitr_flwr import run_files
+from fedmitr_flwr.cli.common import AppOption, ConfArgument, SetOption, bad_input
+
+
+def initial(conf: ConfArgument = None, overrides: SetOption = None, app_dir: AppOption = None) -> None:
+    """Make the common initialisation that a run would start from, and say where it is cached.
+
+    For `model.init = glyphs` this renders letters and trains on them, once for each model and image size;
+    pretrained weights are downloaded. Runs do this by themselves when needed.
+    Exit code: 0 made, 2 bad input.
+    """
+    with bad_input():
+        run = run_files.run_settings(run_files.app_directory(app_dir), conf, overrides or [])
+        # PyTorch takes seconds to import, and most commands do without it.
+        from fedmitr_flwr.data import load_spec
+        from fedmitr_flwr.glyphs import cache_path
+        from fedmitr_flwr.models import initial_state
+        from fedmitr_flwr.rundir import console_log
+
+        with console_log():
+            spec = load_spec(run.data)
+            state = initial_state(run, spec)
+    count = sum(value.numel() for value in state.values())
+    typer.echo(f"{run.model.init}: {len(state)} tensors, {count:,} numbers", err=True)
+    if run.model.init == "glyphs":
+        typer.echo(cache_path(run, spec))

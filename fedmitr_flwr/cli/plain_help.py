@@ -1,0 +1,29 @@
+r"""Plain ``--help`` that is complete with the versions of typer and click that Flower 1.41 allows.
+
+Flower holds typer below 0.21. With click 8.5 that loses the descriptions of arguments, and it writes ``\[default: 3]``
+wherever rich is installed. Both are put right here; with versions that do neither, nothing changes.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import get_type_hints
+
+import click
+from typer.core import TyperArgument, TyperCommand
+
+_TWICE = re.compile(r"^Positional arguments:\n.*?(?=^Arguments:\n)", re.M | re.S)
+
+
+class PlainHelpCommand(TyperCommand):
+    """A command whose help shows every argument's description, once, and no stray backslashes."""
+
+    def get_help(self, ctx: click.Context) -> str:
+        """Return the help text."""
+        hints = get_type_hints(self.callback, include_extras=True) if self.callback else {}
+        for parameter in self.params:
+            if isinstance(parameter, TyperArgument) and not parameter.help and parameter.name in hints:
+                described = getattr(hints[parameter.name], "__metadata__", ())
+                parameter.help = next((info.help for info in described if getattr(info, "help", None)), None)
+        # Click 8.5 lists arguments that have help by itself, and typer lists them again.
+        return _TWICE.sub("", super().get_help(ctx)).replace("\\[", "[")

@@ -1,0 +1,76 @@
+"""Floating-point operations of a run's stages, counted on one image and multiplied out.
+
+Letters: K teachers, P patches of the full grid, L patches kept.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch.utils.flop_counter import FlopCounterMode
+
+from fedmitr_flwr.grid import PatchGrid
+from fedmitr_flwr.inversion import most_attended
+from fedmitr_flwr.settings import InversionSettings, Settings
+from fedmitr_flwr.vit import forward_patches
+
+
+def count_flops(model: VisionTransformer, grid: PatchGrid, patches: int, *, pixel_gradient: bool = False) -> int:
+    """FLOPs of one image through one model, a multiplication and an addition counted as two.
+
+    Parameters
+    ----------
+    model
+        Its weights are not changed and get no gradient.
+    patches
+        L, how many patches go in; the count depends on nothing else.
+    pixel_gradient
+        Whether to count the way back to the pixels as well.
+    """
+    weight = next(model.parameters())
+    pixels = torch.zeros(1, patches, grid.channels * grid.patch[0] * grid.patch[1], device=weight.device)
+    pixels.requires_grad_(pixel_gradient)
+    index = torch.arange(patches, device=weight.device)[None]
+    training, wanted = model.training, [parameter.requires_grad for parameter in model.parameters()]
+    model.eval().requires_grad_(False)
+    try:
+        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(pixel_gradient):
+            logits = forward_patches(model, pixels, index).logits
+            if pixel_gradient:
+                torch.autograd.grad(logits.sum(), pixels)
+    finally:
+        model.train(training)
+        for parameter, flag in zip(model.parameters(), wanted, strict=True):
+            parameter.requires_grad_(flag)
+    return int(counter.get_total_flops())
+
+
+def kept_schedule(settings: InversionSettings, patches: int) -> list[tuple[int, int]]:
+    """``(iterations, L)`` of each span between two stops; the iteration of a stop still sees the patches before it."""
+    spans, start, kept = [], 0, patches
+    for stop, fraction in zip(settings.stops, settings.fractions, strict=True):
+        spans.append((stop + 1 - start, kept))
+        start, kept = stop + 1, most_attended(torch.zeros(1, kept), fraction).shape[1]
+    spans.append((settings.iterations - start, kept))
+    return [(length, number) for length, number in spans if length > 0]
+
+
+def stage_flops(settings: Settings, model: VisionTransformer, grid: PatchGrid, teachers: int) -> dict[str, float]:
+    """Estimate the FLOPs of the server's stages from the settings.
+
+    Inversion counts forward and pixel gradients of all K teachers; ``invert_dense`` is what it would take without
+    stopping any patch. Distillation counts K labels for each image of the pool once, and three forwards for each image
+    of each step; the low-density term is left out.
+    """
+    P, inversion, distill = grid.num_patches, settings.inversion, settings.distill
+    spans = kept_schedule(inversion, P)
+    cost = {L: count_flops(model, grid, L, pixel_gradient=True) for L in {L for _, L in spans} | {P}}
+    forward = count_flops(model, grid, P)
+    each = inversion.images * teachers
+    pool = inversion.images * (distill.views + distill.mix + distill.noise)
+    return {
+        "invert": float(each * sum(length * cost[L] for length, L in spans)),
+        "invert_dense": float(each * inversion.iterations * cost[P]),
+        "relabel": float(2 * each * forward),
+        "distill": float(forward * (pool * teachers + 3 * distill.steps * distill.batch_size)),
+    }

@@ -1,0 +1,233 @@
+"""Use the global model of a finished run: load it, predict, evaluate, export to ONNX.
+
+Letters: B images, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from fedmitr_flwr.atomic import atomic_path
+from fedmitr_flwr.data import ImageSet, ImageSpec, load_source
+from fedmitr_flwr.data.client import site_images
+from fedmitr_flwr.data.decode import DECODE_ERRORS, fit_image
+from fedmitr_flwr.data.raw import Origin
+from fedmitr_flwr.evaluate import batches
+from fedmitr_flwr.report.load import FinishedRun
+from fedmitr_flwr.rundir import MODEL
+from fedmitr_flwr.settings import SettingsError
+
+ONNX_TOLERANCE = 1e-4
+_OPSET = 18
+
+
+@dataclass(frozen=True)
+class RunModel:
+    """The global model of a run.
+
+    Attributes
+    ----------
+    model
+        In eval mode, on the CPU; takes ``(B, ch, S, S)`` normalised images, gives ``(B, C)`` logits.
+    spec
+        Classes, size and normalisation.
+    """
+
+    model: nn.Module
+    spec: ImageSpec
+
+    @torch.inference_mode()
+    def probabilities(self, images: Tensor) -> Tensor:
+        """``(B, C)`` for ``(B, ch, S, S)`` uint8 images."""
+        logits: Tensor = self.model(self.spec.normalise(images))
+        return logits.float().softmax(1)
+
+
+@dataclass(frozen=True)
+class Measured:
+    """How a model did on an image set; fields as in `evaluate.Evaluation`."""
+
+    accuracy: float
+    num_images: int
+    per_class: tuple[float | None, ...]
+    confusion: tuple[tuple[int, ...], ...]
+
+
+def load_run_model(run: FinishedRun) -> RunModel:
+    """Load the global model through plain timm.
+
+    Raises
+    ------
+    SettingsError
+        If the run's ``model`` folder is missing or damaged.
+    """
+    folder = run.path / MODEL
+    try:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        source = config["pretrained_cfg"]
+        channels, size, _ = source["input_size"]
+        names = tuple(config["label_names"])
+        spec = ImageSpec(names, channels, size, tuple(source["mean"]), tuple(source["std"]))
+        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+    except Exception as error:  # whatever timm and safetensors raise for files that are not what they were
+        said = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise SettingsError(("RUN", str(run.path), f"its model can't be loaded: {said}")) from None
+    return RunModel(model.eval(), spec)
+
+
+def read_image(path: Path, spec: ImageSpec) -> Tensor:
+    """Read an image file as the model wants it, ``(ch, S, S)`` uint8: central square, resized, grey or colour.
+
+    Raises
+    ------
+    SettingsError
+        If it is no image, or the model takes neither grey nor colour images.
+    """
+    if spec.channels not in (1, 3):
+        raise SettingsError(("IMAGE", str(path), f"the model takes {spec.channels} channels, image files have 1 or 3"))
+    try:
+        with Image.open(path) as image:
+            return torch.from_numpy(fit_image(image, spec.channels, spec.image_size).copy())
+    except DECODE_ERRORS as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is no image that can be read"
+        raise SettingsError(("IMAGE", str(path), reason)) from None
+
+
+def evaluation_images(run: FinishedRun, spec: ImageSpec, data: str | None, split: str) -> ImageSet:
+    """Images to evaluate a run's model on.
+
+    Parameters
+    ----------
+    data
+        ``folder:PATH`` or ``npz:PATH``: all labelled images there, classes matched by name. None: the run's own source.
+    split
+        ``test`` or ``validation`` of the run's own source.
+
+    Raises
+    ------
+    SettingsError
+        If there are no such images or classes.
+    """
+    settings = run.settings().data
+    if data is None:
+        source = load_source(settings)
+        return source.test if split == "test" else source.validation
+    kind, _, path = data.partition(":")
+    if kind not in ("folder", "npz") or not path:
+        raise SettingsError(("--data", data, "must be folder:PATH (one folder a class) or npz:PATH"))
+    if not Path(path).expanduser().exists():
+        raise SettingsError(("--data", data, "there is nothing of this name"))
+    images = site_images(settings, Origin("--data", data), spec)
+    if len(images) == 0:
+        raise SettingsError(("--data", data, "holds no images"))
+    return images
+
+
+@torch.inference_mode()
+def measure(run_model: RunModel, images: ImageSet, device: torch.device, batch_size: int = 250) -> Measured:
+    """Evaluate a run's model; images must not be empty."""
+    C = run_model.spec.num_classes
+    table = torch.zeros(C, C, dtype=torch.int64)
+    model = run_model.model.to(device)
+    for x, y in batches(images, run_model.spec, batch_size, device):
+        said = model(x).argmax(1)
+        table += torch.bincount(y * C + said, minlength=C * C).reshape(C, C).cpu()
+    hits, counts = table.diagonal().tolist(), table.sum(1).tolist()
+    return Measured(
+        accuracy=sum(hits) / len(images),
+        num_images=len(images),
+        per_class=tuple(hit / count if count else None for hit, count in zip(hits, counts, strict=True)),
+        confusion=tuple(tuple(row) for row in table.tolist()),
+    )
+
+
+def export_onnx(run_model: RunModel, file: Path) -> float:
+    """Write the model as ONNX with a free batch size, and check it against torch with ONNX Runtime.
+
+    Input ``images``, ``(B, ch, S, S)`` float32, normalised; output ``logits``, ``(B, C)``. Class names and
+    normalisation stand in the file's metadata.
+
+    Returns
+    -------
+    float
+        Largest difference of any logit, on random images of three batch sizes.
+
+    Raises
+    ------
+    SettingsError
+        If a package is missing or the file can't be written.
+    RuntimeError
+        If the logits differ by more than 1e-4; the file is not kept then.
+    """
+    if not file.parent.is_dir() or not os.access(file.parent, os.W_OK) or file.is_dir():
+        raise SettingsError(("--onnx", str(file), "can't be written: must name a file in a folder that can be written"))
+    try:
+        import onnx
+        import onnxruntime
+        import onnxscript  # noqa: F401 - torch's exporter needs it and says so less plainly
+    except ImportError as error:
+        allowed = f"needs {error.name}: pip install 'fedmitr-flwr[onnx]', or onnx onnxscript onnxruntime"
+        raise SettingsError(("--onnx", str(file), allowed)) from None
+    spec, model = run_model.spec, run_model.model.cpu()
+    sizes = [
+        torch.randn(
+            count, spec.channels, spec.image_size, spec.image_size, generator=torch.Generator().manual_seed(count)
+        )
+        for count in (2, 1, 5)
+    ]
+    program = torch.onnx.export(
+        model,
+        (sizes[0],),
+        dynamo=True,
+        opset_version=_OPSET,
+        input_names=["images"],
+        output_names=["logits"],
+        dynamic_shapes=({0: torch.export.Dim("batch")},),
+        verbose=False,
+    )
+    assert program is not None
+    proto = program.model_proto
+    for key, value in _metadata(spec).items():
+        entry = proto.metadata_props.add()
+        entry.key, entry.value = key, value
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    worst = max(_difference(session, model, images) for images in sizes)
+    if worst > ONNX_TOLERANCE:
+        raise RuntimeError(f"a logit of the ONNX model differs by {worst:.2g}, allowed are {ONNX_TOLERANCE:g}")
+    try:
+        with atomic_path(file) as temporary:
+            onnx.save(proto, str(temporary))
+    except OSError as error:
+        raise SettingsError(("--onnx", str(file), f"can't be written: {error.strerror or error}")) from None
+    return worst
+
+
+def _metadata(spec: ImageSpec) -> dict[str, str]:
+    return {
+        "class_names": json.dumps(list(spec.class_names)),
+        "mean": json.dumps(list(spec.mean)),
+        "std": json.dumps(list(spec.std)),
+    }
+
+
+def _difference(session: Any, model: nn.Module, images: Tensor) -> float:
+    with torch.inference_mode():
+        expected = model(images)
+    (found,) = session.run(["logits"], {"images": images.numpy()})
+    return float((torch.from_numpy(found) - expected).abs().max())
+
+
+def top(probabilities: Tensor, names: Sequence[str], count: int) -> list[tuple[str, float]]:
+    """The `count` likeliest classes of one image, ``(C,)`` probabilities, likeliest first."""
+    order = probabilities.argsort(descending=True)[:count].tolist()
+    return [(names[label], float(probabilities[label])) for label in order]
