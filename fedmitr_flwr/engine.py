@@ -11,7 +11,6 @@ the MLP, H heads, d = D / H, Q rows that the head reads, E pixels of a patch, C 
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from typing import cast
 
@@ -22,27 +21,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
+from fedmitr_flwr.kernels import Arena, add_linear, layer_norm, layer_norm_backward, linear, product
 from fedmitr_flwr.packed import Pack, PackedBlock
-
-
-class Arena:
-    """Buffers by name that grow to the largest size asked for."""
-
-    def __init__(self) -> None:
-        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
-
-    def take(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Return a buffer with what it held before, on the device of `like`; the same memory for the same name."""
-        key, size = (name, dtype, like.device), math.prod(shape)
-        found = self._buffers.get(key)
-        if found is None or len(found) < size:
-            found = self._buffers[key] = torch.empty(size, dtype=dtype, device=like.device)
-        return found[:size].view(shape)
-
-    @property
-    def bytes(self) -> int:
-        """Size of all buffers."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
 
 
 @dataclass
@@ -159,52 +139,6 @@ def _width(pack: Pack) -> int:
     return pack.embed.shape[1]
 
 
-def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """``x W^T + b`` of ``(T, M, in)``, ``(T, out, in)`` and ``(T, 1, out)`` into `out`."""
-    if len(x) == 1:
-        if bias is None:
-            torch.mm(x[0], weight[0].mT, out=out[0])
-        else:
-            torch.addmm(bias[0, 0], x[0], weight[0].mT, out=out[0])
-    elif bias is None:
-        torch.bmm(x, weight.mT, out=out)
-    else:
-        torch.baddbmm(bias, x, weight.mT, out=out)
-    return out
-
-
-def product(g: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """``g W`` of ``(T, M, out)`` and ``(T, out, in)`` into `out`."""
-    if len(g) == 1:
-        torch.mm(g[0], weight[0], out=out[0])
-    else:
-        torch.bmm(g, weight, out=out)
-    return out
-
-
-def _add_linear(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor, out: Tensor, scratch: Arena) -> Tensor:
-    """``x + a W^T + b`` into `out`, with x and out fp32."""
-    torch.add(x, bias, out=out)
-    if a.dtype == torch.float32:
-        if len(a) == 1:
-            out[0].addmm_(a[0], weight[0].mT)
-        else:
-            out.baddbmm_(a, weight.mT)
-        return out
-    return out.add_(linear(a, weight, None, scratch.take("residual", tuple(out.shape), out, a.dtype)))
-
-
-def _norm(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    out, mean, inverse = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
-    return out.to(dtype), (mean, inverse)
-
-
-def _norm_backward(g: Tensor, x: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:
-    mask = [True, False, False]
-    out: Tensor = torch.ops.aten.native_layer_norm_backward(g, x, x.shape[-1:], *statistics, None, None, mask)[0]
-    return out
-
-
 def _embed(pack: Pack, patches: Tensor, index: Tensor | None, out: Tensor) -> None:
     """Tokens ``(T, M, D)`` into `out`."""
     T, (B, L, E) = pack.teachers, patches.shape
@@ -223,7 +157,7 @@ def _block_forward(
     T, M, D = x.shape
     H, N, dtype, eps = pack.architecture.heads, M // B, pack.dtype, pack.architecture.eps
     d, width = D // H, block.fc1.shape[1]
-    normed, norm1 = _norm(x, eps, dtype)
+    normed, norm1 = layer_norm(x, eps, dtype)
     qkv = linear(normed, block.qkv, None, scratch.take("qkv", (T, M, 3 * D), x, dtype))
     heads = keep.take("heads" + place, (3, T, B, H, N, d), x, dtype)
     bias = block.qkv_bias.view(T, 1, 1, 3, H, d).permute(3, 0, 1, 4, 2, 5)
@@ -235,12 +169,12 @@ def _block_forward(
     mixed = torch.bmm(weights, heads[2], out=scratch.take("mixed", (T * B * H, N, d), x, dtype))
     mixed = scratch.take("merged", (T, B, N, H, d), x, dtype).copy_(mixed.view(T, B, H, N, d).transpose(2, 3))
     middle = keep.take("middle" + place, (T, M, D), x)
-    _add_linear(x, mixed.view(T, M, D), block.proj, block.proj_bias, middle, scratch)
-    normed, norm2 = _norm(middle, eps, dtype)
+    add_linear(x, mixed.view(T, M, D), block.proj, block.proj_bias, middle, scratch)
+    normed, norm2 = layer_norm(middle, eps, dtype)
     hidden = linear(normed, block.fc1, block.fc1_bias.to(dtype), keep.take("hidden" + place, (T, M, width), x, dtype))
     active = scratch.take("active", (T, M, width), x, dtype)
     torch.ops.aten.gelu.out(hidden, approximate=pack.architecture.approximate, out=active)
-    out = _add_linear(middle, active, block.fc2, block.fc2_bias, keep.take("x" + place, (T, M, D), x), scratch)
+    out = add_linear(middle, active, block.fc2, block.fc2_bias, keep.take("x" + place, (T, M, D), x), scratch)
     return out, _Saved(x, norm1, heads, weights, middle, norm2, hidden)
 
 
@@ -254,7 +188,7 @@ def _block_backward(pack: Pack, block: PackedBlock, saved: _Saved, g: Tensor, B:
         active, saved.hidden, approximate=pack.architecture.approximate, grad_input=active
     )
     normed = product(active, block.fc1, scratch.take("normed", (T, M, D), g, dtype))
-    g += _norm_backward(normed.float(), saved.middle, saved.norm2)
+    g += layer_norm_backward(normed.float(), saved.middle, saved.norm2)
     merged = product(g.to(dtype), block.proj, scratch.take("merged", (T, B, N, H, d), g, dtype).view(T, M, D))
     mixed = scratch.take("mixed", (T * B * H, N, d), g, dtype)
     mixed.view(T, B, H, N, d).copy_(merged.view(T, B, N, H, d).transpose(2, 3))
@@ -268,7 +202,7 @@ def _block_backward(pack: Pack, block: PackedBlock, saved: _Saved, g: Tensor, B:
     qkv = scratch.take("qkv", (T, M, 3 * D), g, dtype)
     qkv.view(T, B, N, 3, H, d).copy_(heads.view(3, T, B, H, N, d).permute(1, 2, 4, 0, 3, 5))
     product(qkv, block.qkv, normed)
-    g += _norm_backward(normed.float(), saved.x, saved.norm1)
+    g += layer_norm_backward(normed.float(), saved.x, saved.norm1)
     return g
 
 
@@ -276,7 +210,7 @@ def _last_forward(pack: Pack, x: Tensor, B: int) -> tuple[_SavedLast, Tensor]:
     block, (T, M, D) = pack.blocks[-1], x.shape
     H, N, Q, eps, dtype = pack.architecture.heads, M // B, pack.rows, pack.architecture.eps, pack.dtype
     d = D // H
-    normed, norm1 = _norm(x, eps, dtype)
+    normed, norm1 = layer_norm(x, eps, dtype)
     normed = normed.view(T, B, N, D)
     w_q, w_k, w_v = block.qkv.view(T, 3, D, D).unbind(1)
     b_q, _, b_v = block.qkv_bias.to(dtype).view(T, 3, 1, D).unbind(1)
@@ -289,11 +223,11 @@ def _last_forward(pack: Pack, x: Tensor, B: int) -> tuple[_SavedLast, Tensor]:
     mixed = torch.matmul(mixed, w_v.view(T, H, d, D).mT).transpose(1, 2).reshape(T, B * Q, D) + b_v
     rows = x.view(T, B, N, D)[:, :, :Q].reshape(T, B * Q, D)
     middle = rows + torch.bmm(mixed, block.proj.mT).float() + block.proj_bias
-    after, norm2 = _norm(middle, eps, dtype)
+    after, norm2 = layer_norm(middle, eps, dtype)
     hidden = torch.baddbmm(block.fc1_bias.to(dtype), after, block.fc1.mT)
     active = F.gelu(hidden, approximate=pack.architecture.approximate)
     rows = middle + torch.bmm(active, block.fc2.mT).float() + block.fc2_bias
-    final, norm = _norm(rows, eps, dtype)
+    final, norm = layer_norm(rows, eps, dtype)
     logits = torch.bmm(final.reshape(T, B, Q * D), pack.head.mT).float() + pack.head_bias
     return _SavedLast(x, norm1, normed, keys, weights, middle, norm2, hidden, rows, norm), logits
 
@@ -304,10 +238,10 @@ def _last_backward(pack: Pack, saved: _SavedLast, gradient: Tensor) -> Tensor:
     H, Q, D = pack.architecture.heads, pack.rows, _width(pack)
     d, N = D // H, saved.normed.shape[1]
     g = torch.bmm(gradient.to(dtype), pack.head).float().view(T, B * Q, D)
-    g = _norm_backward(g, saved.rows, saved.norm)
+    g = layer_norm_backward(g, saved.rows, saved.norm)
     active = torch.bmm(g.to(dtype), block.fc2)
     active = torch.ops.aten.gelu_backward(active, saved.hidden, approximate=pack.architecture.approximate)
-    g = g + _norm_backward(torch.bmm(active, block.fc1).float(), saved.middle, saved.norm2)
+    g = g + layer_norm_backward(torch.bmm(active, block.fc1).float(), saved.middle, saved.norm2)
     mixed = torch.bmm(g.to(dtype), block.proj).view(T, B * Q, H, d).transpose(1, 2)
     w_q, w_k, w_v = block.qkv.view(T, 3, D, D).unbind(1)
     mixed = torch.matmul(mixed, w_v.view(T, H, d, D))  # (T, H, B Q, D)
@@ -319,6 +253,6 @@ def _last_backward(pack: Pack, saved: _SavedLast, gradient: Tensor) -> Tensor:
     keys = torch.bmm(scores, saved.normed).view(T, B, H, Q, D).transpose(1, 2).reshape(T, H, B * Q, D)
     q = torch.matmul(keys, w_k.view(T, H, d, D).mT).transpose(1, 2).reshape(T, B * Q, D)
     normed[:, :, :Q] += torch.bmm(q, w_q).float().view(T, B, Q, D)
-    out = _norm_backward(normed.view(T, B * N, D), saved.x, saved.norm1)
+    out = layer_norm_backward(normed.view(T, B * N, D), saved.x, saved.norm1)
     out.view(T, B, N, D)[:, :, :Q] += g.view(T, B, Q, D)
     return out

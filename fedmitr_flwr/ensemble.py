@@ -16,8 +16,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from fedmitr_flwr.engine import Arena
 from fedmitr_flwr.groups import Group, Step, group_teachers
+from fedmitr_flwr.kernels import Arena
 from fedmitr_flwr.packed import architecture_of
 from fedmitr_flwr.vit import forward_patches
 

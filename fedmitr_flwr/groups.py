@@ -13,7 +13,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from fedmitr_flwr.engine import Arena, Pass, activation_bytes, backward, forward
+from fedmitr_flwr.engine import Pass, activation_bytes, backward, forward
+from fedmitr_flwr.kernels import Arena
 from fedmitr_flwr.packed import Architecture, Pack, architecture_of, pack
 from fedmitr_flwr.vit import forward_patches
 

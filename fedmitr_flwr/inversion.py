@@ -173,7 +173,7 @@ class InversionBatch:
         Parameters
         ----------
         shift
-            Rows and columns of patches by which the image is cyclically shifted before the ensemble sees it.
+            Rows and columns of patches by which the ensemble sees the image cyclically shifted.
         stop
             Fraction of the kept patches, those with the least attention, that leave before the update.
 

@@ -1,0 +1,79 @@
+"""Steps that the passes of `engine.py` are made of, and the memory that they write to.
+
+Letters: T teachers, M tokens of all images, D embedding.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+
+class Arena:
+    """Buffers by name that grow to the largest size asked for."""
+
+    def __init__(self) -> None:
+        self._buffers: dict[tuple[str, torch.dtype, torch.device], Tensor] = {}
+
+    def take(self, name: str, shape: tuple[int, ...], like: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
+        """Return a buffer with what it held before, on the device of `like`; the same memory for the same name."""
+        key, size = (name, dtype, like.device), math.prod(shape)
+        found = self._buffers.get(key)
+        if found is None or len(found) < size:
+            found = self._buffers[key] = torch.empty(size, dtype=dtype, device=like.device)
+        return found[:size].view(shape)
+
+    @property
+    def bytes(self) -> int:
+        """Size of all buffers."""
+        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
+    """``x W^T + b`` of ``(T, M, in)``, ``(T, out, in)`` and ``(T, 1, out)`` into `out`."""
+    if len(x) == 1:
+        if bias is None:
+            torch.mm(x[0], weight[0].mT, out=out[0])
+        else:
+            torch.addmm(bias[0, 0], x[0], weight[0].mT, out=out[0])
+    elif bias is None:
+        torch.bmm(x, weight.mT, out=out)
+    else:
+        torch.baddbmm(bias, x, weight.mT, out=out)
+    return out
+
+
+def product(g: Tensor, weight: Tensor, out: Tensor) -> Tensor:
+    """``g W`` of ``(T, M, out)`` and ``(T, out, in)`` into `out`."""
+    if len(g) == 1:
+        torch.mm(g[0], weight[0], out=out[0])
+    else:
+        torch.bmm(g, weight, out=out)
+    return out
+
+
+def add_linear(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor, out: Tensor, scratch: Arena) -> Tensor:
+    """``x + a W^T + b`` into `out`, with x and out fp32."""
+    torch.add(x, bias, out=out)
+    if a.dtype == torch.float32:
+        if len(a) == 1:
+            out[0].addmm_(a[0], weight[0].mT)
+        else:
+            out.baddbmm_(a, weight.mT)
+        return out
+    return out.add_(linear(a, weight, None, scratch.take("residual", tuple(out.shape), out, a.dtype)))
+
+
+def layer_norm(x: Tensor, eps: float, dtype: torch.dtype) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Normalised `x` in `dtype`, without affine part; its mean and inverse deviation, ``(T, M, 1)``."""
+    out, mean, inverse = torch.native_layer_norm(x, x.shape[-1:], None, None, eps)
+    return out.to(dtype), (mean, inverse)
+
+
+def layer_norm_backward(g: Tensor, x: Tensor, statistics: tuple[Tensor, Tensor]) -> Tensor:
+    """Gradient for `x`, given that of the normalised and what `layer_norm` returned beside it."""
+    mask = [True, False, False]
+    out: Tensor = torch.ops.aten.native_layer_norm_backward(g, x, x.shape[-1:], *statistics, None, None, mask)[0]
+    return out
