@@ -21,7 +21,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedmitr_flwr.kernels import Arena, add_linear, layer_norm, layer_norm_backward, linear, product
+from fedmitr_flwr.kernels import Arena, add_linear, layer_norm, layer_norm_backward, linear
 from fedmitr_flwr.packed import Pack, PackedBlock
 
 
@@ -158,7 +158,7 @@ def _block_forward(
     H, N, dtype, eps = pack.architecture.heads, M // B, pack.dtype, pack.architecture.eps
     d, width = D // H, block.fc1.shape[1]
     normed, norm1 = layer_norm(x, eps, dtype)
-    qkv = linear(normed, block.qkv, None, scratch.take("qkv", (T, M, 3 * D), x, dtype))
+    qkv = linear(normed, block.qkv_t, None, scratch.take("qkv", (T, M, 3 * D), x, dtype))
     heads = keep.take("heads" + place, (3, T, B, H, N, d), x, dtype)
     bias = block.qkv_bias.view(T, 1, 1, 3, H, d).permute(3, 0, 1, 4, 2, 5)
     torch.add(qkv.view(T, B, N, 3, H, d).permute(3, 0, 1, 4, 2, 5), bias, out=heads)
@@ -169,12 +169,12 @@ def _block_forward(
     mixed = torch.bmm(weights, heads[2], out=scratch.take("mixed", (T * B * H, N, d), x, dtype))
     mixed = scratch.take("merged", (T, B, N, H, d), x, dtype).copy_(mixed.view(T, B, H, N, d).transpose(2, 3))
     middle = keep.take("middle" + place, (T, M, D), x)
-    add_linear(x, mixed.view(T, M, D), block.proj, block.proj_bias, middle, scratch)
+    add_linear(x, mixed.view(T, M, D), block.proj_t, block.proj_bias, middle, scratch)
     normed, norm2 = layer_norm(middle, eps, dtype)
-    hidden = linear(normed, block.fc1, block.fc1_bias.to(dtype), keep.take("hidden" + place, (T, M, width), x, dtype))
+    hidden = linear(normed, block.fc1_t, block.fc1_bias.to(dtype), keep.take("hidden" + place, (T, M, width), x, dtype))
     active = scratch.take("active", (T, M, width), x, dtype)
     torch.ops.aten.gelu.out(hidden, approximate=pack.architecture.approximate, out=active)
-    out = add_linear(middle, active, block.fc2, block.fc2_bias, keep.take("x" + place, (T, M, D), x), scratch)
+    out = add_linear(middle, active, block.fc2_t, block.fc2_bias, keep.take("x" + place, (T, M, D), x), scratch)
     return out, _Saved(x, norm1, heads, weights, middle, norm2, hidden)
 
 
@@ -183,13 +183,13 @@ def _block_backward(pack: Pack, block: PackedBlock, saved: _Saved, g: Tensor, B:
     T, M, D = g.shape
     H, N, dtype = pack.architecture.heads, M // B, pack.dtype
     d, width = D // H, block.fc1.shape[1]
-    active = product(g.to(dtype), block.fc2, scratch.take("active", (T, M, width), g, dtype))
+    active = linear(g.to(dtype), block.fc2, None, scratch.take("active", (T, M, width), g, dtype))
     torch.ops.aten.gelu_backward.grad_input(
         active, saved.hidden, approximate=pack.architecture.approximate, grad_input=active
     )
-    normed = product(active, block.fc1, scratch.take("normed", (T, M, D), g, dtype))
+    normed = linear(active, block.fc1, None, scratch.take("normed", (T, M, D), g, dtype))
     g += layer_norm_backward(normed.float(), saved.middle, saved.norm2)
-    merged = product(g.to(dtype), block.proj, scratch.take("merged", (T, B, N, H, d), g, dtype).view(T, M, D))
+    merged = linear(g.to(dtype), block.proj, None, scratch.take("merged", (T, B, N, H, d), g, dtype).view(T, M, D))
     mixed = scratch.take("mixed", (T * B * H, N, d), g, dtype)
     mixed.view(T, B, H, N, d).copy_(merged.view(T, B, N, H, d).transpose(2, 3))
     queries, keys, values = saved.heads
@@ -201,7 +201,7 @@ def _block_backward(pack: Pack, block: PackedBlock, saved: _Saved, g: Tensor, B:
     torch.bmm(scores.mT, queries, out=heads[1])
     qkv = scratch.take("qkv", (T, M, 3 * D), g, dtype)
     qkv.view(T, B, N, 3, H, d).copy_(heads.view(3, T, B, H, N, d).permute(1, 2, 4, 0, 3, 5))
-    product(qkv, block.qkv, normed)
+    linear(qkv, block.qkv, None, normed)
     g += layer_norm_backward(normed.float(), saved.x, saved.norm1)
     return g
 

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedmitr_flwr.groups import Group, Step, group_teachers
 from fedmitr_flwr.kernels import Arena
-from fedmitr_flwr.packed import architecture_of
+from fedmitr_flwr.packed import WIDE, architecture_of
 from fedmitr_flwr.vit import forward_patches
 
 LABEL_ROWS = 1600
@@ -47,7 +47,8 @@ class MemoryLimits:
     def shrink(self, teacher: VisionTransformer, count: int) -> bool:
         """Change one of `count` teachers to bf16 in place if they are too large in fp32; whether it is bf16 now."""
         weights = [parameter for parameter in teacher.parameters() if parameter.dtype == torch.float32]
-        large = 2 * 4 * sum(parameter.numel() for parameter in weights) * count > self.teachers << 20
+        copies = 3 if teacher.embed_dim >= WIDE else 2  # as it came, packed, and transposed
+        large = 4 * copies * sum(parameter.numel() for parameter in weights) * count > self.teachers << 20
         if large and architecture_of(teacher) is not None:
             teacher.to(torch.bfloat16)
         return bool(teacher.patch_embed.proj.weight.dtype == torch.bfloat16)

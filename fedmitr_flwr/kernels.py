@@ -32,36 +32,27 @@ class Arena:
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:
-    """``x W^T + b`` of ``(T, M, in)``, ``(T, out, in)`` and ``(T, 1, out)`` into `out`."""
+    """``x W + b`` of ``(T, M, in)``, ``(T, in, out)`` and ``(T, 1, out)`` into `out`."""
     if len(x) == 1:
         if bias is None:
-            torch.mm(x[0], weight[0].mT, out=out[0])
+            torch.mm(x[0], weight[0], out=out[0])
         else:
-            torch.addmm(bias[0, 0], x[0], weight[0].mT, out=out[0])
+            torch.addmm(bias[0, 0], x[0], weight[0], out=out[0])
     elif bias is None:
-        torch.bmm(x, weight.mT, out=out)
+        torch.bmm(x, weight, out=out)
     else:
-        torch.baddbmm(bias, x, weight.mT, out=out)
-    return out
-
-
-def product(g: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """``g W`` of ``(T, M, out)`` and ``(T, out, in)`` into `out`."""
-    if len(g) == 1:
-        torch.mm(g[0], weight[0], out=out[0])
-    else:
-        torch.bmm(g, weight, out=out)
+        torch.baddbmm(bias, x, weight, out=out)
     return out
 
 
 def add_linear(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor, out: Tensor, scratch: Arena) -> Tensor:
-    """``x + a W^T + b`` into `out`, with x and out fp32."""
+    """``x + a W + b`` into `out`, with x and out fp32."""
     torch.add(x, bias, out=out)
     if a.dtype == torch.float32:
         if len(a) == 1:
-            out[0].addmm_(a[0], weight[0].mT)
+            out[0].addmm_(a[0], weight[0])
         else:
-            out.baddbmm_(a, weight.mT)
+            out.baddbmm_(a, weight)
         return out
     return out.add_(linear(a, weight, None, scratch.take("residual", tuple(out.shape), out, a.dtype)))
 

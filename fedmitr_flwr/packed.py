@@ -23,6 +23,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
 ACTIVATIONS = {"none", "tanh"}  # of nn.GELU.approximate
+WIDE = 192
+"""Embedding width from which weights are held transposed as well."""
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,22 @@ class Architecture:
 
 @dataclass(frozen=True)
 class PackedBlock:
-    """Weights of one transformer block; biases have an axis of length one for the tokens."""
+    """Weights of one transformer block; biases have an axis of length one for the tokens.
+
+    ``..._t`` are transposed for the forward pass: views, or copies where those are faster (`transposed`).
+    """
 
     qkv: Tensor  # (T, 3D, D)
+    qkv_t: Tensor  # (T, D, 3D)
     qkv_bias: Tensor  # (T, 1, 3D)
     proj: Tensor  # (T, D, D)
+    proj_t: Tensor  # (T, D, D)
     proj_bias: Tensor  # (T, 1, D)
     fc1: Tensor  # (T, F, D)
+    fc1_t: Tensor  # (T, D, F)
     fc1_bias: Tensor  # (T, 1, F)
     fc2: Tensor  # (T, D, F)
+    fc2_t: Tensor  # (T, F, D)
     fc2_bias: Tensor  # (T, 1, D)
 
 
@@ -151,6 +160,28 @@ def pack(models: Sequence[VisionTransformer], dtype: torch.dtype = torch.float32
     )
 
 
+def spread(matrix: Tensor) -> Tensor:
+    """The same values, with rows that don't start a whole number of memory pages apart.
+
+    Such rows fall into the same places of the cache: on a Xeon thread 188 rows times the 768 x 3072 matrix of DeiT-Base
+    took 7.7 ms, and 5.5 ms with 16 values between the rows.
+    """
+    T, rows, columns = matrix.shape
+    if columns * matrix.element_size() % 4096 or matrix.device.type != "cpu":
+        return matrix.contiguous()
+    return matrix.new_empty(T, rows, columns + 16)[..., :columns].copy_(matrix)
+
+
+def transposed(matrix: Tensor) -> Tensor:
+    """``(T, in, out)`` for the forward pass: a copy for wide fp32 models on a CPU, else a view.
+
+    MKL multiplies by a matrix faster than by a transposed one (188 rows times fc2 of DeiT-Base: 5.5 ms for 6.5 ms). The
+    copy holds the weights a second time, so small models, of which there may be hundreds, do without.
+    """
+    wide = min(matrix.shape[1:]) >= WIDE and matrix.dtype == torch.float32 and matrix.device.type == "cpu"
+    return spread(matrix.mT) if wide else matrix.mT
+
+
 def _zeros(state: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
     """A bias, or zeros for a layer that has none."""
     found = state.get(name)
@@ -195,7 +226,8 @@ def _block(states: list[dict[str, Tensor]], name: str, heads: int, dtype: torch.
         [_scaled(state, name + "mlp.fc2", name + "ls2.gamma") for state in states],
     ]
     for pair in pairs:
-        parts += [torch.stack([w for w, _ in pair]).to(dtype), torch.stack([b for _, b in pair])[:, None]]
+        matrix = spread(torch.stack([w for w, _ in pair]).to(dtype))
+        parts += [matrix, transposed(matrix), torch.stack([b for _, b in pair])[:, None]]
     return PackedBlock(*parts)
 
 
