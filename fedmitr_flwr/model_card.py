@@ -47,8 +47,8 @@ def model_card(settings: Settings, spec: ImageSpec, evaluation: Evaluation | Non
         "(https://arxiv.org/abs/2605.10748)) with "
         f"fedmitr-flwr {fedmitr_flwr.__version__}.\n",
         "## How it was made\n",
-        f"{clients.accepted} clients trained on their own images and uploaded their weights {exchange}; each upload "
-        f"gave away weights, the number of images, local loss and accuracy, and {shared}. The server saw no client's "
+        f"{clients.accepted} clients trained on their own images and uploaded their weights {exchange}. An upload "
+        f"holds weights, the number of images, local loss and accuracy, and {shared}. The server saw no client's "
         f"image. It inverted the ensemble of uploads into {settings.inversion.images} synthetic images, and distilled "
         f"the ensemble into this model on them{noise}. Start of all clients: `model.init = {settings.model.init}`; "
         f"seed {settings.run.seed}.\n",
