@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, Protocol
 
 import torch
@@ -191,19 +192,29 @@ def distill(
         if on_step is not None:
             on_step(step, LossTerms(terms.kl.detach(), terms.ce.detach(), terms.low.detach()))
         if progress is not None:
-            progress.offer(
-                lambda: {
-                    "step": step + 1,  # noqa: B023 - called at once
-                    "queue": queue.clone(),  # noqa: B023
-                    "generator": generator.get_state(),
-                    "student": student.state_dict(),
-                    "optimizer": optimizer.state_dict(),
-                    "scheduler": scheduler.state_dict(),
-                }
-            )
+            progress.offer(partial(_state, step + 1, student, optimizer, scheduler, generator, queue))
     student.eval()
     if not bool(torch.isfinite(total)):
         raise RuntimeError(f"distillation loss is not finite after {settings.steps} steps; lower distill.learning-rate")
+
+
+def _state(
+    step: int,
+    student: VisionTransformer,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    generator: torch.Generator,
+    queue: Tensor,
+) -> dict[str, Any]:
+    """All that the loop needs to go on after `step` steps."""
+    return {
+        "step": step,
+        "student": student.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "generator": generator.get_state(),
+        "queue": queue.clone(),
+    }
 
 
 def loss_terms(student: VisionTransformer, pool: Pool, rows: Tensor, settings: DistillSettings) -> LossTerms:

@@ -413,13 +413,16 @@ def test_a_full_disk_fails_the_run_and_keeps_what_came(run: RunDirectory, monkey
     assert [path.name for path in run.uploads(1).iterdir()] == ["partition-0.safetensors"]
 
 
-def test_a_client_without_data_counts_towards_the_fraction_but_not_as_an_upload(run: RunDirectory) -> None:
+def test_a_client_without_data_counts_towards_the_fraction_but_not_as_an_upload(
+    run: RunDirectory, tmp_path: Path
+) -> None:
     def without_data(message: Message, partition: int) -> Message:
         return honest(message, 9)
 
     strategy, _ = make(run, **{"run.min-fraction": 1.0})
     start(strategy, FakeGrid([honest, without_data, without_data]))
     assert counts(strategy) == {"asked": 3, "accepted": 1, "refused": 0, "failed": 0, "empty": 2}
+    strategy, _ = make(RunDirectory.create(str(tmp_path), "other"), **{"run.min-fraction": 1.0})
     with pytest.raises(
         QuorumError, match="too few uploads: 2 asked, 0 accepted, 0 refused, 0 failed or silent, 2 with"
     ):
