@@ -14,6 +14,7 @@ import typer
 
 import fedmitr_flwr
 from fedmitr_flwr import run_files
+from fedmitr_flwr.certs import certs
 from fedmitr_flwr.settings import SettingsError
 from fedmitr_flwr.settings import docs as settings_docs
 from fedmitr_flwr.simulate import simulate as run_simulation
@@ -151,6 +152,9 @@ def initial(conf: ConfArgument = None, overrides: SetOption = None, app_dir: App
     typer.echo(f"{run.model.init}: {len(state)} tensors, {count:,} numbers", err=True)
     if run.model.init == "glyphs":
         typer.echo(cache_path(run, spec))
+
+
+app.command()(certs)
 
 
 @contextmanager
