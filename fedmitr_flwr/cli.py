@@ -15,9 +15,11 @@ import typer
 import fedmitr_flwr
 from fedmitr_flwr import run_files
 from fedmitr_flwr.certs import certs
+from fedmitr_flwr.deploy import run
 from fedmitr_flwr.settings import SettingsError
 from fedmitr_flwr.settings import docs as settings_docs
 from fedmitr_flwr.simulate import simulate as run_simulation
+from fedmitr_flwr.split import split
 
 BAD_INPUT = 2
 
@@ -154,7 +156,8 @@ def initial(conf: ConfArgument = None, overrides: SetOption = None, app_dir: App
         typer.echo(cache_path(run, spec))
 
 
-app.command()(certs)
+for _command in (run, split, certs):
+    app.command()(_command)
 
 
 @contextmanager
