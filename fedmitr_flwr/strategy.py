@@ -22,6 +22,7 @@ from fedmitr_flwr.digest import code_digest, short
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.pipeline import ClientModel, Pipeline, PipelineResult, run_pipeline
 from fedmitr_flwr.quorum import ClientCounts, check_quorum, wait_for_nodes
+from fedmitr_flwr.roster import Roster
 from fedmitr_flwr.rundir import RunDirectory
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.uploads import Upload, UploadRefused, UploadStore
@@ -99,6 +100,7 @@ class FedMITR(Strategy):
         self.observer = observer
         self.pipeline = pipeline
         self.digest = code_digest()
+        self.roster = Roster(settings.run.roster)
         self.outcome: RoundOutcome | None = None
         self.seconds = {"clients": 0.0, "collect": 0.0}
         self._initial: dict[str, Tensor] = {}
@@ -218,7 +220,7 @@ class FedMITR(Strategy):
             log.debug("node %d, in full: %s", node, reason[:10_000])
             return "failed"
         try:
-            upload = self._accept(store, reply.content)
+            upload = self._accept(store, reply.content, node)
         except UploadRefused as refusal:
             log.warning("\t├──! upload of node %d refused: %s", node, refusal)
             return "refused"
@@ -235,7 +237,7 @@ class FedMITR(Strategy):
         log.info("\t├──> %s: %d images, local accuracy %.3f", upload.client, upload.num_examples, upload.accuracy)
         return "accepted"
 
-    def _accept(self, store: UploadStore, content: RecordDict) -> Upload | None:
+    def _accept(self, store: UploadStore, content: RecordDict, node: int) -> Upload | None:
         """Validate a reply's records and store the upload; None from a client without data."""
         config = content.config_records.get("config", ConfigRecord())
         metrics = content.metric_records.get("metrics", MetricRecord())
@@ -244,6 +246,7 @@ class FedMITR(Strategy):
         if digest != self.digest:
             raise UploadRefused(f"made by other code: {short(str(digest))}, the server runs {short(self.digest)}")
         client = store.check_client(config.get("client"))
+        self.roster.check(node, client)
         num_examples = metrics.get("num-examples")
         if arrays is None:
             if num_examples == 0:

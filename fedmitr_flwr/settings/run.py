@@ -75,6 +75,13 @@ class RunSettings(Stage):
         gt=0.0,
         description="How long to wait for the clients' uploads, from the moment they are asked.",
     )
+    roster: str = Field(
+        "",
+        pattern=r"^([^=,]+=\d+(,[^=,]+=\d+)*)?$",
+        description="In a deployment: each site's name (`site` in its node config) and the node id that `flwr "
+        "supernode register` printed for its key, `north=123,south=456`. An upload from another node, or under another "
+        "site's name, is refused. Empty: names are believed.",
+    )
 
 
 class Settings(Stage):
