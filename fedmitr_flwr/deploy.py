@@ -83,14 +83,11 @@ class Deployment:
         Gets each line of a run's log.
     patience
         Seconds to wait for a SuperLink that doesn't answer, once the run has started.
-    pause
-        Seconds between two looks.
     """
 
     superlink: str
     echo: Callable[[str], object]
     patience: float = 600.0
-    pause: float = _PAUSE_SECONDS
 
     def run(self, app: Path, settings: Settings) -> str:
         """Start a run and wait for its end; return why it failed, or an empty string."""
@@ -123,7 +120,7 @@ class Deployment:
                 return answer
             else:
                 silent_since = None
-            time.sleep(self.pause)
+            time.sleep(_PAUSE_SECONDS)
 
     def _log(self, run_id: str, skip: int) -> int:
         """Pass on the log from a line on, which always comes from its start; return how many lines are known now."""
