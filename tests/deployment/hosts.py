@@ -1,5 +1,6 @@
 """A federation on several hosts that are network namespaces of this machine, as docs/deployment.md sets one up."""
 
+import contextlib
 import json
 import os
 import re
@@ -11,7 +12,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from string import Template
@@ -126,15 +126,13 @@ class Lab:
         process = self.processes.pop(name)
         family = [psutil.Process(process.pid)] if process.poll() is None else []
         family += [child for parent in family for child in parent.children(recursive=True)] if children else []
-        for each in family:
-            each.send_signal(number)
-        try:
-            return process.wait(timeout=20)
-        except subprocess.TimeoutExpired:
+        for send in (lambda each: each.send_signal(number), psutil.Process.kill):
             for each in family:
-                if each.is_running():
-                    each.kill()
-            return process.wait(timeout=10)
+                with contextlib.suppress(psutil.Error):
+                    send(each)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                return process.wait(timeout=20)
+        raise AssertionError(f"{name} does not end")
 
     def __enter__(self) -> "Lab":
         self.netns("up", "server", "operator", *SITES, "stranger")
@@ -151,7 +149,6 @@ class Lab:
             ).stdout.split()
             for pid in pids:
                 os.kill(int(pid), signal.SIGKILL)
-        wait_for(lambda: True, 1)
         self.netns("down")
 
 
@@ -164,10 +161,6 @@ class Federation:
     data: Path
     outputs: Path
     nodes: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def roster(self) -> str:
-        return ",".join(f"{site}={node}" for site, node in self.nodes.items())
 
     def start_superlink(self) -> None:
         self.start_unit("server", "superlink")
@@ -238,8 +231,10 @@ class Federation:
         return str(json.loads(answer[answer.index("{") :])["node-id"])
 
     def online(self) -> set[str]:
-        answer = self.lab.output("operator", "flwr", "supernode", "list", CONNECTION, "--format", "json")
-        nodes = json.loads(answer[answer.index("{") :])["nodes"]
+        answer = self.lab.run("operator", "flwr", "supernode", "list", CONNECTION, "--format", "json")
+        # A SuperLink that is starting gives none, and perhaps no JSON at all.
+        _, brace, rest = answer.stdout.partition("{")
+        nodes = json.loads(brace + rest or "{}").get("nodes", [])
         return {str(node["node-id"]) for node in nodes if node["status"] == "online"}
 
     def wait_online(self, *sites: str, seconds: float = 90) -> None:
@@ -252,15 +247,14 @@ class Federation:
 
         wait_for(found, seconds, f"{pattern!r} in the log of {name}")
 
-    def arguments(self, name: str, *settings: str) -> list[str]:
-        given = (f"run.output={self.outputs}", f"run.name={name}", f"run.roster={self.roster}", *settings)
-        return [part for setting in given for part in ("--set", setting)]
-
-    @contextmanager
+    @contextlib.contextmanager
     def running(self, name: str, *settings: str) -> Iterator[subprocess.Popen[str]]:
         """Start a run from the operator's host; the process ends with the run."""
-        command = ("fedmitr", "run", CONNECTION, str(ROOT / "conf" / "quick.toml"), *self.arguments(name, *settings))
-        vector, environment = self.lab.command("operator", *command)
+        roster = ",".join(f"{site}={node}" for site, node in self.nodes.items())
+        given = (f"run.output={self.outputs}", f"run.name={name}", f"run.roster={roster}", *settings)
+        sets = [part for setting in given for part in ("--set", setting)]
+        conf = str(ROOT / "conf" / "quick.toml")
+        vector, environment = self.lab.command("operator", "fedmitr", "run", CONNECTION, conf, *sets)
         process = subprocess.Popen(
             vector,
             cwd=self.lab.folder / "operator",
@@ -276,20 +270,15 @@ class Federation:
             process.kill()
             process.wait()
 
-    def wait_training(self, site: str, seconds: float = 90) -> psutil.Process:
+    def wait_training(self, site: str, seconds: float = 90) -> None:
         """Wait until a site's ClientApp process has used some CPU time beyond its imports."""
-        found: list[psutil.Process] = []
 
         def training() -> bool:
-            found[:] = [
-                child
-                for child in psutil.Process(self.lab.processes[f"supernode-{site}"].pid).children(recursive=True)
-                if any("flwr-clientapp" in part for part in child.cmdline())
-            ]
-            return any(sum(child.cpu_times()[:2]) > 8 for child in found)
+            children = psutil.Process(self.lab.processes[f"supernode-{site}"].pid).children(recursive=True)
+            clients = [child for child in children if any("flwr-clientapp" in part for part in child.cmdline())]
+            return any(sum(child.cpu_times()[:2]) > 8 for child in clients)
 
         wait_for(training, seconds, f"training at {site}")
-        return found[0]
 
 
 def wait_for(condition: Callable[[], bool], seconds: float, what: str = "", pause: float = 0.5) -> None:

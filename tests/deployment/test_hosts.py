@@ -1,7 +1,6 @@
 """A federation on five hosts that are network namespaces: real Flower processes, TLS, keys, each site its own data."""
 
 import json
-import re
 import shutil
 import subprocess
 import time
@@ -180,14 +179,13 @@ def test_who_is_not_registered_is_told_why(federation: Federation, tmp_path: Pat
     subprocess.run([str(BIN / "fedmitr"), "certs", str(tmp_path / "pki"), "--name", "x", "--site", "x"], check=True)
     ca = ("--root-certificates", str(federation.pki / "ca.crt"))
     key = ("--auth-supernode-private-key", str(tmp_path / "pki" / "x" / "node.key"))
-    said = refusal(federation, *ca, *key)
-    assert re.search("public key|not registered|unauthorized|authenticat", said, re.IGNORECASE), said
-    said = refusal(federation, *ca)
-    assert re.search("authenticat", said, re.IGNORECASE), said
-    said = refusal(federation, "--root-certificates", str(tmp_path / "pki" / "ca.crt"), *key)
-    assert "CERTIFICATE_VERIFY_FAILED" in said
-    said = refusal(federation, "--insecure", *key)
-    assert re.search("insecure|TLS|secure", said), said
+    # The codes are Flower's own words for it; docs/deployment.md has ours.
+    assert "[code: 2004]" in refusal(federation, *ca, *key)
+    assert "[code: 2001]" in refusal(federation, *ca)
+    assert "CERTIFICATE_VERIFY_FAILED" in refusal(
+        federation, "--root-certificates", str(tmp_path / "pki" / "ca.crt"), *key
+    )
+    assert "Exit Code: 303" in refusal(federation, "--insecure", *key)
 
 
 @pytest.mark.parametrize("path", ["/v1/control/list-runs", "/v1/runtime/acquire-task", "/docs", "/openapi.json", "/"])
@@ -198,10 +196,10 @@ def test_the_gate_passes_nothing_but_the_fleet_api(federation: Federation, path:
     gate = f"{address}:{FLEET}"
     for spelling in (
         path,
-        f"/v1/fleet/..{path}",
-        f"/v1/fleet/%2e%2e/%2e%2e/..{path}",
         f"/{path}",
-        f"/v1/fleet/x/../../..{path}",
+        f"/v1/fleet/../..{path}",
+        f"/v1/fleet/%2e%2e/%2e%2e{path}",
+        f"/v1/fleet/x?{path}",
     ):
         assert federation.lab.output("north", *fetch, *code, gate + spelling) == "403", spelling
     assert federation.lab.output("north", *fetch, f"{gate}/health") != ""
@@ -273,7 +271,7 @@ def test_a_removed_site_stays_out_and_a_new_key_comes_in(federation: Federation)
         *("--auth-supernode-private-key", str(federation.pki / "east" / "node.key")),
         host="east",
     )
-    assert re.search("public key|not registered|unauthorized|authenticat", said, re.IGNORECASE), said
+    assert "[code: 2004]" in said
     (federation.pki / "east").rename(federation.pki / "east-old")
     lab.output("east", "fedmitr", "certs", str(federation.pki), "--site", "east")
     federation.nodes["east"] = federation.register("east")
