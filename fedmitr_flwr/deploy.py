@@ -62,12 +62,12 @@ def run(
         typer.secho("\n".join(f"fedmitr: {line}" for line in str(error).splitlines()), err=True, fg=typer.colors.RED)
         raise typer.Exit(2) from None
     try:
-        error = Deployment(superlink, typer.echo, patience=patience).run(directory, settings)
+        failure = Deployment(superlink, typer.echo, patience=patience).run(directory, settings)
     except KeyboardInterrupt:
         typer.secho("fedmitr: no longer following; a run that was started goes on", err=True, fg=typer.colors.RED)
         raise typer.Exit(130) from None
-    if error:
-        typer.secho(f"fedmitr: {error}", err=True, fg=typer.colors.RED)
+    if failure:
+        typer.secho(f"fedmitr: {failure}", err=True, fg=typer.colors.RED)
         raise typer.Exit(1)
 
 
