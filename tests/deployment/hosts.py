@@ -148,7 +148,8 @@ class Lab:
                 ["ip", "netns", "pids", f"{self.prefix}-{host}"], capture_output=True, text=True, check=False
             ).stdout.split()
             for pid in pids:
-                os.kill(int(pid), signal.SIGKILL)
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(int(pid), signal.SIGKILL)
         self.netns("down")
 
 
