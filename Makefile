@@ -19,8 +19,8 @@ STAMP := $(VENV)/.fedmitr-installed
 SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo quick test unit integration slow faults docker-image test-deployment lint format settings site \
-	bundle clean
+.PHONY: help install demo quick test unit integration slow faults docker-image docker-demo docker-down test-deployment \
+	lint format settings site bundle clean
 
 help: ## list all targets
 	@echo "usage: make TARGET [VENV=DIR] [PYTHON=python3.12] [PYTEST_ARGS=...]"; echo
@@ -74,6 +74,12 @@ slow: $(STAMP) ## run the tests that take more than a minute each
 docker-image: ## build the container image; arguments as in docker/README.md
 	DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --tag $(IMAGE) \
 		$(foreach name,$(IMAGE_ARGUMENTS),$(if $($(name)),--build-arg $(name)="$($(name))")) $(DOCKER_ARGS) .
+
+docker-demo: docker-image ## build, then run the main job in containers: a server and three sites; results in outputs/docker
+	@PATH="$$(dirname "$$(command -v $(DOCKER))"):$$PATH" FEDMITR_IMAGE=$(IMAGE) BASE="$(BASE)" docker/demo up
+
+docker-down: ## remove the demo's containers, networks, state, keys and data
+	@PATH="$$(dirname "$$(command -v $(DOCKER))"):$$PATH" FEDMITR_IMAGE=$(IMAGE) docker/demo down
 
 test-deployment: $(STAMP) ## build the container image and test it (needs a Docker engine)
 	$(BIN)/python -m pytest -m deployment $(PYTEST_ARGS)

@@ -16,6 +16,7 @@ from fedmitr_flwr.claims import UploadRefused
 from fedmitr_flwr.digest import short
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.quorum import ClientCounts
+from fedmitr_flwr.roster import Roster
 from fedmitr_flwr.uploads import Upload, UploadStore
 from fedmitr_flwr.wire import decode_state
 
@@ -33,6 +34,8 @@ class Collection:
         Of the code that clients must run.
     histograms
         Whether clients were asked for their label histogram.
+    roster
+        Which node may speak for which site; None: names are believed.
     observer
         Hears of every client; None: nobody does.
 
@@ -42,10 +45,19 @@ class Collection:
         Seconds that validating and writing took so far.
     """
 
-    def __init__(self, store: UploadStore, digest: str, *, histograms: bool, observer: Observer | None = None) -> None:
+    def __init__(
+        self,
+        store: UploadStore,
+        digest: str,
+        *,
+        histograms: bool,
+        roster: Roster | None = None,
+        observer: Observer | None = None,
+    ) -> None:
         self.store = store
         self.digest = digest
         self.histograms = histograms
+        self.roster = roster or Roster("")
         self.observer = observer or Observer()
         self.working = 0.0
 
@@ -88,7 +100,7 @@ class Collection:
             self.observer.client("failed", client=f"node {node}", reason=failure_reason(reason))
             return "failed"
         try:
-            upload = self._accept(reply.content)
+            upload = self._accept(reply.content, node)
         except UploadRefused as refusal:
             log.warning("\t├──! upload of node %d refused: %s", node, refusal)
             self.observer.client("refused", client=f"node {node}", reason=str(refusal))
@@ -116,7 +128,7 @@ class Collection:
         )
         return "accepted"
 
-    def _accept(self, content: RecordDict) -> Upload | None:
+    def _accept(self, content: RecordDict, node: int) -> Upload | None:
         """Validate a reply's records and store the upload; None from a client without data."""
         config = content.config_records.get("config", ConfigRecord())
         metrics = content.metric_records.get("metrics", MetricRecord())
@@ -125,6 +137,7 @@ class Collection:
         if digest != self.digest:
             raise UploadRefused(f"made by other code: {short(str(digest))}, the server runs {short(self.digest)}")
         client = self.store.check_client(config.get("client"))
+        self.roster.check(node, client)
         num_examples = metrics.get("num-examples")
         if arrays is None:
             if num_examples == 0:

@@ -51,7 +51,12 @@ def app_directory(given: Path | None = None) -> Path:
 
 
 def run_settings(
-    app: Path, conf: Path | None = None, overrides: Sequence[str] = (), output: Path | None = None
+    app: Path,
+    conf: Path | None = None,
+    overrides: Sequence[str] = (),
+    output: Path | None = None,
+    *,
+    absolute: bool = True,
 ) -> Settings:
     """Merge an app's defaults, a settings file and single keys, the later ones winning, and validate them.
 
@@ -65,11 +70,13 @@ def run_settings(
         ``key=value`` strings; the value may be written with or without quotes.
     output
         Wins over ``run.output``.
+    absolute
+        Relative paths count from the current directory. False: they are another machine's, and stay as they are.
 
     Returns
     -------
     Settings
-        With absolute paths: relative ones count from the current directory.
+        With absolute paths, unless `absolute` is false.
 
     Raises
     ------
@@ -92,7 +99,7 @@ def run_settings(
         example = 'a list is written as a string with commas, such as "50,100"'
         raise SettingsError(*((key, str(value), example) for key, value in lists))
     settings = Settings.from_run_config(config)
-    return settings.replace(**_absolute_paths(settings))
+    return settings.replace(**_absolute_paths(settings)) if absolute else settings
 
 
 def resumed_run(run: Path, overrides: Sequence[str] = ()) -> tuple[Settings, Mapping[str, Any]]:

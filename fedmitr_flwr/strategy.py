@@ -25,6 +25,7 @@ from fedmitr_flwr.exchange import WindowedGrid
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.pipeline import ClientModel, Pipeline, PipelineResult, run_pipeline
 from fedmitr_flwr.quorum import ClientCounts, check_quorum, wait_for_nodes
+from fedmitr_flwr.roster import Roster
 from fedmitr_flwr.rundir import COLLECTED, RunDirectory
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.uploads import Upload, UploadStore
@@ -102,6 +103,7 @@ class FedMITR(Strategy):
         self.observer = observer
         self.pipeline = pipeline
         self.digest = code_digest()
+        self.roster = Roster(settings.run.roster)
         self.outcome: RoundOutcome | None = None
         self.seconds = {"clients": 0.0, "collect": 0.0}
         self._initial: dict[str, Tensor] = {}
@@ -234,7 +236,11 @@ class FedMITR(Strategy):
             return store, self._closed
         before = len(store.uploads())
         collection = Collection(
-            store, self.digest, histograms=self.settings.train.share_label_histogram, observer=self.observer
+            store,
+            self.digest,
+            histograms=self.settings.train.share_label_histogram,
+            roster=self.roster,
+            observer=self.observer,
         )
         new = collection.take(replies, self._asked)
         self.seconds["collect"] += collection.working

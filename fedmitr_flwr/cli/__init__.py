@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 import fedmitr_flwr
+from fedmitr_flwr.certs import certs
 from fedmitr_flwr.cli.common import BAD_INPUT
 from fedmitr_flwr.cli.doctor import doctor
 from fedmitr_flwr.cli.evaluate import evaluate
@@ -19,6 +20,8 @@ from fedmitr_flwr.cli.report import report
 from fedmitr_flwr.cli.resume import resume
 from fedmitr_flwr.cli.settings import settings
 from fedmitr_flwr.cli.simulate import simulate
+from fedmitr_flwr.deploy import run
+from fedmitr_flwr.split import split
 
 __all__ = ["BAD_INPUT", "app", "main"]
 
@@ -30,7 +33,9 @@ app = typer.Typer(
     add_completion=True,
     pretty_exceptions_enable=False,
 )
-for command in (simulate, resume, report, predict, evaluate, export, invert, settings, initial, doctor):
+_OF_A_RUN = (simulate, resume, report, predict, evaluate, export)
+_OF_A_DEPLOYMENT = (run, split, certs)
+for command in (*_OF_A_RUN, *_OF_A_DEPLOYMENT, invert, initial, settings, doctor):
     app.command(cls=PlainHelpCommand)(command)
 
 

@@ -107,6 +107,13 @@ class RunSettings(Stage):
         description="Also write losses, agreement and image grids for TensorBoard, into the run's `tensorboard` folder "
         "(needs `pip install tensorboard`).",
     )
+    roster: str = Field(
+        "",
+        pattern=r"^([^=,]+=\d+(,[^=,]+=\d+)*)?$",
+        description="In a deployment: each site's name (`site` in its node config) and the node id that `flwr "
+        "supernode register` printed for its key, `north=123,south=456`. An upload from another node, or under another "
+        "site's name, is refused. Empty: names are believed.",
+    )
 
 
 class Settings(Stage):

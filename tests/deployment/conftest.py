@@ -5,14 +5,17 @@ environment (``make test-deployment BASE=...``) are the build's arguments of the
 gets the PyTorch that runs these tests.
 """
 
+import json
 import os
 import secrets
 import shutil
 import subprocess
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -113,6 +116,18 @@ def image(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     if before and before != _id(engine):
         # The image stays, so that the next build has its layers; the one that it replaced isn't needed.
         engine("image", "rm", before)
+
+
+@pytest.fixture(scope="session")
+def simulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """``metrics.json`` of conf/quick.toml with three clients in a simulation on this machine."""
+    output = tmp_path_factory.mktemp("simulated")
+    command = [str(Path(sys.executable).parent / "fedmitr"), "simulate", "conf/quick.toml", "--clients", "3"]
+    command += ["--output", str(output), "--set", "run.name=quick", "--quiet"]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stdout + result.stderr
+    metrics: dict[str, Any] = json.loads((output / "quick" / "metrics.json").read_text())
+    return metrics
 
 
 def _id(engine: Engine) -> str:

@@ -1,0 +1,274 @@
+"""``fedmitr certs``: what a federation needs to know its members, made once and never overwritten.
+
+A certificate authority (CA) and the server's certificate make the connections TLS. A key pair for each site's
+SuperNode tells the sites apart: the private key stays at the site, the public one is registered at the SuperLink.
+An executor secret lets only our own executors fetch work from a SuperLink or a SuperNode.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import os
+import re
+import secrets
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+
+from fedmitr_flwr.settings import SettingsError
+
+CA_KEY, CA_CERTIFICATE = "ca.key", "ca.crt"
+SERVER, SERVER_KEY, SERVER_CERTIFICATE = "server", "server.key", "server.crt"
+NODE_KEY, NODE_PUBLIC_KEY = "node.key", "node.pub"
+EXECUTOR_SECRET = "executor.secret"
+
+_PRIVATE, _PUBLIC = 0o600, 0o644
+_LOCAL = ("localhost", "127.0.0.1", "::1")
+_CA_DAYS = 3650
+# Clocks differ: a certificate that begins now isn't valid yet on a machine that is late.
+_BACKDATE = timedelta(hours=1)
+_HOST_NAME = re.compile(
+    r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?)*", re.I
+)
+_SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
+
+def certs(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where everything goes; made if it isn't there.")],
+    names: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--name", "-n", metavar="HOST", help="Name or IP address under which the server is reached; repeatable."
+        ),
+    ] = None,
+    sites: Annotated[
+        list[str] | None, typer.Option("--site", "-s", metavar="SITE", help="A site that takes part; repeatable.")
+    ] = None,
+    days: Annotated[int, typer.Option("--days", min=1, max=3650, help="Validity of the server's certificate.")] = 397,
+) -> None:
+    """Make the keys and certificates of a federation in DIR.
+
+    With --name the server's: DIR/ca.crt (for everyone), DIR/ca.key (keep it offline), and in DIR/server its key,
+    its certificate for all these names and for this machine, and its executor secret. A CA that is in DIR already
+    signs; otherwise one is made.
+
+    With --site a folder DIR/SITE for each: the SuperNode's private key, which nobody else needs, its public key,
+    to be registered at the server, and the site's executor secret. A site can make its own.
+
+    Nothing is ever overwritten: to replace something, move the old files away first.
+    Exit code: 0 made, 2 bad input, and then nothing was made.
+    """
+    try:
+        made = make(directory, names or [], sites or [], days)
+    except SettingsError as error:
+        typer.secho("\n".join(f"fedmitr: {line}" for line in str(error).splitlines()), err=True, fg=typer.colors.RED)
+        raise typer.Exit(2) from None
+    for path in made:
+        typer.echo(path)
+
+
+def make(directory: Path, names: Sequence[str], sites: Sequence[str], days: int = 397) -> list[Path]:
+    """Make what is asked for, or nothing.
+
+    Parameters
+    ----------
+    directory
+        Made with mode 700 if it isn't there.
+    names
+        Host names and IP addresses of the server; with none no certificate is made.
+    sites
+        Names of sites.
+    days
+        Validity of the server's certificate.
+
+    Returns
+    -------
+    list
+        The files, in the order in which they were made. Private ones have mode 600, the others 644.
+
+    Raises
+    ------
+    SettingsError
+        If a name can't be one, a file is there already, the CA is there by half, or the disk refuses.
+    """
+    if not names and not sites:
+        raise SettingsError(
+            ("fedmitr certs", "", "needs --name for the server's certificate, --site for a site, or both")
+        )
+    alternatives = [_alternative(name) for name in dict.fromkeys((*names, *_LOCAL))]
+    for site in sites:
+        _check_site(site, sites)
+    server = directory / SERVER
+    wanted = [server / name for name in (SERVER_KEY, SERVER_CERTIFICATE, EXECUTOR_SECRET)] if names else []
+    wanted += [directory / site / name for site in sites for name in (NODE_KEY, NODE_PUBLIC_KEY, EXECUTOR_SECRET)]
+    for path in wanted:
+        if path.exists():
+            raise SettingsError(
+                ("file", str(path), "is there already and is never overwritten; move it away to replace it")
+            )
+    try:
+        content = _server(directory, names[0], alternatives, days) if names else {}
+        for site in sites:
+            content |= _site(directory / site, site)
+        directory.mkdir(mode=0o700, parents=True, exist_ok=True)
+        for path, (mode, text) in content.items():
+            _write(path, mode, text)
+    except OSError as error:
+        raise SettingsError(("DIR", str(directory), f"can't be written: {error.strerror or error}")) from None
+    return list(content)
+
+
+_Content = dict[Path, tuple[int, bytes]]
+
+
+def _server(directory: Path, common_name: str, alternatives: Sequence[x509.GeneralName], days: int) -> _Content:
+    """Return the server's files, and those of the CA if it has to be made."""
+    content: _Content = {}
+    key_path, certificate_path = directory / CA_KEY, directory / CA_CERTIFICATE
+    if key_path.exists() != certificate_path.exists():
+        there, lacking = (key_path, CA_CERTIFICATE) if key_path.exists() else (certificate_path, CA_KEY)
+        raise SettingsError(("file", str(there), f"is there without {lacking}; a server's certificate needs both"))
+    if key_path.exists():
+        ca_key, ca = _read_ca(key_path, certificate_path)
+    else:
+        ca_key = ec.generate_private_key(ec.SECP384R1())
+        ca = _ca_certificate(ca_key)
+        content[key_path] = (_PRIVATE, _pem(ca_key))
+        content[certificate_path] = (_PUBLIC, ca.public_bytes(serialization.Encoding.PEM))
+    key = ec.generate_private_key(ec.SECP256R1())
+    builder = _builder(_name(common_name), ca.subject, key.public_key(), min(days, _days_left(ca, certificate_path)))
+    certificate = (
+        builder.add_extension(x509.SubjectAlternativeName(alternatives), critical=False)
+        .add_extension(x509.BasicConstraints(ca=False, path_length=None), critical=True)
+        .add_extension(_key_usage(signs_certificates=False), critical=True)
+        .add_extension(x509.ExtendedKeyUsage([ExtendedKeyUsageOID.SERVER_AUTH]), critical=False)
+        .add_extension(x509.AuthorityKeyIdentifier.from_issuer_public_key(ca_key.public_key()), critical=False)
+        .sign(ca_key, hashes.SHA384())
+    )
+    folder = directory / SERVER
+    content[folder / SERVER_KEY] = (_PRIVATE, _pem(key))
+    content[folder / SERVER_CERTIFICATE] = (_PUBLIC, certificate.public_bytes(serialization.Encoding.PEM))
+    content[folder / EXECUTOR_SECRET] = (_PRIVATE, _secret())
+    return content
+
+
+def _ca_certificate(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
+    # Two authorities of the same name would be mistaken for each other when one replaces the other.
+    name = _name(f"FedMITR federation CA {secrets.token_hex(4)}")
+    return (
+        _builder(name, name, key.public_key(), _CA_DAYS)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .add_extension(_key_usage(signs_certificates=True), critical=True)
+        .sign(key, hashes.SHA384())
+    )
+
+
+def _read_ca(key_path: Path, certificate_path: Path) -> tuple[ec.EllipticCurvePrivateKey, x509.Certificate]:
+    try:
+        key = serialization.load_pem_private_key(key_path.read_bytes(), password=None)
+        certificate = x509.load_pem_x509_certificate(certificate_path.read_bytes())
+    except (ValueError, TypeError) as error:
+        raise SettingsError(("file", str(key_path), f"or {certificate_path.name} can't be read: {error}")) from None
+    if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
+        raise SettingsError(("file", str(key_path), f"isn't the key of {certificate_path}"))
+    return key, certificate
+
+
+def _days_left(ca: x509.Certificate, path: Path) -> int:
+    left = (ca.not_valid_after_utc - datetime.now(UTC)).days
+    if left < 1:
+        raise SettingsError(("file", str(path), f"has expired on {ca.not_valid_after_utc:%Y-%m-%d}; make a new CA"))
+    return left
+
+
+def _builder(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePublicKey, days: int
+) -> x509.CertificateBuilder:
+    now = datetime.now(UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key)
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - _BACKDATE)
+        .not_valid_after(now + timedelta(days=days))
+        .add_extension(x509.SubjectKeyIdentifier.from_public_key(key), critical=False)
+    )
+
+
+def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
+    return x509.KeyUsage(
+        digital_signature=not signs_certificates,
+        key_cert_sign=signs_certificates,
+        crl_sign=signs_certificates,
+        content_commitment=False,
+        key_encipherment=False,
+        data_encipherment=False,
+        key_agreement=False,
+        encipher_only=False,
+        decipher_only=False,
+    )
+
+
+def _site(folder: Path, site: str) -> _Content:
+    """Return a site's files: Flower wants a key on a NIST curve, the public one as OpenSSH writes it."""
+    key = ec.generate_private_key(ec.SECP384R1())
+    private = key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
+    )
+    public = key.public_key().public_bytes(serialization.Encoding.OpenSSH, serialization.PublicFormat.OpenSSH)
+    return {
+        folder / NODE_KEY: (_PRIVATE, private),
+        folder / NODE_PUBLIC_KEY: (_PUBLIC, public + f" {site}\n".encode()),
+        folder / EXECUTOR_SECRET: (_PRIVATE, _secret()),
+    }
+
+
+def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
+    return key.private_bytes(
+        serialization.Encoding.PEM, serialization.PrivateFormat.PKCS8, serialization.NoEncryption()
+    )
+
+
+def _secret() -> bytes:
+    """32 random bytes, in hexadecimal so that they survive an editor; Flower takes the file's bytes as they are."""
+    return secrets.token_hex(32).encode()
+
+
+def _name(text: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, text[:64])])
+
+
+def _alternative(name: str) -> x509.GeneralName:
+    try:
+        return x509.IPAddress(ipaddress.ip_address(name))
+    except ValueError:
+        if re.fullmatch(r"[0-9.]+", name) or not _HOST_NAME.fullmatch(name):
+            allowed = "must be a host name such as fl.example.org or an IP address, without port or protocol"
+            raise SettingsError(("--name", name, allowed)) from None
+        return x509.DNSName(name)
+
+
+def _check_site(site: str, sites: Sequence[str]) -> None:
+    if site == SERVER or site in (CA_KEY, CA_CERTIFICATE) or not _SITE_NAME.fullmatch(site):
+        allowed = f"must be 1 to 64 letters, digits, dots, - or _, beginning with a letter or digit, and not {SERVER!r}"
+        raise SettingsError(("--site", site, allowed))
+    if sites.count(site) > 1:
+        raise SettingsError(("--site", site, "is named twice"))
+
+
+def _write(path: Path, mode: int, content: bytes) -> None:
+    """Create a file with exactly this mode, never following or replacing what is there."""
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
+    with os.fdopen(descriptor, "wb") as file:
+        os.fchmod(descriptor, mode)
+        file.write(content)
