@@ -9,7 +9,7 @@ import pytest
 
 from tests.integration.faults import QUICK, asked, faulty_app, metrics, run, status
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 
 def test_clients_that_raise_die_stop_or_hang_cost_only_themselves(tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ from tests.integration.faults import (
     wait_for,
 )
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 SETTINGS = {
     "run.checkpoint-seconds": "0",
