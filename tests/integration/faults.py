@@ -74,7 +74,7 @@ def command(*arguments: str | Path) -> list[str]:
     return [str(bin_dir() / "fedmitr"), *map(str, arguments)]
 
 
-def run(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+def run(*arguments: str | Path, timeout: float = 500) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command(*arguments), capture_output=True, text=True, timeout=timeout, check=False)
 
 
@@ -83,7 +83,7 @@ def start(*arguments: str | Path, log: Path) -> subprocess.Popen[str]:
         return subprocess.Popen(command(*arguments), stdout=file, stderr=subprocess.STDOUT, text=True)
 
 
-def wait_for(what: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 120) -> None:
+def wait_for(what: Callable[[], Any], process: subprocess.Popen[str], seconds: float = 300) -> None:
     """Wait until something holds while a process runs."""
     end = time.monotonic() + seconds
     while not what():

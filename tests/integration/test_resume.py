@@ -24,7 +24,7 @@ from tests.integration.faults import (
     wait_for,
 )
 
-pytestmark = [pytest.mark.integration, pytest.mark.slow]
+pytestmark = [pytest.mark.integration, pytest.mark.slow, pytest.mark.timeout(1500)]
 
 SETTINGS = {
     "run.checkpoint-seconds": "0",
@@ -82,7 +82,7 @@ def test_a_killed_server_loses_nothing(folder: Path, whole: Path, stage: str) ->
     process = start(*simulate(folder, stage), log=folder / f"{stage}.log")
     wait_for(lambda: reached(directory, stage), process)
     kill(server_process(process))
-    assert process.wait(timeout=240) == 1
+    assert process.wait(timeout=400) == 1
     assert status(directory)["state"] == "failed"
     kept = {path: path.stat().st_mtime_ns for path in uploads(directory)}
     before = asked(folder)
@@ -101,7 +101,7 @@ def test_an_interrupted_run_says_so_and_is_gone_on_with(folder: Path, whole: Pat
     process = start(*simulate(folder, "interrupted"), log=folder / "interrupted.log")
     wait_for(lambda: reached(directory, "inversion"), process)
     os.kill(process.pid, signal.SIGINT)
-    assert process.wait(timeout=120) == 130
+    assert process.wait(timeout=300) == 130
     assert status(directory)["state"] == "interrupted"
     assert f"fedmitr resume {directory}" in (folder / "interrupted.log").read_text()
     changed = run("resume", directory, "--set", "inversion.iterations=61", "--app", folder / "app")
@@ -140,7 +140,7 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(folder: Path, whole: Pat
         while True:
             file.write(b"x" * 4096)
             file.flush()
-    assert process.wait(timeout=240) == 1
+    assert process.wait(timeout=400) == 1
     assert "No space left on device" in log.read_text()
     assert uploads(directory)
     (small_disk / "ballast").unlink()
