@@ -53,7 +53,9 @@ def run(
     """Start a run in a deployed federation and follow it to its end.
 
     Paths in the settings are paths on the machines where they are used: `run.output` on the server. Ctrl-C ends the
-    following, not the run. Exit code: 0 completed, 1 failed, 2 bad input, 130 no longer followed.
+    following, not the run.
+
+    Exit code: 0 completed, 1 failed, 2 bad input, 130 no longer followed.
     """
     try:
         directory = run_files.app_directory(app_dir)
