@@ -95,7 +95,7 @@ class Lab:
                 start_new_session=True,
             )
 
-    def run(self, host: str, *command: str, timeout: float = 120) -> subprocess.CompletedProcess[str]:
+    def run(self, host: str, *command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
         """Run a command on a host and return what it prints, errors included."""
         vector, environment = self.command(host, *command)
         # Not through a pipe: a SuperNode that is turned away leaves a child behind, which would hold it open.
