@@ -21,6 +21,7 @@ from torch import Tensor
 import client_app.app as client_module
 from client_app.app import app as client
 from fedmitr_flwr import collection, exchange, quorum
+from fedmitr_flwr.checkpoints import Checkpoints
 from fedmitr_flwr.client import ClientTask, ClientUpload, client_name, client_seed
 from fedmitr_flwr.collection import failure_reason
 from fedmitr_flwr.data import ImageSpec
@@ -142,6 +143,7 @@ class FakePipeline:
         seed: int,
         device: torch.device,
         observer: Observer,
+        checkpoints: Checkpoints | None = None,
     ) -> PipelineResult:
         self.clients.append(list(clients))
         self.initial.append(initial)
