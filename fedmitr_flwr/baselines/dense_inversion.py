@@ -7,16 +7,8 @@ constants (`inversion.*`) are the run's own, so that sparse and dense are compar
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-import torch
-from torch import Tensor
-
-from fedmitr_flwr.checkpoints import Checkpoints
-from fedmitr_flwr.data import ImageSpec
-from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.pipeline import ClientModel, PipelineResult, run_pipeline
-from fedmitr_flwr.settings import RunConfigValue, Settings
+from fedmitr_flwr.baselines.common import fedmitr_with
+from fedmitr_flwr.settings import RunConfigValue
 
 _DENSE: dict[str, RunConfigValue] = {
     "inversion.stops": "",
@@ -26,38 +18,8 @@ _DENSE: dict[str, RunConfigValue] = {
     "distill.ce-on": "full",
 }
 
+dense_inversion = fedmitr_with(_DENSE)
+"""Distil KL to the ensemble and cross-entropy with the pseudo-label. See `pipeline.run_pipeline`."""
 
-def dense_inversion(
-    settings: Settings,
-    spec: ImageSpec,
-    clients: Sequence[ClientModel],
-    initial: Mapping[str, Tensor],
-    *,
-    seed: int,
-    device: torch.device,
-    observer: Observer,
-    checkpoints: Checkpoints | None = None,
-) -> PipelineResult:
-    """Distil KL to the ensemble and cross-entropy with the pseudo-label. See `pipeline.run_pipeline`."""
-    dense = settings.replace(**_DENSE)
-    return run_pipeline(
-        dense, spec, clients, initial, seed=seed, device=device, observer=observer, checkpoints=checkpoints
-    )
-
-
-def dense_inversion_kl(
-    settings: Settings,
-    spec: ImageSpec,
-    clients: Sequence[ClientModel],
-    initial: Mapping[str, Tensor],
-    *,
-    seed: int,
-    device: torch.device,
-    observer: Observer,
-    checkpoints: Checkpoints | None = None,
-) -> PipelineResult:
-    """Distil KL to the ensemble alone. See `pipeline.run_pipeline`."""
-    dense = settings.replace(**_DENSE, **{"distill.ce-weight": 0.0})
-    return run_pipeline(
-        dense, spec, clients, initial, seed=seed, device=device, observer=observer, checkpoints=checkpoints
-    )
+dense_inversion_kl = fedmitr_with({**_DENSE, "distill.ce-weight": 0.0})
+"""Distil KL to the ensemble alone. See `pipeline.run_pipeline`."""
