@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
@@ -38,13 +37,6 @@ def write_json(path: Path, value: Json) -> None:
     text = json.dumps(_finite(value), indent=2, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
-
-
-def release_memory() -> None:
-    """Hand freed memory back to the system, which glibc does not do by itself with blocks of uneven sizes."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
 
 
 def _finite(value: Json) -> Json:

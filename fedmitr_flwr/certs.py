@@ -14,9 +14,7 @@ import secrets
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
@@ -38,40 +36,6 @@ _HOST_NAME = re.compile(
     r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?)*", re.I
 )
 _SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
-
-
-def certs(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where everything goes; made if it isn't there.")],
-    names: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--name", "-n", metavar="HOST", help="Name or IP address under which the server is reached; repeatable."
-        ),
-    ] = None,
-    sites: Annotated[
-        list[str] | None, typer.Option("--site", "-s", metavar="SITE", help="A site that takes part; repeatable.")
-    ] = None,
-    days: Annotated[int, typer.Option("--days", min=1, max=3650, help="Validity of the server's certificate.")] = 397,
-) -> None:
-    """Make the keys and certificates of a federation in DIR.
-
-    With --name the server's: DIR/ca.crt (for everyone), DIR/ca.key (keep it offline), and in DIR/server its key,
-    its certificate for all these names and for this machine, and its executor secret. A CA that is in DIR already
-    signs; otherwise one is made.
-
-    With --site a folder DIR/SITE for each: the SuperNode's private key, which nobody else needs, its public key,
-    to be registered at the server, and the site's executor secret. A site can make its own.
-
-    Nothing is ever overwritten: to replace something, move the old files away first.
-    Exit code: 0 made, 2 bad input, and then nothing was made.
-    """
-    try:
-        made = make(directory, names or [], sites or [], days)
-    except SettingsError as error:
-        typer.secho("\n".join(f"fedmitr: {line}" for line in str(error).splitlines()), err=True, fg=typer.colors.RED)
-        raise typer.Exit(2) from None
-    for path in made:
-        typer.echo(path)
 
 
 def make(directory: Path, names: Sequence[str], sites: Sequence[str], days: int = 397) -> list[Path]:

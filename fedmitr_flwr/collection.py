@@ -11,9 +11,10 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
-from fedmitr_flwr.atomic import release_memory, write_json
+from fedmitr_flwr.atomic import write_json
 from fedmitr_flwr.claims import UploadRefused
 from fedmitr_flwr.digest import short
+from fedmitr_flwr.memory import release_memory
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.quorum import ClientCounts
 from fedmitr_flwr.roster import Roster

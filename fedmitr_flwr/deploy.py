@@ -15,62 +15,15 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
-
-from fedmitr_flwr import run_files
 from fedmitr_flwr.private_flower import bin_dir
-from fedmitr_flwr.settings import Settings, SettingsError
+from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.settings.docs import to_toml
 
 _STARTED = re.compile(r"Successfully started run (\d+)")
 _NOISE = ("Starting logstream for run_id", "Listing all runs")
 _ANSWER_SECONDS = 60.0
 _PAUSE_SECONDS = 2.0
-
-
-def run(
-    superlink: Annotated[
-        str, typer.Argument(metavar="SUPERLINK", help="Name of the SuperLink connection in Flower's config.toml.")
-    ],
-    conf: Annotated[
-        Path | None,
-        typer.Argument(show_default=False, help="Settings file. Without it: the app's defaults."),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", metavar="KEY=VALUE", help="One setting, wins over CONF; repeatable."),
-    ] = None,
-    patience: Annotated[
-        float, typer.Option("--patience", min=0.0, help="Seconds to wait for a SuperLink that stops answering.")
-    ] = 600.0,
-    app_dir: Annotated[
-        Path | None,
-        typer.Option("--app", metavar="DIR", help="Folder of the Flower app. Default: where this command comes from."),
-    ] = None,
-) -> None:
-    """Start a run in a deployed federation and follow it to its end.
-
-    Paths in the settings are paths on the machines where they are used: `run.output` on the server. Ctrl-C ends the
-    following, not the run.
-
-    Exit code: 0 completed, 1 failed, 2 bad input, 130 no longer followed.
-    """
-    try:
-        directory = run_files.app_directory(app_dir)
-        settings = run_files.run_settings(directory, conf, overrides or [], absolute=False)
-    except SettingsError as error:
-        typer.secho("\n".join(f"fedmitr: {line}" for line in str(error).splitlines()), err=True, fg=typer.colors.RED)
-        raise typer.Exit(2) from None
-    try:
-        failure = Deployment(superlink, typer.echo, patience=patience).run(directory, settings)
-    except KeyboardInterrupt:
-        typer.secho("fedmitr: no longer following; a run that was started goes on", err=True, fg=typer.colors.RED)
-        raise typer.Exit(130) from None
-    if failure:
-        typer.secho(f"fedmitr: {failure}", err=True, fg=typer.colors.RED)
-        raise typer.Exit(1)
 
 
 @dataclass

@@ -3,46 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
-import typer
 
-from fedmitr_flwr import run_files
 from fedmitr_flwr.settings import Settings, SettingsError
 
 FILE = "images.npz"
-
-
-def split(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the sites' folders go; made if missing.")],
-    conf: Annotated[
-        Path | None,
-        typer.Argument(show_default=False, help="Settings file. Without it: the app's defaults."),
-    ] = None,
-    overrides: Annotated[
-        list[str] | None,
-        typer.Option("--set", "-s", metavar="KEY=VALUE", help="One setting, wins over CONF; repeatable."),
-    ] = None,
-    clients: Annotated[int, typer.Option("--clients", "-n", min=1, help="Number of sites.")] = 3,
-    app_dir: Annotated[
-        Path | None,
-        typer.Option("--app", metavar="DIR", help="Folder of the Flower app. Default: where this command comes from."),
-    ] = None,
-) -> None:
-    """Divide data.source among sites, to try a deployment with data that a simulation has too.
-
-    Each gets a folder DIR/site-K with images.npz, for its node config's data-path: the training images of
-    partition K under the same settings and seed. Test and validation images stay out. Nothing is overwritten.
-    Prints for each file its number of images and of classes. Exit code: 0 done, 2 bad input.
-    """
-    try:
-        settings = run_files.run_settings(run_files.app_directory(app_dir), conf, overrides or [])
-        for path, images, classes in write_parts(settings, clients, directory):
-            typer.echo(f"{path}: {images} images of {classes} classes")
-    except SettingsError as error:
-        typer.secho("\n".join(f"fedmitr: {line}" for line in str(error).splitlines()), err=True, fg=typer.colors.RED)
-        raise typer.Exit(2) from None
 
 
 def write_parts(settings: Settings, clients: int, directory: Path) -> list[tuple[Path, int, int]]:

@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 import fedmitr_flwr
-from fedmitr_flwr.certs import certs
+from fedmitr_flwr.cli.certs import certs
 from fedmitr_flwr.cli.common import BAD_INPUT
 from fedmitr_flwr.cli.doctor import doctor
 from fedmitr_flwr.cli.evaluate import evaluate
@@ -18,10 +18,10 @@ from fedmitr_flwr.cli.plain_help import PlainHelpCommand
 from fedmitr_flwr.cli.predict import predict
 from fedmitr_flwr.cli.report import report
 from fedmitr_flwr.cli.resume import resume
+from fedmitr_flwr.cli.run import run
 from fedmitr_flwr.cli.settings import settings
 from fedmitr_flwr.cli.simulate import simulate
-from fedmitr_flwr.deploy import run
-from fedmitr_flwr.split import split
+from fedmitr_flwr.cli.split import split
 
 __all__ = ["BAD_INPUT", "app", "main"]
 
