@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from fedmitr_flwr import run_files
+from fedmitr_flwr.cli.common import AppOption, ConfArgument, SetOption, bad_input
 from fedmitr_flwr.settings import docs
 
 
@@ -15,20 +17,32 @@ class Format(StrEnum):
     """How ``fedmitr settings`` prints."""
 
     TABLE = "table"
-    MARKDOWN = "markdown"
     TOML = "toml"
     JSON = "json"
 
 
 def settings(
+    conf: ConfArgument = None,
+    overrides: SetOption = None,
+    app_dir: AppOption = None,
     style: Annotated[Format, typer.Option("--format", "-f", help="How to print them.")] = Format.TABLE,
 ) -> None:
     """Print every setting: key, default, allowed values and what it does.
 
+    With CONF or --set: check them as a run does, before anything starts, and print the values that a run would have.
+    Plain `flwr run` refuses an unknown key without naming it; this names it.
+
     Exit code: 0 printed, 2 bad input.
     """
+    checked = None
+    if conf is not None or overrides:
+        with bad_input():
+            directory = run_files.app_directory(app_dir)
+            checked = run_files.run_settings(directory, conf, overrides or [], absolute=False)
     if style is Format.TABLE:
-        text = docs.to_table(shutil.get_terminal_size((100, 24)).columns)
+        text = docs.to_table(checked, shutil.get_terminal_size((100, 24)).columns)
+    elif style is Format.JSON:
+        text = docs.to_json(checked)
     else:
-        text = {Format.MARKDOWN: docs.to_markdown, Format.TOML: docs.to_toml, Format.JSON: docs.to_json}[style]()
+        text = docs.to_toml(checked.flat() if checked is not None else None)
     typer.echo(text, nl=False)

@@ -44,6 +44,7 @@ class Entry:
 
     key: str
     default: RunConfigValue
+    value: RunConfigValue
     allowed: str
     description: str
 
@@ -53,11 +54,12 @@ class Entry:
         return self.key.split(".", 1)[0]
 
 
-def entries() -> list[Entry]:
-    """Every key of the run-config in order, with its default in Flower's types."""
+def entries(settings: Settings | None = None) -> list[Entry]:
+    """Every key of the run-config in order, with its default and its value in `settings`, in Flower's types."""
     defaults = Settings().flat()
+    values = defaults if settings is None else settings.flat()
     return [
-        Entry(key, defaults[key], allowed_values(field), field.description or "")
+        Entry(key, defaults[key], values[key], allowed_values(field), field.description or "")
         for key, field in flat_fields().items()
     ]
 
@@ -71,7 +73,7 @@ def takes_text(key: str) -> bool:
 
 
 def to_markdown() -> str:
-    """Render ``docs/settings.md``: one table for each stage."""
+    """Render ``docs/settings.md``: one table of the defaults for each stage."""
     parts = [_INTRO]
     for stage, field in Settings.model_fields.items():
         purpose = (getattr(field.annotation, "__doc__", None) or "").strip().splitlines()[0]
@@ -89,17 +91,20 @@ def _markdown_row(entry: Entry) -> str:
     return f"\n| `{entry.key}` | `{toml_value(entry.default)}` | {allowed} | {description} |"
 
 
-def to_table(width: int = 100) -> str:
+def to_table(settings: Settings | None = None, width: int = 100) -> str:
     """Render all settings as plain text for a terminal.
 
     Parameters
     ----------
+    settings
+        Whose values are shown; where they are no defaults, these are shown too. None: the defaults.
     width
         Columns of the terminal; descriptions are wrapped to it.
     """
     lines: list[str] = []
-    for entry in entries():
-        lines.append(f"{entry.key} = {toml_value(entry.default)}    [{entry.allowed}]")
+    for entry in entries(settings):
+        changed = "" if entry.value == entry.default else f"; default {toml_value(entry.default)}"
+        lines.append(f"{entry.key} = {toml_value(entry.value)}    [{entry.allowed}{changed}]")
         lines += textwrap.wrap(entry.description, max(width, 40), initial_indent="    ", subsequent_indent="    ")
     return "\n".join(lines) + "\n"
 
@@ -110,9 +115,9 @@ def to_toml(config: Mapping[str, RunConfigValue] | None = None) -> str:
     return "".join(f"{key} = {toml_value(value)}\n" for key, value in config.items())
 
 
-def to_json() -> str:
-    """Render all settings as JSON: a list of objects with key, default, allowed and description."""
-    return json.dumps([vars(entry) for entry in entries()], indent=2) + "\n"
+def to_json(settings: Settings | None = None) -> str:
+    """Render all settings as JSON: a list of objects with key, default, value, allowed and description."""
+    return json.dumps([vars(entry) for entry in entries(settings)], indent=2) + "\n"
 
 
 def toml_value(value: RunConfigValue) -> str:

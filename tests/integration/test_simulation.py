@@ -150,3 +150,14 @@ def test_plain_flwr_run_names_a_setting_that_only_the_data_contradict(bundle: Pa
     assert "model.options" in output or "data.image-size" in output
     runs = json.loads(flwr(flower, bundle, "ls", "--format", "json"))["runs"]
     assert runs[0]["status"] == "finished:failed"
+
+
+def test_plain_flwr_run_refuses_an_unknown_key_before_anything_starts(bundle: Path, flower: PrivateFlower):
+    before = json.loads(flwr(flower, bundle, "ls", "--format", "json"))["runs"]
+    command = [str(bin_dir() / "flwr"), "run", ".", "--stream", "--run-config", "run.sed=1"]
+    result = subprocess.run(
+        command, cwd=bundle, env=flower.environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    # The words are Flower's own, which docs/faq.md explains; it does not name the key, `fedmitr settings` does.
+    assert "Invalid run configuration" in result.stdout + result.stderr
+    assert json.loads(flwr(flower, bundle, "ls", "--format", "json"))["runs"] == before

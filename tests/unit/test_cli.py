@@ -346,7 +346,27 @@ def test_clients_win_over_the_federation_file_and_cores_follow_the_machine(
     assert run_files.federation_config(cpus=1)["init-args-num-cpus"] == 1
 
 
-@pytest.mark.parametrize("style", ["table", "markdown", "toml", "json"])
+def test_settings_checks_a_file_and_single_keys_and_prints_what_a_run_would_have(tmp_path: Path):
+    conf = tmp_path / "mine.toml"
+    conf.write_text("run.seed = 7\n[inversion]\nimages = 30\n")
+    result = CliRunner().invoke(cli.app, ["settings", str(conf), "--set", "train.epochs=3", "--format", "toml"])
+    assert result.exit_code == 0, result.stderr
+    values = dict(flatten(tomllib.loads(result.stdout)))
+    assert values == Settings().flat() | {"run.seed": 7, "inversion.images": 30, "train.epochs": 3}
+    table = CliRunner().invoke(cli.app, ["settings", str(conf)]).stdout
+    assert "run.seed = 7    [an integer >= 0 and <= 2147483647; default 42]" in table
+
+
+def test_settings_names_the_keys_that_plain_flwr_run_refuses_without_naming_them(tmp_path: Path):
+    conf = tmp_path / "wrong.toml"
+    conf.write_text("run.sed = 1\ntrain.epochs = -1\n")
+    result = CliRunner().invoke(cli.app, ["settings", str(conf)])
+    assert result.exit_code == cli.BAD_INPUT
+    assert "run.sed = 1: unknown key; did you mean run.seed?" in result.stderr
+    assert result.stdout == ""
+
+
+@pytest.mark.parametrize("style", ["table", "toml", "json"])
 def test_settings_are_printed_in_every_format(style: str):
     result = CliRunner().invoke(cli.app, ["settings", "--format", style])
     assert result.exit_code == 0
