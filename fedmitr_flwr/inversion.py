@@ -23,6 +23,7 @@ from torch import Tensor
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.noise import random_images
+from fedmitr_flwr.pixel_adam import PixelAdam, take
 from fedmitr_flwr.precision import compute_dtype
 from fedmitr_flwr.prior import Prior
 from fedmitr_flwr.settings import InversionSettings
@@ -161,7 +162,7 @@ class InversionBatch:
         self._low, self._high = (_for_patches(bound, grid).to(device) for bound in (grid.low, grid.high))
         self._canvas = torch.minimum(torch.maximum(grid.to_patches(start), self._low), self._high)  # (B, P, E)
         self.kept = torch.arange(grid.num_patches, device=device).repeat(len(labels), 1) if kept is None else kept
-        self._adam = _Adam(_take(self._canvas, self.kept), settings)
+        self._adam = PixelAdam(take(self._canvas, self.kept), settings)
         self._prior = Prior(self._canvas, self.kept, grid, settings)
         self._loss = torch.zeros(len(labels), device=device)
         self._iteration, self._broken = 0, torch.tensor(-1, device=device)
@@ -191,7 +192,7 @@ class InversionBatch:
         if stop > 0:
             self._canvas = scatter(self._canvas, self.kept, self._adam.pixels)
             stay = most_attended(out.attention, stop)
-            self.kept, gradient = self.kept.gather(1, stay), _take(gradient, stay)
+            self.kept, gradient = self.kept.gather(1, stay), take(gradient, stay)
             self._adam.keep(stay)
             self._prior = Prior(self._canvas, self.kept, self._grid, self._settings)
         self._prior.add_gradient(self._adam.pixels, gradient)
@@ -263,10 +264,6 @@ def scatter(canvas: Tensor, kept: Tensor, pixels: Tensor) -> Tensor:
     return canvas.scatter(1, kept[..., None].expand_as(pixels), pixels)
 
 
-def _take(values: Tensor, places: Tensor) -> Tensor:
-    return values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))
-
-
 def _for_patches(bound: Tensor, grid: PatchGrid) -> Tensor:
     """A bound for each channel, ``(ch,)``, laid out as a flattened patch, ``(E,)``."""
     return bound.repeat_interleave(grid.patch[0] * grid.patch[1])
@@ -285,28 +282,3 @@ def _shifted(kept: Tensor, grid: PatchGrid, shift: tuple[int, int]) -> Tensor:
         return kept
     rows, columns = grid.shape
     return (kept // columns + shift[0]) % rows * columns + (kept % columns + shift[1]) % columns
-
-
-class _Adam:
-    """Adam on the kept patches with clipping to the valid range, on plain tensors that shrink at each stop."""
-
-    def __init__(self, pixels: Tensor, settings: InversionSettings) -> None:
-        self.pixels = pixels
-        self._mean, self._square = torch.zeros_like(pixels), torch.zeros_like(pixels)
-        self._rate, self._betas, self._steps = settings.learning_rate, (settings.beta1, settings.beta2), 0
-
-    def keep(self, stay: Tensor) -> None:
-        """Forget all but the patches at places `stay`, ``(B, L')``."""
-        self.pixels = _take(self.pixels, stay)
-        self._mean, self._square = _take(self._mean, stay), _take(self._square, stay)
-
-    def step(self, gradient: Tensor, low: Tensor, high: Tensor) -> None:
-        """One update of the pixels, in place, with ``(B, L, E)`` gradients, which are overwritten."""
-        beta1, beta2 = self._betas
-        self._steps += 1
-        self._mean.lerp_(gradient, 1 - beta1)
-        self._square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        correction = math.sqrt(1 - beta2**self._steps)
-        divisor = torch.sqrt(self._square, out=gradient).div_(correction).add_(1e-8)
-        self.pixels.addcdiv_(self._mean, divisor, value=-self._rate / (1 - beta1**self._steps))
-        torch.minimum(torch.maximum(self.pixels, low, out=self.pixels), high, out=self.pixels)
