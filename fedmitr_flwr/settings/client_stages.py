@@ -84,7 +84,7 @@ class TrainSettings(Stage):
 
     epochs: int = Field(1, ge=0, le=10_000, description="Passes over the client's images (at least; see min-steps).")
     min_steps: int = Field(
-        200,
+        300,
         ge=0,
         le=1_000_000,
         description="Optimiser steps that a client makes at least, so that small ones learn too.",
