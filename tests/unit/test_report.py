@@ -78,6 +78,13 @@ def test_it_says_what_came_out_and_who_is_missing(run: Path) -> None:
     assert "distill.noise" in text
 
 
+def test_the_accuracies_stand_among_the_events(run: Path) -> None:
+    finished = load_run(run)
+    (event,) = [e for e in finished.events if (e["kind"], e["stage"]) == ("progress", "evaluate")]
+    for name, rate in finished.metrics["accuracy"].items():
+        assert event[name] == pytest.approx(rate, abs=1e-5)
+
+
 def test_names_from_outside_stay_text(run: Path) -> None:
     html = (run / "report.html").read_text()
     assert "<b>site 0</b>" not in html
