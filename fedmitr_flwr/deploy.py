@@ -17,11 +17,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedmitr_flwr.private_flower import bin_dir
-from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.settings import Settings, SettingsError
 from fedmitr_flwr.settings.docs import to_toml
 
 _STARTED = re.compile(r"Successfully started run (\d+)")
 _NOISE = ("Starting logstream for run_id", "Listing all runs")
+_NO_CONNECTION = "not found in the Flower configuration"
+_FRAME = re.compile(r"[\u2500-\u257f]+( Error )?")  # Flower draws a box around its errors
 _ANSWER_SECONDS = 60.0
 _PAUSE_SECONDS = 2.0
 
@@ -45,14 +47,24 @@ class Deployment:
     patience: float = 600.0
 
     def run(self, app: Path, settings: Settings) -> str:
-        """Start a run and wait for its end; return why it failed, or an empty string."""
+        """Start a run and wait for its end; return why it failed, or an empty string.
+
+        Raises
+        ------
+        SettingsError
+            If Flower's configuration has no connection of this name.
+        """
         with tempfile.TemporaryDirectory(prefix="fedmitr-") as folder:
             file = Path(folder) / "run.toml"
             file.write_text(to_toml(settings.flat()), "utf-8")
             output = self._ask("run", str(app), self.superlink, "--run-config", str(file))
         found = _STARTED.search(output)
         if found is None:
-            return f"the run was not started: {' '.join(output.split()) or 'no answer'}"
+            said = _in_a_line(output)
+            if _NO_CONNECTION in said:
+                allowed = f"is no SuperLink connection: {said}; docs/deployment.md says how to write one"
+                raise SettingsError(("SUPERLINK", self.superlink, allowed))
+            return f"the run was not started: {said or 'no answer'}"
         run_id = found.group(1)
         self.echo(f"Run {run_id}; to end it: flwr stop {run_id} {self.superlink}")
         status, details = self.follow(run_id)
@@ -120,3 +132,9 @@ class Deployment:
             encoding="utf-8",
             errors="replace",
         )
+
+
+def _in_a_line(output: str) -> str:
+    """What ``flwr`` said, without its box and its news of a configuration file that it made."""
+    lines = [line for line in output.splitlines() if not line.startswith("Flower configuration not found")]
+    return " ".join(_FRAME.sub(" ", " ".join(lines)).split())

@@ -58,23 +58,23 @@ class Diagnostics:
         found = []
         if self.black > 0.9:
             found.append(
-                f"{self.black:.0%} of the synthetic pixels are black: inversion found little to draw. Try another "
-                "inversion.start, a lower inversion.tv-weight or l2-weight, or more inversion.iterations."
+                f"{_percent(self.black)} of the synthetic pixels are black: inversion found little to draw. Try "
+                "another inversion.start, a lower inversion.tv-weight or l2-weight, or more inversion.iterations."
             )
         if self.saturated > 0.5:
             found.append(
-                f"{self.saturated:.0%} of the synthetic pixels are saturated: the images are over-driven. A lower "
-                "inversion.learning-rate keeps them softer."
+                f"{_percent(self.saturated)} of the synthetic pixels are saturated: the images are over-driven. A "
+                "lower inversion.learning-rate keeps them softer."
             )
         if self.ensemble_agrees < 0.8:
             found.append(
-                f"The ensemble takes only {self.ensemble_agrees:.0%} of the images for what they were inverted for: "
-                "more inversion.iterations, or a higher inversion.learning-rate."
+                f"The ensemble takes only {_percent(self.ensemble_agrees)} of the images for what they were inverted "
+                "for: more inversion.iterations, or a higher inversion.learning-rate."
             )
         if self.teachers_agree < 0.5:
             found.append(
-                f"The client models disagree: asked one by one, {self.teachers_agree:.0%} of those with a say in a "
-                "class recognise its images. Their labels are a compromise."
+                f"The client models disagree: asked one by one, {_percent(self.teachers_agree)} of those with a say "
+                "in a class recognise its images. Their labels are a compromise."
             )
         if self.diversity < 0.5:
             found.append(
@@ -84,6 +84,10 @@ class Diagnostics:
         if self.kept != self.expected:
             found.append(f"{self.kept} patches were in the graph at the end, the schedule leaves {self.expected}")
         return found
+
+
+def _percent(rate: float) -> str:
+    return f"{100 * rate:.0f} %"
 
 
 @torch.no_grad()

@@ -28,7 +28,14 @@ STAGES = {
     "distill": "Distillation",
     "evaluate": "Evaluation",
 }
-_SHOWN = {"loss": "loss", "confidence": "p(y)", "kl": "KL", "ce": "CE", "agreement": "agreement"}
+_SHOWN = {
+    "loss": "loss",
+    "confidence": "p(y)",
+    "kl": "KL",
+    "ce": "CE",
+    "agreement": "agreement",
+    "global": "accuracy of the global model",
+}
 
 
 @dataclass
@@ -134,9 +141,11 @@ def _times(stage: StageState, now: float) -> Text:
         return Text("")
     if stage.ended is not None:
         return Text(_clock(stage.ended - stage.started), "dim")
-    rate = stage.rate()
+    rate, elapsed = stage.rate(), now - stage.started
+    if rate is None and stage.done:  # clients, whose answers come at any time
+        return Text(f"{_clock(elapsed)}, {_clock(elapsed * (stage.total / stage.done - 1))} left")
     if not rate or not stage.total:
-        return Text(_clock(now - stage.started))
+        return Text(_clock(elapsed))
     return Text(f"{rate:.3g} it/s, {_clock((stage.total - stage.done) / rate)} left")
 
 

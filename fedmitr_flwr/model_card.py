@@ -11,9 +11,19 @@ from fedmitr_flwr.atomic import atomic_path
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.evaluate import Evaluation
 from fedmitr_flwr.quorum import ClientCounts
-from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.settings import Method, Settings
 
 CARD = "README.md"
+_FEDMITR = "FedMITR ([arXiv 2605.10748](https://arxiv.org/abs/2605.10748))"
+_METHODS: dict[Method, str] = {
+    "fedmitr": _FEDMITR,
+    "fedavg": "one-shot FedAvg",
+    "head-aggregation": "averaging with a class-wise head",
+    "dense-inversion": "dense inversion and distillation",
+    "dense-inversion-kl": "dense inversion and distillation by KL alone",
+    "hard-labels": f"{_FEDMITR}, but with hard labels",
+    "random-images": "distillation on random images",
+}
 
 
 def write_model_card(
@@ -37,21 +47,16 @@ def model_card(settings: Settings, spec: ImageSpec, evaluation: Evaluation | Non
     name = f"{settings.model.name} trained by one-shot federated learning on {settings.data.source}"
     shared = "its label histogram too" if settings.train.share_label_histogram else "no label counts"
     exchange = "once" if settings.run.rounds == 1 else f"{settings.run.rounds} times"
-    noise = ""
-    if settings.distill.noise > 0:
-        noise = f", {settings.distill.noise:g} random noise images for each of them"
     sections = [
         _front_matter(settings, evaluation, name),
         f"# {name}\n",
-        f"A Vision Transformer for {spec.num_classes} classes, made by FedMITR ([arXiv 2605.10748]"
-        "(https://arxiv.org/abs/2605.10748)) with "
-        f"fedmitr-flwr {fedmitr_flwr.__version__}.\n",
+        f"A Vision Transformer for {spec.num_classes} classes, made with fedmitr-flwr {fedmitr_flwr.__version__} by "
+        f"{_METHODS[settings.run.method]}.\n",
         "## How it was made\n",
         f"{clients.accepted} clients trained on their own images and uploaded their weights {exchange}. An upload "
         f"holds weights, the number of images, local loss and accuracy, and {shared}. The server saw no client's "
-        f"image. It inverted the ensemble of uploads into {settings.inversion.images} synthetic images, and distilled "
-        f"the ensemble into this model on them{noise}. Start of all clients: `model.init = {settings.model.init}`; "
-        f"seed {settings.run.seed}.\n",
+        f"image. {_server_part(settings)} Start of all clients: `model.init = {settings.model.init}`; seed "
+        f"{settings.run.seed}.\n",
         "## Use\n",
         '```python\nimport timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n```\n',
         f"FOLDER is this folder. Input: `(B, {spec.channels}, {spec.image_size}, {spec.image_size})`, pixels in 0..1, "
@@ -63,11 +68,30 @@ def model_card(settings: Settings, spec: ImageSpec, evaluation: Evaluation | Non
         "- It knows the clients' images only through their models. Classes that few clients had are learnt worst.\n"
         "- The accuracies are those of one run, one partition and one seed, on images like the clients'; elsewhere "
         "nothing was measured.\n"
-        "- Weights are not anonymous: how a classifier head moved shows which classes a client had, and the synthetic "
-        "images are made to show what the clients' models respond to.\n"
+        "- Weights are not anonymous: how a classifier head moved shows which classes a client had, and images can be "
+        "inverted from the clients' models that show what they respond to.\n"
         "- No licence is stated: it depends on the clients' data and on the weights that the clients started from.\n",
     ]
     return "\n".join(sections)
+
+
+def _server_part(settings: Settings) -> str:
+    """Say what the server made of the uploads, by `run.method`."""
+    method, inversion = settings.run.method, settings.inversion
+    if method == "fedavg":
+        return "It averaged the uploads by their number of images; nothing was distilled."
+    if method == "head-aggregation":
+        return (
+            "It averaged the uploads' updates, and each class's row of the classifier head by who knows the class; "
+            "nothing was distilled."
+        )
+    if method == "random-images":
+        return "It let the ensemble of uploads label random images, and distilled the ensemble into this model on them."
+    noise = f", and on {settings.distill.noise:g} random images for each of them" if settings.distill.noise > 0 else ""
+    return (
+        f"It inverted the ensemble of uploads into {inversion.images} synthetic images, and distilled the ensemble "
+        f"into this model on them{noise}."
+    )
 
 
 def _front_matter(settings: Settings, evaluation: Evaluation | None, name: str) -> str:

@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,14 +18,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from fedmitr_flwr.atomic import atomic_path
-from fedmitr_flwr.data import ImageSet, ImageSpec, load_source
+from fedmitr_flwr.data import ImageSet, ImageSpec, Source, load_source
 from fedmitr_flwr.data.client import site_images
 from fedmitr_flwr.data.decode import DECODE_ERRORS, fit_image
 from fedmitr_flwr.data.raw import Origin
 from fedmitr_flwr.evaluate import batches
 from fedmitr_flwr.report.load import FinishedRun
+from fedmitr_flwr.report.words import listing
 from fedmitr_flwr.rundir import MODEL
-from fedmitr_flwr.settings import SettingsError
+from fedmitr_flwr.settings import Settings, SettingsError
 
 ONNX_TOLERANCE = 1e-4
 _OPSET = 18
@@ -109,28 +110,47 @@ def evaluation_images(run: FinishedRun, spec: ImageSpec, data: str | None, split
     Parameters
     ----------
     data
-        ``folder:PATH`` or ``npz:PATH``: all labelled images there, classes matched by name. None: the run's own source.
+        ``folder:PATH`` or ``npz:PATH``: all labelled images there, classes matched by name. Any other value of
+        `data.source`: a part of that source, which must have the model's classes. None: of the run's own source.
     split
-        ``test`` or ``validation`` of the run's own source.
+        Which part, ``test`` or ``validation``.
 
     Raises
     ------
     SettingsError
         If there are no such images or classes.
     """
-    settings = run.settings().data
-    if data is None:
-        source = load_source(settings)
+    settings = run.settings()
+    kind, _, path = (data or "").partition(":")
+    if data is None or kind not in ("folder", "npz"):
+        source = _source_of(settings, spec, data)
         return source.test if split == "test" else source.validation
-    kind, _, path = data.partition(":")
-    if kind not in ("folder", "npz") or not path:
-        raise SettingsError(("--data", data, "must be folder:PATH (one folder a class) or npz:PATH"))
     if not Path(path).expanduser().exists():
         raise SettingsError(("--data", data, "there is nothing of this name"))
-    images = site_images(settings, Origin("--data", data), spec)
+    images = site_images(settings.data, Origin("--data", data), spec)
     if len(images) == 0:
         raise SettingsError(("--data", data, "holds no images"))
     return images
+
+
+def _source_of(settings: Settings, spec: ImageSpec, data: str | None) -> Source:
+    """Load the run's own source, or another one brought to what its model takes."""
+    if data is None:
+        return load_source(settings.data)
+    try:
+        source = load_source(settings.replace(**{"data.source": data}).data)
+    except SettingsError as error:
+        raise SettingsError(*(("--data", data, allowed) for _, _, allowed in error.problems)) from None
+    if source.spec.class_names != spec.class_names:
+        names = f"{listing(source.spec.class_names)}; the model knows {listing(spec.class_names)}"
+        raise SettingsError(("--data", data, f"has other classes: {names}"))
+    if source.spec.channels != spec.channels and {source.spec.channels, spec.channels} != {1, 3}:
+        raise SettingsError(("--data", data, f"has {source.spec.channels} channels, the model takes {spec.channels}"))
+    fitted = (
+        replace(part, channels=spec.channels, image_size=spec.image_size)
+        for part in (source.train, source.validation, source.test)
+    )
+    return Source(spec, *fitted)
 
 
 @torch.inference_mode()

@@ -200,6 +200,7 @@ def write_results(
     if federation.held_out is not None:
         with observer.stage("evaluate"):
             evaluation = evaluate(result, federation.held_out, spec, settings.model, federation.device)
+            observer.progress("evaluate", 1, 1, evaluation.accuracy)
     metadata = {"fedmitr-flwr": fedmitr_flwr.__version__, "digest": code_digest(), "seed": str(settings.run.seed)}
     save_timm(result.state, settings.model, spec, run.path / MODEL, metadata)
     write_model_card(run.path / MODEL, settings, spec, evaluation, clients)

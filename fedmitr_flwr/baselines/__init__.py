@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from typing import get_args
 
+from fedmitr_flwr.baselines.common import FedMITRWith
 from fedmitr_flwr.baselines.dense_inversion import dense_inversion, dense_inversion_kl
 from fedmitr_flwr.baselines.fedavg import one_shot_fedavg
 from fedmitr_flwr.baselines.hard_labels import hard_labels
 from fedmitr_flwr.baselines.head_aggregation import head_aggregation
 from fedmitr_flwr.baselines.random_images import ensemble_on_random_images
 from fedmitr_flwr.pipeline import Pipeline, run_pipeline
-from fedmitr_flwr.settings import Method
+from fedmitr_flwr.settings import Method, Settings
 
 METHODS: dict[Method, Pipeline] = {
     "fedmitr": run_pipeline,
@@ -27,3 +28,12 @@ METHODS: dict[Method, Pipeline] = {
     "random-images": ensemble_on_random_images,
 }
 assert tuple(METHODS) == get_args(Method)
+
+UNTRAINED: frozenset[Method] = frozenset({"fedavg", "head-aggregation"})
+"""Methods that only average, and distil nothing."""
+
+
+def effective_settings(settings: Settings) -> Settings:
+    """Return the settings as `run.method` reads them: a baseline that is FedMITR under other settings fixes some."""
+    method = METHODS[settings.run.method]
+    return settings.replace(**method.changes) if isinstance(method, FedMITRWith) else settings

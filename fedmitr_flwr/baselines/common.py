@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,17 +11,25 @@ from torch import Tensor
 
 from fedmitr_flwr.averaging import fedavg
 from fedmitr_flwr.data import ImageSpec
-from fedmitr_flwr.pipeline import ClientModel, Pipeline, PipelineResult, make_ensemble, run_pipeline
+from fedmitr_flwr.pipeline import ClientModel, PipelineResult, make_ensemble, run_pipeline
 from fedmitr_flwr.settings import RunConfigValue, Settings
 
 
-def fedmitr_with(changes: Mapping[str, RunConfigValue]) -> Pipeline:
-    """FedMITR with some settings changed, ``{"run.seed": 7}``, whatever the run-config says of them."""
+@dataclass(frozen=True)
+class FedMITRWith:
+    """FedMITR with some settings changed, whatever the run-config says of them.
 
-    def run(settings: Settings, *args: Any, **kwargs: Any) -> PipelineResult:
-        return run_pipeline(settings.replace(**changes), *args, **kwargs)
+    Attributes
+    ----------
+    changes
+        Keys and values, ``{"run.seed": 7}``.
+    """
 
-    return run
+    changes: Mapping[str, RunConfigValue]
+
+    def __call__(self, settings: Settings, *args: Any, **kwargs: Any) -> PipelineResult:
+        """See `pipeline.run_pipeline`."""
+        return run_pipeline(settings.replace(**self.changes), *args, **kwargs)
 
 
 def untrained_result(

@@ -7,7 +7,7 @@ constants (`inversion.*`) are the run's own, so that sparse and dense are compar
 
 from __future__ import annotations
 
-from fedmitr_flwr.baselines.common import fedmitr_with
+from fedmitr_flwr.baselines.common import FedMITRWith
 from fedmitr_flwr.settings import RunConfigValue
 
 _DENSE: dict[str, RunConfigValue] = {
@@ -18,8 +18,8 @@ _DENSE: dict[str, RunConfigValue] = {
     "distill.ce-on": "full",
 }
 
-dense_inversion = fedmitr_with(_DENSE)
+dense_inversion = FedMITRWith(_DENSE)
 """Distil KL to the ensemble and cross-entropy with the pseudo-label. See `pipeline.run_pipeline`."""
 
-dense_inversion_kl = fedmitr_with({**_DENSE, "distill.ce-weight": 0.0})
+dense_inversion_kl = FedMITRWith({**_DENSE, "distill.ce-weight": 0.0})
 """Distil KL to the ensemble alone. See `pipeline.run_pipeline`."""

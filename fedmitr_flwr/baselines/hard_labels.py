@@ -5,7 +5,7 @@ Both where the student learns from the full images and where it learns from the 
 
 from __future__ import annotations
 
-from fedmitr_flwr.baselines.common import fedmitr_with
+from fedmitr_flwr.baselines.common import FedMITRWith
 
-hard_labels = fedmitr_with({"distill.labels": "hard", "relabel.labels": "hard"})
+hard_labels = FedMITRWith({"distill.labels": "hard", "relabel.labels": "hard"})
 """See `pipeline.run_pipeline`."""

@@ -12,7 +12,7 @@ from fedmitr_flwr.cli.common import JsonOption, RunArgument, bad_input
 
 
 class Split(StrEnum):
-    """Parts of a run's own data that no client saw."""
+    """Parts of a source that no client of the run saw."""
 
     TEST = "test"
     VALIDATION = "validation"
@@ -23,10 +23,14 @@ def evaluate(
     data: Annotated[
         str | None,
         typer.Option(
-            "--data", metavar="SOURCE", help="folder:PATH or npz:PATH; all of it is used. Default: the run's own data."
+            "--data",
+            metavar="SOURCE",
+            help="folder:PATH or npz:PATH, all of it; or as data.source. Default: the run's own data.",
         ),
     ] = None,
-    split: Annotated[Split, typer.Option("--split", help="Which part of the run's own data.")] = Split.TEST,
+    split: Annotated[
+        Split, typer.Option("--split", help="Which part of a source that isn't taken whole.")
+    ] = Split.TEST,
     as_json: JsonOption = False,
 ) -> None:
     """Measure a run's global model on labelled images.

@@ -33,7 +33,8 @@ def run(
         directory = run_files.app_directory(app_dir)
         settings = run_files.run_settings(directory, conf, overrides or [], absolute=False)
     try:
-        failure = Deployment(superlink, typer.echo, patience=patience).run(directory, settings)
+        with bad_input():
+            failure = Deployment(superlink, typer.echo, patience=patience).run(directory, settings)
     except KeyboardInterrupt:
         show_error("fedmitr: no longer following; a run that was started goes on")
         raise typer.Exit(130) from None

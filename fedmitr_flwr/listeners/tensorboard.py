@@ -1,4 +1,4 @@
-"""TensorBoard: losses, agreement, patches kept and grids of synthetic images."""
+"""TensorBoard: losses, agreement, patches kept, accuracies and grids of synthetic images."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class TensorBoard(Listener):
         elif event.kind == "ended":
             for name, value in values.items():
                 self._scalar(f"stages/{event.stage}_{name}", value, 0)
-        elif event.kind == "note" and event.stage in ("relabel", "evaluate"):
+        elif event.kind == "note" and event.stage in ("relabel", "diagnostics"):
             for name, value in values.items():
                 self._scalar(f"{event.stage}/{name}", value, 0)
 

@@ -55,15 +55,15 @@ class Bar:
 
 
 def intervals(rows: Sequence[Bar]) -> Markup:
-    """Dots with their intervals on a scale from 0 to 100 %; values in 0..1."""
-    parts = [Markup('<div class="rows">')]
+    """Ticks with their intervals on a scale from 0 to 100 %; values in 0..1."""
+    parts = [Markup('<div class="rows stacked">')]
     for row in rows:
         low, high = row.low if row.low is not None else row.value, row.high if row.high is not None else row.value
         parts.append(
             Markup(
                 '<div class="row{strong}"><span class="name">{name}</span><span class="track">'
                 '<i class="range" style="left:{left:.2f}%;width:{width:.2f}%"></i>'
-                '<i class="dot" style="left:{dot:.2f}%"></i></span><span class="value">{shown}</span></div>'
+                '<i class="tick" style="left:{dot:.2f}%"></i></span><span class="value">{shown}{ends}</span></div>'
             ).format(
                 strong=" strong" if row.strong else "",
                 name=row.name,
@@ -71,11 +71,17 @@ def intervals(rows: Sequence[Bar]) -> Markup:
                 width=100 * (high - low),
                 dot=100 * row.value,
                 shown=row.shown,
+                ends=_ends(low, high) if high > low else "",
             )
         )
     parts.append(Markup('<div class="row scale"><span></span><span class="track">'))
-    parts += [Markup('<b style="left:{}%">{}</b>').format(tick, tick) for tick in (0, 25, 50, 75, 100)]
-    return Markup("").join([*parts, Markup("</span><span>%</span></div></div>")])
+    ticks = (("0", 0), ("25", 25), ("50", 50), ("75", 75), ("100 %", 100))
+    parts += [Markup('<b style="left:{}%">{}</b>').format(place, text) for text, place in ticks]
+    return Markup("").join([*parts, Markup("</span><span></span></div></div>")])
+
+
+def _ends(low: float, high: float) -> Markup:
+    return Markup(" <small>{:.1f} to {:.1f}</small>").format(100 * low, 100 * high)
 
 
 def bars(rows: Sequence[Bar], series: int = 1) -> Markup:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+from markupsafe import Markup
+
 from fedmitr_flwr.claims import natural_key
 from fedmitr_flwr.report import charts, words
 from fedmitr_flwr.report.load import FinishedRun
@@ -40,38 +42,40 @@ def clients_section(run: FinishedRun, class_names: Sequence[str]) -> dict[str, o
     if weights and len(class_names) <= 100:
         shown = [[f"{100 * value:.0f}" if value >= 0.005 else "" for value in row] for row in weights]
         section["weights"] = charts.heat(names, class_names, weights[:_MOST_ROWS], shown=shown)
-        section |= _known(accepted[:_MOST_ROWS], names, ensemble, section["weighting"], class_names)
+        section["maps"] = _knowledge(accepted[:_MOST_ROWS], names, ensemble, section["weighting"], class_names)
     return section
 
 
-def _known(
+def _knowledge(
     accepted: Sequence[dict[str, Any]],
     names: Sequence[str],
     ensemble: dict[str, Any],
     weighting: object,
     class_names: Sequence[str],
-) -> dict[str, object]:
-    """Heat map of what each client has of each class: counted where it was shared, else estimated."""
+) -> list[dict[str, object]]:
+    """Heat maps of what each client has of each class: as counted, if that was shared, and as estimated."""
+    maps: list[dict[str, object]] = []
     histograms = [event.get("histogram") or [] for event in accepted]
-    if accepted and all(len(histogram) == len(class_names) for histogram in histograms):
-        counts, title = histograms, "Label distribution, as the clients shared it"
-        note = "Images of each class."
-    elif ensemble.get("evidence") and weighting == "competence":
-        counts, title = ensemble["evidence"][: len(names)], "Competence by class, estimated from the uploads"
-        note = (
-            "Images of each class, as read off how far the rows of the classifier head moved. No client shared its "
-            "labels; that this works shows how much an upload gives away."
-        )
-    else:
-        return {}
+    shared = bool(accepted) and all(len(histogram) == len(class_names) for histogram in histograms)
+    if shared:
+        chart = _counts(names, histograms, class_names)
+        title = "Label distribution, as the clients shared it"
+        maps.append({"title": title, "chart": chart, "note": "Images of each class."})
+    if ensemble.get("evidence") and weighting == "competence":
+        note = "Images of each class, as read off how far the rows of the classifier head moved."
+        if not shared:
+            note += " No client shared its labels; that this works shows how much an upload gives away."
+        chart = _counts(names, ensemble["evidence"][: len(names)], class_names)
+        title = "Competence by class, estimated from the uploads"
+        maps.append({"title": title, "chart": chart, "note": note})
+    return maps
+
+
+def _counts(names: Sequence[str], counts: Sequence[Sequence[float]], class_names: Sequence[str]) -> Markup:
     most = max((value for row in counts for value in row), default=0) or 1
     values = [[(value / most) ** 0.5 for value in row] for row in counts]
     shown = [[f"{value:.0f}" if value >= 0.5 else "" for value in row] for row in counts]
-    return {
-        "evidence": charts.heat(names, class_names, values, shown=shown),
-        "evidence_title": title,
-        "evidence_note": note,
-    }
+    return charts.heat(names, class_names, values, shown=shown)
 
 
 def _row(

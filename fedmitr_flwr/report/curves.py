@@ -40,9 +40,10 @@ def curves_of(run: FinishedRun) -> list[dict[str, object]]:
     curves: list[dict[str, object]] = []
     inversion = inversion_curve(run.events)
     if inversion:
-        stops = run.config.get("settings", {}).get("inversion.stops") or "none"
+        stops = run.report.get("synthetic", {}).get("stops")
         chart = charts.lines([charts.Series("CE(A(x), y), mean over images", inversion)], x="iteration", y="loss")
-        note = f"Patches stop at: {stops}. A loss near 0 satisfies the teachers; it does not say that images are good."
+        when = f"Patches stop at: {', '.join(map(str, stops))}. " if stops else ""
+        note = f"{when}A loss near 0 satisfies the teachers; it does not say that images are good."
         curves.append({"title": "Inversion", "chart": chart, "note": note})
     terms = [(name, distill_curve(run.events, key, smooth=5)) for key, name in _TERMS.items()]
     series = [charts.Series(name, points) for name, points in terms if any(value > 0 for _, value in points)]

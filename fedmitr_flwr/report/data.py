@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedmitr_flwr.atomic import Json, atomic_path, write_json
+from fedmitr_flwr.baselines import UNTRAINED, effective_settings
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.evaluate import Evaluation
 from fedmitr_flwr.flops import stage_flops
@@ -54,6 +55,7 @@ def write_report_data(
     keeper
         What the stages showed; without it there are no density maps and no evolution.
     """
+    settings = effective_settings(settings)
     shots = keeper.shots if keeper else {}
     grid = PatchGrid.of(result.ensemble.teachers[0], spec)
     density = shots.get("density", [{}])[-1]
@@ -67,8 +69,8 @@ def write_report_data(
             "weights": _rows(result.ensemble.weights),
             "evidence": None if evidence is None else _rows(evidence),
         },
-        "flops": dict(stage_flops(settings, result.ensemble.teachers[0], grid, len(result.ensemble.teachers))),
-        "synthetic": _synthetic(result, spec, grid),
+        "flops": dict(_flops(settings, result, grid)),
+        "synthetic": _synthetic(result, spec, grid, settings),
         "diagnostics": None if result.diagnostics is None else {**result.diagnostics.as_dict()},
         "warnings": [] if result.diagnostics is None else list(result.diagnostics.warnings()),
     }
@@ -116,7 +118,16 @@ def pictures(
     return {name: value.contiguous() for name, value in out.items()}
 
 
-def _synthetic(result: PipelineResult, spec: ImageSpec, grid: PatchGrid) -> Mapping[str, Json]:
+def _flops(settings: Settings, result: PipelineResult, grid: PatchGrid) -> dict[str, float]:
+    """Arithmetic of the stages that the method has."""
+    found = stage_flops(settings, result.ensemble.teachers[0], grid, len(result.ensemble.teachers))
+    left_out = {"distill"} if settings.run.method in UNTRAINED else set()
+    if result.synthetic is None:
+        left_out |= {"invert", "invert_dense", "relabel"}
+    return {stage: value for stage, value in found.items() if stage not in left_out}
+
+
+def _synthetic(result: PipelineResult, spec: ImageSpec, grid: PatchGrid, settings: Settings) -> Mapping[str, Json]:
     if result.synthetic is None or result.split is None:
         return {}
     return {
@@ -124,6 +135,7 @@ def _synthetic(result: PipelineResult, spec: ImageSpec, grid: PatchGrid) -> Mapp
         "per_class": result.synthetic.labels.bincount(minlength=spec.num_classes).tolist(),
         "kept_fraction": result.synthetic.kept.shape[1] / grid.num_patches,
         "high_density": float(result.split.high.float().mean()),
+        "stops": list(settings.inversion.stops),
     }
 
 

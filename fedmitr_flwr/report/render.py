@@ -13,6 +13,7 @@ import fedmitr_flwr
 from fedmitr_flwr.atomic import atomic_path
 from fedmitr_flwr.report import charts, words
 from fedmitr_flwr.report.clients import clients_section
+from fedmitr_flwr.report.cost import cost_section
 from fedmitr_flwr.report.curves import curves_of
 from fedmitr_flwr.report.gallery import gallery_of
 from fedmitr_flwr.report.images import matrix
@@ -23,14 +24,6 @@ from fedmitr_flwr.rundir import REPORT
 from fedmitr_flwr.settings import Settings
 
 _LARGEST_TABLE = 30  # classes; a larger confusion matrix is a picture
-_STAGES = {
-    "clients": "Clients train",
-    "collect": "Uploads checked",
-    "invert": "Inversion",
-    "relabel": "Density, relabeling",
-    "distill": "Distillation",
-    "evaluate": "Evaluation",
-}
 
 
 def write_run_report(path: Path) -> Path:
@@ -77,7 +70,7 @@ def run_page(run: FinishedRun) -> str:
         clients=clients_section(run, names),
         gallery=gallery_of(run, names),
         curves=curves_of(run),
-        cost=_cost(run),
+        cost=cost_section(run),
         tables=_tables(run),
     )
 
@@ -101,6 +94,7 @@ def _facts(run: FinishedRun) -> list[tuple[str, str]]:
     facts = [
         ("data", settings.get("data.source")),
         ("model", settings.get("model.name")),
+        ("method", settings.get("run.method")),
         ("clients", str(run.metrics.get("clients", {}).get("accepted", "–"))),
         ("took", words.duration(seconds)),
         ("on", gpus[0] if gpus and hardware.get("device") != "cpu" else f"{hardware.get('cpus', '?')} CPU cores"),
@@ -128,37 +122,6 @@ def _accuracy(evaluation: Mapping[str, Any], names: list[str]) -> dict[str, obje
         "chart": charts.intervals(accuracy_bars(evaluation)),
         "classes": charts.class_dots(names, series),
         "confusion": confusion,
-    }
-
-
-def _cost(run: FinishedRun) -> dict[str, object]:
-    seconds = run.metrics.get("seconds", {})
-    time = [
-        charts.Bar(_STAGES.get(stage, stage), words.duration(value), float(value)) for stage, value in seconds.items()
-    ]
-    flops = run.report.get("flops", {})
-    arithmetic = [
-        charts.Bar(_STAGES[stage], words.quantity(flops[stage], "FLOP"), flops[stage])
-        for stage in ("invert", "relabel", "distill")
-        if stage in flops
-    ]
-    dense = flops.get("invert_dense", 0.0)
-    saved = (
-        f" Without stopping patches inversion would take {dense / flops['invert']:.1f} times as many." if dense else ""
-    )
-    peak = run.metrics.get("peak_rss_mb")
-    growth = [
-        f"{_STAGES.get(event['stage'], event['stage']).lower()} {event['peak_rss_mb']:,.0f} MiB"
-        + (f" (GPU {event['cuda_peak_mb']:,.0f} MiB)" if "cuda_peak_mb" in event else "")
-        for event in run.events
-        if event["kind"] == "ended" and "peak_rss_mb" in event
-    ]
-    steps = f" After each stage: {'; '.join(growth)}." if growth else ""
-    return {
-        "time": charts.bars(time, series=3),
-        "flops": charts.bars(arithmetic, series=2) if arithmetic else None,
-        "flops_note": f"Estimated from the model and the settings.{saved}",
-        "memory": f"Peak memory of the server's process: {peak:,.0f} MiB.{steps}" if peak else "",
     }
 
 

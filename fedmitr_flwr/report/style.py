@@ -37,11 +37,12 @@ border-radius:3px}
 .track .range{position:absolute;top:5px;height:8px;border-radius:4px;background:var(--s1);opacity:.55}
 .track .dot{position:absolute;top:3px;width:12px;height:12px;margin-left:-6px;border-radius:50%;background:var(--s1);
 border:2px solid var(--panel)}
-.row.strong .range,.row.strong .dot{background:var(--accent)}
+.track .tick{position:absolute;top:0;width:3px;height:18px;margin-left:-1.5px;border-radius:2px;background:var(--ink)}
+.row.strong .range{background:var(--accent)}
+.row small{color:var(--soft);font-weight:400;font-size:.85em;margin-left:4px}
 .track .bar{position:absolute;left:0;top:2px;height:14px;border-radius:0 4px 4px 0;min-width:1px}
 .scale .track{background:none;height:1.2em}
 .scale b{position:absolute;transform:translateX(-50%);font-weight:400;font-size:.75rem;color:var(--soft)}
-.scale span:last-child{font-size:.75rem;color:var(--soft)}
 .scroll{max-height:480px;overflow:auto}
 .legend{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:.85rem;color:var(--soft);margin:0 0 8px}
 .legend i{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:6px;vertical-align:-1px}
@@ -52,7 +53,11 @@ border:2px solid var(--panel)}
 .yaxis b{position:absolute;left:-52px;width:46px;text-align:right;transform:translateY(-50%);font-weight:400;
 font-size:.75rem;color:var(--soft)}
 .xaxis{display:flex;justify-content:space-between;margin-left:52px;font-size:.75rem;color:var(--soft);padding-top:6px}
-.wide{overflow-x:auto;max-width:100%}
+.wide{overflow-x:auto;max-width:100%;background:linear-gradient(90deg,var(--panel) 40%,transparent) 0 0/40px 100%,
+linear-gradient(270deg,var(--panel) 40%,transparent) 100% 0/40px 100%,
+linear-gradient(90deg,var(--line),transparent) 0 0/14px 100%,
+linear-gradient(270deg,var(--line),transparent) 100% 0/14px 100%;background-repeat:no-repeat;
+background-attachment:local,local,scroll,scroll}
 table{border-collapse:collapse;font-size:.88rem;width:100%}
 th{text-align:left;font-weight:600}
 th,td{padding:4px 8px;border-bottom:1px solid var(--line);vertical-align:top}
@@ -96,5 +101,15 @@ code{font:0.88em ui-monospace,SFMono-Regular,Menlo,monospace;overflow-wrap:anywh
 .changed td:first-child::after{content:" ●";color:var(--accent)}
 footer{margin-top:40px;color:var(--soft);font-size:.85rem}
 .compare th,.compare td{min-width:110px}
+@media (max-width:520px){.panel{padding:12px}
+.rows.stacked{display:block}
+.stacked .row{display:grid;grid-template-columns:1fr max-content;gap:0 12px;margin:0 0 8px}
+.stacked .row .track{grid-column:1/-1;grid-row:2}
+.stacked .scale>span:not(.track){display:none}
+.stacked .scale .track{margin:0 14px 0 6px}
+.heat{border-spacing:1px;font-size:.72rem}
+.heat td{min-width:23px;height:24px;padding:1px}
+.heat th{max-width:92px}
+}
 @media print{body{background:#fff}.panel{break-inside:avoid}}
 """.strip()

@@ -31,7 +31,7 @@ RUN = """
 {% if accuracy %}
 <section><h2>Accuracy</h2>
 <p class="note">On {{ accuracy.count }} {{ accuracy.split }} images that no client trained on, all models on the same ones.
-Bars are 95 % intervals{% if accuracy.local_range %}; for the local models, from the worst to the best{% endif %}.</p>
+Bars are 95 % intervals, also in figures{% if accuracy.local_range %}; for the local models, from the worst to the best{% endif %}.</p>
 <div class="panel">{{ accuracy.chart }}</div>
 <div class="two">
 <div><h3>By class</h3><div class="panel">{{ accuracy.classes }}</div></div>
@@ -53,8 +53,8 @@ Bars are 95 % intervals{% if accuracy.local_range %}; for the local models, from
 {% if clients.more %}<p class="note">{{ clients.more }}</p>{% endif %}</div>
 {% if clients.weights %}<h3>Weight by class</h3><div class="panel">{{ clients.weights }}
 <p class="note">Percent of the ensemble's vote on each class, by {{ clients.weighting }}.</p></div>{% endif %}
-{% if clients.evidence %}<h3>{{ clients.evidence_title }}</h3><div class="panel">{{ clients.evidence }}
-<p class="note">{{ clients.evidence_note }}</p></div>{% endif %}
+{% for map in clients.maps %}<h3>{{ map.title }}</h3><div class="panel">{{ map.chart }}
+<p class="note">{{ map.note }}</p></div>{% endfor %}
 </section>
 
 {% if gallery %}
@@ -92,9 +92,11 @@ class="over" src="{{ step.stopped }}" alt="">{% endif %}</span><figcaption>{{ st
 <div><h3>Time</h3><div class="panel">{{ cost.time }}</div></div>
 {% if cost.flops %}<div><h3>Arithmetic</h3><div class="panel">{{ cost.flops }}
 <p class="note">{{ cost.flops_note }}</p></div></div>{% endif %}
-</div>
-{% if cost.memory %}<p class="note">{{ cost.memory }}</p>{% endif %}
-</section>
+{% if cost.memory %}<div><h3>Memory of the server's process</h3><div class="panel">{{ cost.memory }}
+<p class="note">The most so far by the end of each stage{% if cost.peak %}; {{ cost.peak }} in all{% endif %}. A stage that shows no more
+than the one before needed no more.</p></div></div>{% endif %}
+{% if cost.gpu %}<div><h3>Memory of the GPU</h3><div class="panel">{{ cost.gpu }}</div></div>{% endif %}
+</div></section>
 
 <section><h2>To repeat it</h2><div class="panel">
 {% for table in tables %}<details><summary>{{ table.title }}</summary><div class="wide"><table>

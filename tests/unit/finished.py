@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from fedmitr_flwr.baselines import METHODS
 from fedmitr_flwr.data import load_source
 from fedmitr_flwr.listeners import JsonLines, Keeper
 from fedmitr_flwr.models import build_model, initial_state
 from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.pipeline import ClientModel, run_pipeline
+from fedmitr_flwr.pipeline import ClientModel
 from fedmitr_flwr.quorum import ClientCounts
 from fedmitr_flwr.rundir import CONFIG, EVENTS, RunDirectory
 from fedmitr_flwr.server import Federation, describe_run, write_results
@@ -62,7 +63,8 @@ def make_run(folder: Path, name: str, *, listening: bool = True, **changes: str 
                 "accepted", client=f"<b>site {number}</b>", num_examples=result.num_examples, accuracy=result.accuracy
             )
         observer.client("refused", client="node 7", reason="head.weight holds NaN or Inf")
-        out = run_pipeline(
+        pipeline = METHODS[settings.run.method]
+        out = pipeline(
             settings, source.spec, clients, initial, seed=settings.run.seed, device=device, observer=observer
         )
         counts = ClientCounts(asked=3, accepted=2, refused=1)

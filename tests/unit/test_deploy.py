@@ -105,6 +105,18 @@ def test_a_run_that_is_refused_says_why(flower: Path):
     assert "the run was not started: Error: no such connection" in output
 
 
+def test_a_superlink_that_flower_does_not_know_is_bad_input_in_one_line(flower: Path):
+    made = "Flower configuration not found. Created default configuration at x"
+    error = "│ SuperLink connection 'federation' not found in the Flower │\n│ configuration file (x). │"
+    answer(flower, run=[f"{made}\n╭─ Error ─────╮\n{error}\n╰───╯"])
+    code, output = invoke()
+    assert code == 2
+    (line,) = output.strip().splitlines()
+    assert line.startswith('fedmitr: SUPERLINK = "federation": is no SuperLink connection: SuperLink connection')
+    assert "│" not in line
+    assert "Created default" not in line
+
+
 def test_bad_settings_are_told_before_anything_is_sent(flower: Path):
     answer(flower)
     code, output = invoke("--set", "run.seeds=7")

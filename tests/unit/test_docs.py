@@ -15,6 +15,7 @@ import typer
 from PIL import Image
 from typer.testing import CliRunner
 
+import fedmitr_flwr
 from fedmitr_flwr.cli import app
 from tests.unit.finished import make_run
 
@@ -144,3 +145,21 @@ def test_links_between_files_of_the_checkout_lead_somewhere() -> None:
     for page in (ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "ARCHITECTURE.md", ROOT / "CHANGELOG.md"):
         for target in re.findall(r"\]\(([^)#\s]+)", page.read_text("utf-8")):
             assert target.startswith("https://") or (page.parent / target).exists(), f"{page.name}: {target}"
+
+
+def test_the_library_page_names_everything_public() -> None:
+    page = (ROOT / "docs" / "library.md").read_text("utf-8")
+    missing = [name for name in fedmitr_flwr.__all__ if f"`{name}`" not in page and name != "__version__"]
+    assert missing == []
+
+
+def faq_errors() -> list[str]:
+    return re.findall(r"^\*\*`(.+)`\*\*$", (ROOT / "docs" / "faq.md").read_text("utf-8"), re.M)
+
+
+@pytest.mark.parametrize("error", faq_errors())
+def test_an_error_that_the_questions_explain_is_one_that_the_code_raises(error: str) -> None:
+    code = " ".join(path.read_text("utf-8") for path in (ROOT / "fedmitr_flwr").rglob("*.py"))
+    code = re.sub(r'"\s*\n\s*f?"', "", code)  # a message goes on on the next line
+    phrases = [part.strip() for part in re.split(r"\.\.\.|[=:;\"]", error)]
+    assert any(len(phrase) > 8 and phrase in code for phrase in phrases), phrases

@@ -37,6 +37,11 @@ def test_it_counts_clients_in_and_refused() -> None:
     assert "2 of 5 in, 1 refused, 2 failed" in shown(state, 2.0)
 
 
+def test_it_guesses_when_the_last_client_will_be_in() -> None:
+    state = state_of({**client("asked", count=4), "seconds": 0.0}, {**client("accepted"), "seconds": 20.0})
+    assert "0:30, 1:30 left" in shown(state, 30.0)
+
+
 def test_it_shows_rate_time_left_loss_and_memory() -> None:
     state = state_of(
         {"kind": "started", "stage": "invert", "seconds": 10.0},
@@ -55,6 +60,11 @@ def test_it_shows_rate_time_left_loss_and_memory() -> None:
     assert "10 it/s, 0:10 left" in text
     assert "loss 0.25" in text
     assert "800 MiB" in text
+
+
+def test_it_ends_with_the_accuracy() -> None:
+    state = state_of({"kind": "progress", "stage": "evaluate", "seconds": 9.0, "done": 1, "total": 1, "global": 0.867})
+    assert "accuracy of the global model 0.867" in shown(state, 9.0)
 
 
 def test_a_stage_that_ended_shows_how_long_it_took() -> None:

@@ -101,12 +101,17 @@ def test_tensorboard_shows_scalars_and_images(tmp_path: Path) -> None:
     shot = {"row": torch.arange(2), "images": torch.rand(2, 1, 8, 8), "kept": torch.arange(6).reshape(2, 3)}
     observer.snapshot("stop", iteration=torch.tensor(7), **shot)
     observer.snapshot("finished", images=torch.rand(2, 3, 8, 8), labels=torch.arange(2))
+    observer.event("diagnostics", teachers_agree=0.75)
+    observer.event("diagnostics", warning="Images of one class are nearly the same")
+    observer.progress("evaluate", 1, 1, lambda: {"fedavg": 0.5, "global": 0.8})
     observer.close()
     board = EventAccumulator(str(tmp_path))
     board.Reload()
     (point,) = board.Scalars("distill/kl")
     assert (point.step, point.value) == (5, 0.25)
     assert board.Scalars("invert/patches_kept")[0].value == 3.0
+    assert board.Scalars("diagnostics/teachers_agree")[0].value == 0.75
+    assert board.Scalars("evaluate/global")[0].value == pytest.approx(0.8)
     assert {"invert/at_stops", "invert/finished_by_class"} <= {tag.split("/image")[0] for tag in board.Tags()["images"]}
 
 

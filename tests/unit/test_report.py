@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -77,6 +78,13 @@ def test_it_says_what_came_out_and_who_is_missing(run: Path) -> None:
     assert "distill.noise" in text
 
 
+def test_the_accuracies_stand_among_the_events(run: Path) -> None:
+    finished = load_run(run)
+    (event,) = [e for e in finished.events if (e["kind"], e["stage"]) == ("progress", "evaluate")]
+    for name, rate in finished.metrics["accuracy"].items():
+        assert event[name] == pytest.approx(rate, abs=1e-5)
+
+
 def test_names_from_outside_stay_text(run: Path) -> None:
     html = (run / "report.html").read_text()
     assert "<b>site 0</b>" not in html
@@ -102,6 +110,47 @@ def test_watching_changes_no_number(run: Path, tmp_path: Path) -> None:
     weights = [load_file(path / "model" / "model.safetensors") for path in (run, silent)]
     assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     assert "Synthetic images" in (silent / "report.html").read_text()
+
+
+@pytest.mark.parametrize(
+    ("method", "stages", "made"),
+    [
+        ("fedavg", set(), "It averaged the uploads by their number of images; nothing was distilled."),
+        ("random-images", {"distill"}, "label random images"),
+        ("dense-inversion", {"invert", "invert_dense", "relabel", "distill"}, "inverted the ensemble"),
+    ],
+)
+def test_report_and_card_of_a_baseline_tell_what_it_did_and_nothing_more(
+    tmp_path: Path, method: str, stages: set[str], made: str
+) -> None:
+    path = make_run(tmp_path, method, **{"run.method": method})
+    flops = json.loads((path / "report.json").read_text())["flops"]
+    text = Page((path / "report.html").read_text()).text
+    card = (path / "model" / "README.md").read_text()
+    assert flops.keys() == stages
+    assert flops.get("invert") == flops.get("invert_dense")
+    assert "Patches stop at" not in text
+    assert "Without stopping patches" not in text
+    assert ("Synthetic images" in text) == ("invert" in stages)
+    assert made in card
+    assert "FedMITR" not in card
+
+
+def test_memory_is_drawn_by_stage(run: Path) -> None:
+    text = Page((run / "report.html").read_text()).text
+    assert "Memory of the server's process" in text
+    assert len(re.findall(r"[\d,]+ MiB", text.split("Memory of the server's process")[1])) >= 4
+
+
+def test_what_clients_shared_and_what_their_uploads_tell_stand_side_by_side(run: Path) -> None:
+    finished = load_run(run)
+    assert "Label distribution" not in run_page(finished)
+    counts = [{"histogram": [7] * 10} if event.get("outcome") == "accepted" else {} for event in finished.events]
+    events = [{**event, **more} for event, more in zip(finished.events, counts, strict=True)]
+    page = run_page(replace(finished, events=events))
+    assert "Label distribution, as the clients shared it" in page
+    assert "Competence by class, estimated from the uploads" in page
+    assert "No client shared its labels" not in page
 
 
 def test_without_an_evaluation_it_says_so(tmp_path: Path) -> None:

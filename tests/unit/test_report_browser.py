@@ -1,7 +1,11 @@
-"""The report in a real browser. Needs Chromium (`apt-get install chromium`) and the package playwright."""
+"""The report in a real browser. Needs Chromium (`apt-get install chromium`) and the package playwright.
+
+Without them the tests are skipped, unless FEDMITR_REQUIRE_BROWSER=1 says that they must run.
+"""
 
 from __future__ import annotations
 
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,15 +20,20 @@ from tests.unit.finished import make_run
 if TYPE_CHECKING:
     from playwright.sync_api import Browser
 
-sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+REQUIRED = os.environ.get("FEDMITR_REQUIRE_BROWSER") == "1"
+if not REQUIRED:
+    pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
-pytestmark = pytest.mark.skipif(CHROMIUM is None, reason="there is no chromium on this machine")
+pytestmark = pytest.mark.skipif(CHROMIUM is None and not REQUIRED, reason="there is no chromium on this machine")
 QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--disable-component-update"]
 
 
 @pytest.fixture(scope="module")
 def browser() -> Iterator[Browser]:
-    with sync_api.sync_playwright() as playwright:
+    from playwright.sync_api import sync_playwright
+
+    assert CHROMIUM is not None, "FEDMITR_REQUIRE_BROWSER=1, but there is no chromium on this machine"
+    with sync_playwright() as playwright:
         browser = playwright.chromium.launch(
             executable_path=CHROMIUM, args=[*QUIET, "--disable-sync", "--no-first-run"]
         )

@@ -92,13 +92,22 @@ def test_evaluate_matches_classes_of_a_folder_by_name(run: Path, tmp_path: Path)
     assert found["per_class"][0] is None
 
 
+def test_evaluate_takes_another_source_with_the_same_classes(run: Path) -> None:
+    result = fedmitr("evaluate", run, "--data", "mnist-5k", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["num_images"] == 1000
+    assert sum(map(sum, found["confusion"])) == 1000
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["predict", "RUN", "none.png"], 'IMAGE = "none.png": No such file'),
         (["predict", "RUN", "text.png"], 'IMAGE = "text.png": it is no image'),
         (["predict", "nowhere", "text.png"], "is no run"),
-        (["evaluate", "RUN", "--data", "mnist"], "must be folder:PATH (one folder a class) or npz:PATH"),
+        (["evaluate", "RUN", "--data", "mnist"], '--data = "mnist": '),
+        (["evaluate", "RUN", "--data", "npz:other.npz"], '--data = "npz:other.npz": there is nothing of this name'),
         (["evaluate", "RUN", "--data", "folder:none"], "there is nothing of this name"),
         (["evaluate", "RUN", "--data", "folder:other"], "classes that the federation does not know: cat"),
         (["export", "RUN", "--onnx", "no/such/folder.onnx"], "can't be written"),
