@@ -102,7 +102,7 @@ class Lab:
                 start_new_session=True,
             )
 
-    def run(self, host: str, *command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def run(self, host: str, *command: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         """Run a command on a host and return what it prints, errors included."""
         vector, environment = self.command(host, *command)
         # Not through a pipe: a SuperNode that is turned away leaves a child behind, which would hold it open.
@@ -273,11 +273,11 @@ class Federation:
         nodes = json.loads(brace + rest or "{}").get("nodes", [])
         return {str(node["node-id"]) for node in nodes if node["status"] == "online"}
 
-    def wait_online(self, *sites: str, seconds: float = 90) -> None:
+    def wait_online(self, *sites: str, seconds: float = 240) -> None:
         wanted = {self.nodes[site] for site in sites}
         wait_for(lambda: wanted <= self.online(), seconds, f"{sites} online", pause=2)
 
-    def wait_log(self, host: str, name: str, pattern: str, seconds: float = 90) -> None:
+    def wait_log(self, host: str, name: str, pattern: str, seconds: float = 240) -> None:
         def found() -> bool:
             return bool(re.search(pattern, self.lab.log(host, name).read_text(errors="replace")))
 
@@ -311,7 +311,7 @@ class Federation:
             process.kill()
             process.wait()
 
-    def wait_training(self, site: str, seconds: float = 90) -> None:
+    def wait_training(self, site: str, seconds: float = 300) -> None:
         """Wait until a site's ClientApp process has used some CPU time beyond its imports."""
 
         def training() -> bool:

@@ -32,8 +32,8 @@ pytestmark = [
     pytest.mark.timeout(1500),
     pytest.mark.skipif(bool(missing()), reason=missing() or "-"),
 ]
-# So long that something can happen in the middle: about 20 s of one core for each site.
-LONG = ("train.min-steps=1000", "run.min-clients=2", "run.min-fraction=0.6")
+# So long that something can happen in the middle: more than 10 s of one core for each site.
+LONG = ("train.min-steps=600", "run.min-clients=2", "run.min-fraction=0.6")
 
 
 @pytest.fixture(scope="module")
@@ -63,7 +63,7 @@ def whole(federation: Federation) -> None:
     for site in SITES:
         if f"supernode-{site}" not in federation.lab.processes:
             federation.start_site(site)
-    federation.wait_online(*SITES, seconds=120)
+    federation.wait_online(*SITES)
 
 
 def configure(federation: Federation, host: str, port: int) -> None:
@@ -79,7 +79,7 @@ def metrics(federation: Federation, name: str) -> dict[str, Any]:
     return result
 
 
-def finish(process: subprocess.Popen[str], seconds: float = 300) -> tuple[int, str]:
+def finish(process: subprocess.Popen[str], seconds: float = 900) -> tuple[int, str]:
     output, _ = process.communicate(timeout=seconds)
     return process.returncode, output
 
@@ -144,11 +144,11 @@ def test_a_failed_run_is_told_by_the_exit_code(federation: Federation):
 
 def test_the_operator_can_stop_a_run(federation: Federation):
     with federation.running("stopped", "run.min-clients=4", "run.wait-nodes-seconds=300") as process:
-        wait_for((federation.outputs / "stopped" / "log.txt").exists, 90, "the run")
+        wait_for((federation.outputs / "stopped" / "log.txt").exists, 240, "the run")
         listed = federation.lab.output("operator", "flwr", "ls", CONNECTION, "--format", "json")
         (run,) = [run for run in json.loads(listed[listed.index("{") :])["runs"] if run["status"] == "running"]
         log = ("flwr", "log", run["run-id"], CONNECTION, "--show")
-        wait_for(lambda: "[ROUND 1/1]" in federation.lab.output("operator", *log), 90, "the log at the SuperLink")
+        wait_for(lambda: "[ROUND 1/1]" in federation.lab.output("operator", *log), 240, "the log at the SuperLink")
         said = federation.documented("operator", "follow", **{"RUN-ID": run["run-id"]})
         code, output = finish(process)
     assert "[ROUND 1/1]" in said
@@ -179,7 +179,7 @@ def test_a_restarted_superlink_does_not_end_the_run(federation: Federation):
 
 
 def test_a_site_whose_supernode_restarts_in_training_counts_as_failed(federation: Federation):
-    with federation.running("supernode", *LONG, "run.deadline-seconds=120") as process:
+    with federation.running("supernode", *LONG, "run.deadline-seconds=240") as process:
         federation.wait_training("east")
         federation.lab.end("supernode-east")
         federation.start_site("east")
@@ -191,8 +191,9 @@ def test_a_site_whose_supernode_restarts_in_training_counts_as_failed(federation
 
 
 def test_a_site_that_is_gone_does_not_hold_the_run_beyond_its_deadline(federation: Federation):
-    start = time.monotonic()
-    with federation.running("gone", *LONG, "run.deadline-seconds=100") as process:
+    # Nothing but the deadline ends this: a lost site has longer to come back.
+    deadline = ("run.deadline-seconds=120", "run.wait-nodes-seconds=900")
+    with federation.running("gone", *LONG, *deadline) as process:
         federation.wait_training("east")
         federation.lab.netns("cut", "east")
         try:
@@ -200,9 +201,9 @@ def test_a_site_that_is_gone_does_not_hold_the_run_beyond_its_deadline(federatio
         finally:
             federation.lab.netns("heal", "east")
     assert code == 0, output
-    clients = metrics(federation, "gone")["clients"]
-    assert (clients["accepted"], clients["failed"]) == (2, 1), output
-    assert time.monotonic() - start < 100 + 60
+    ours = metrics(federation, "gone")
+    assert (ours["clients"]["accepted"], ours["clients"]["failed"]) == (2, 1), output
+    assert 119 < ours["seconds"]["clients"] < 150
 
 
 def refusal(federation: Federation, *arguments: str, host: str = "stranger") -> str:
