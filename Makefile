@@ -59,7 +59,7 @@ demo: $(STAMP) ## run the main job on 5,000 real images; results in outputs/demo
 quick: $(STAMP) ## run every stage once in about a minute, to check an installation
 	@$(BIN)/fedmitr simulate conf/quick.toml --clients 3 --output outputs --set run.name=quick
 
-test: $(STAMP) ## run all tests but the slow ones and those of the container image
+test: $(STAMP) ## run all tests but the slow ones and those of deployments
 	$(BIN)/python -m pytest -m "not slow and not deployment" $(PYTEST_ARGS)
 
 unit: $(STAMP) ## run the unit tests
@@ -81,7 +81,7 @@ docker-demo: docker-image ## build, then run the main job in containers: a serve
 docker-down: ## remove the demo's containers, networks, state, keys and data
 	@PATH="$$(dirname "$$(command -v $(DOCKER))"):$$PATH" FEDMITR_IMAGE=$(IMAGE) docker/demo down
 
-test-deployment: $(STAMP) ## build the container image and test it (needs a Docker engine)
+test-deployment: $(STAMP) ## build the image, test it, and federations of containers and hosts (needs Docker, root)
 	$(BIN)/python -m pytest -m deployment $(PYTEST_ARGS)
 
 faults: $(STAMP) ## kill, stop and starve real runs, and go on with them

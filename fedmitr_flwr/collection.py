@@ -19,7 +19,7 @@ from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.quorum import ClientCounts
 from fedmitr_flwr.roster import Roster
 from fedmitr_flwr.uploads import Upload, UploadStore
-from fedmitr_flwr.wire import decode_state
+from fedmitr_flwr.wire import decode_state, unguessable
 
 log = logging.getLogger("fedmitr.collection")
 
@@ -191,7 +191,7 @@ def nodes_without(have: Container[str], nodes: Sequence[int], grid: Grid, patien
         Seconds to wait for answers; nodes without one stay in.
     """
     done = set()
-    messages = [Message(RecordDict(), node, MessageType.QUERY) for node in nodes]
+    messages = [Message(RecordDict({"config": unguessable({})}), node, MessageType.QUERY) for node in nodes]
     for reply in grid.send_and_receive(messages, timeout=patience):
         if not reply.has_error():
             name = reply.content.config_records.get("config", ConfigRecord()).get("client")

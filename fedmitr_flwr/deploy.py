@@ -24,7 +24,8 @@ _STARTED = re.compile(r"Successfully started run (\d+)")
 _NOISE = ("Starting logstream for run_id", "Listing all runs")
 _NO_CONNECTION = "not found in the Flower configuration"
 _FRAME = re.compile(r"[\u2500-\u257f]+( Error )?")  # Flower draws a box around its errors
-_ANSWER_SECONDS = 60.0
+# A command imports Flower, packs the app and waits for the SuperLink, which is slow on a machine that is busy.
+_ANSWER_SECONDS = 300.0
 _PAUSE_SECONDS = 2.0
 
 

@@ -1,7 +1,8 @@
 """Which registered key may speak for which site.
 
-Flower makes sure that a reply comes from the node that was asked, whose key the operator registered. The site's name
-inside the reply is the site's own claim. The roster ties the two together.
+That a reply comes from the node that was asked, whose key the operator registered, follows from the SuperLink giving
+each message to the holder of that node's key alone, and from ids that nobody else can guess (`wire.unguessable`). The
+site's name inside the reply is the site's own claim. The roster ties the two together.
 """
 
 from __future__ import annotations

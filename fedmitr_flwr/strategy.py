@@ -29,7 +29,7 @@ from fedmitr_flwr.roster import Roster
 from fedmitr_flwr.rundir import COLLECTED, RunDirectory
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.uploads import Upload, UploadStore
-from fedmitr_flwr.wire import decode_trusted, encode_state
+from fedmitr_flwr.wire import decode_trusted, encode_state, unguessable
 
 log = logging.getLogger("fedmitr.strategy")
 
@@ -170,15 +170,24 @@ class FedMITR(Strategy):
         if have := {upload.client for upload in self._store.uploads()}:
             log.info("configure_train: %d uploads are there already", len(have))
             nodes = nodes_without(have, nodes, grid, run.wait_nodes_seconds + 0.5 * len(nodes))
-        ours: dict[str, str | int] = {
+        shared = {
+            **config,
             "digest": self.digest,
             "settings": json.dumps(self.settings.flat()),
             "spec": self.spec.to_json(),
             "round": server_round,
         }
-        content = RecordDict({"arrays": arrays, "config": ConfigRecord({**config, **ours})})
         ttl = run.deadline_seconds + _TTL_MARGIN
-        messages = [Message(content, node, MessageType.TRAIN, ttl=ttl, group_id=str(server_round)) for node in nodes]
+        messages = [
+            Message(
+                RecordDict({"arrays": arrays, "config": unguessable(shared)}),
+                node,
+                MessageType.TRAIN,
+                ttl=ttl,
+                group_id=str(server_round),
+            )
+            for node in nodes
+        ]
         log.info("configure_train: asking %d clients (round %d)", len(messages), server_round)
         self._asked = len(messages)
         self._asked_at = time.perf_counter()

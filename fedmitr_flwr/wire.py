@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import io
 import math
+import secrets
 from collections.abc import Mapping
 from typing import Literal
 
 import numpy as np
 import torch
-from flwr.app import Array, ArrayRecord
+from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues
 from torch import Tensor
 
 from fedmitr_flwr.claims import UploadRefused
@@ -84,6 +85,16 @@ def decode_state(record: ArrayRecord, store: UploadStore, dtype: object) -> dict
 def decode_trusted(record: ArrayRecord) -> dict[str, Tensor]:
     """Turn arrays of our own making (the global model on its way to a client) into tensors, in fp32."""
     return {key: torch.from_numpy(array.numpy().copy()) for key, array in record.items()}
+
+
+def unguessable(config: Mapping[str, ConfigRecordValues]) -> ConfigRecord:
+    """Return a config record that makes the id of the message which carries it a secret of sender and receiver.
+
+    A message's id is the hash of its content, and a reply is taken for whose it says it is if it names the id of the
+    message to that node (the SuperLink compares a reply's sender with the receiver of what it answers, but not with
+    the key that signed it). Without something random in it, one site could work out the id of another's message.
+    """
+    return ConfigRecord({**config, "nonce": secrets.token_hex(16)})
 
 
 def _declared(key: str, array: Array, *, bf16: bool) -> TensorLayout:

@@ -11,7 +11,7 @@ import secrets
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -20,12 +20,26 @@ from typing import Any
 import pytest
 
 from fedmitr_flwr.digest import code_digest
+from tests.pages import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 NAME = "fedmitr:test"
 # How an operator who trusts nobody runs a container of this image.
 HARDENED = ("--read-only", "--cap-drop", "ALL", "--security-opt", "no-new-privileges", "--network", "none")
 SCRATCH = ("--tmpfs", "/tmp", "--tmpfs", "/cache", "--tmpfs", "/flower")
+
+
+_MEASURED: list[str] = []
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    for line in _MEASURED:
+        terminalreporter.write_line(line)
+
+
+@pytest.fixture(scope="session")
+def measured() -> Callable[[str], None]:
+    """Takes a line that is to stand at the end of pytest's report."""
+    return _MEASURED.append
 
 
 @dataclass(frozen=True)
@@ -60,6 +74,8 @@ class Image:
         A secret that its build was given.
     digest
         Fingerprint of the code that went in.
+    make
+        Variables for `make` that name this image and build it from what is in the engine's cache.
     """
 
     engine: Engine
@@ -67,6 +83,7 @@ class Image:
     base: str
     canary: str
     digest: str
+    make: dict[str, str]
 
     def run(self, *arguments: str, options: tuple[str, ...] = ()) -> subprocess.CompletedProcess[str]:
         """Run the image's own command with arguments, hardened, in a container that is gone afterwards."""
@@ -108,14 +125,21 @@ def image(engine: Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     )
     docker_args = f"--progress plain --secret id=pip,src={secret}"
     variables = {"IMAGE": NAME, "DOCKER": engine.client, "TORCH": torch, "DOCKER_ARGS": docker_args}
-    command = ["make", "docker-image", *(f"{name}={value}" for name, value in variables.items())]
-    before = _id(engine)
-    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    before, digest = _id(engine), code_digest()
+    result = run_make("docker-image", variables)
     assert result.returncode == 0, (result.stdout + result.stderr)[-6000:]
-    yield Image(engine, NAME, os.environ.get("BASE") or "python:3.11-slim", canary, code_digest())
+    yield Image(engine, NAME, os.environ.get("BASE") or "python:3.11-slim", canary, digest, variables)
     if before and before != _id(engine):
         # The image stays, so that the next build has its layers; the one that it replaced isn't needed.
         engine("image", "rm", before)
+
+
+def run_make(target: str, variables: Mapping[str, str], **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run `make` in the checkout."""
+    command = ["make", "--no-print-directory", target, *(f"{name}={value}" for name, value in variables.items())]
+    return subprocess.run(
+        command, cwd=ROOT, env={**os.environ, **environment}, capture_output=True, text=True, check=False
+    )
 
 
 @pytest.fixture(scope="session")

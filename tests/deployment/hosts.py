@@ -18,13 +18,17 @@ from string import Template
 
 import psutil
 
-ROOT = Path(__file__).resolve().parents[2]
+from tests.pages import ROOT, documented
+
 UNITS = ROOT / "docker" / "systemd"
 BIN = Path(sys.executable).parent
 TOOLS = Path(os.environ.get("FEDMITR_ENGINE_TOOLS", ROOT.parent / "shared" / "tools"))
 SITES = ("north", "south", "east")
-CONNECTION = "federation"
+HOSTS = ("server", "operator", *SITES, "west", "stranger")
+# As docs/deployment.md has them, so that its commands run as they stand there.
+CONNECTION, NET, SERVER_NAME = "federation", "192.0.2", "fl.example.org"
 FLEET, CONTROL = 9092, 8000
+_NAMES = Path("/etc/netns")
 
 
 def missing() -> str:
@@ -34,7 +38,11 @@ def missing() -> str:
     if not (TOOLS / "netns-lab").exists():
         return f"there is no {TOOLS / 'netns-lab'}"
     tools = [tool for tool in ("ip", "iptables", "nginx") if shutil.which(tool) is None]
-    return f"there is no {' and no '.join(tools)}" if tools else ""
+    if tools:
+        return f"there is no {' and no '.join(tools)}"
+    probe = ["unshare", "--net", "ip", "link", "add", "probe", "type", "bridge"]
+    tried = subprocess.run(probe, capture_output=True, text=True, check=False)
+    return f"no network namespace can be made here: {tried.stderr.strip()}" if tried.returncode else ""
 
 
 @dataclass
@@ -45,17 +53,16 @@ class Lab:
     ----------
     folder
         Each host has a folder of its own in it, for logs and Flower's home.
-    prefix, net
-        Names and addresses, so that two labs don't meet.
+    prefix
+        Of the hosts' names, so that two labs don't meet.
     """
 
     folder: Path
     prefix: str = field(default_factory=lambda: f"fm{os.getpid() % 10000}")
-    net: str = "10.78.0"
     processes: dict[str, subprocess.Popen[bytes]] = field(default_factory=dict)
 
     def netns(self, *arguments: str) -> str:
-        environment = {**os.environ, "LAB": self.prefix, "NET": self.net}
+        environment = {**os.environ, "LAB": self.prefix, "NET": NET}
         command = [str(TOOLS / "netns-lab"), *arguments]
         result = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
         assert result.returncode == 0, result.stdout + result.stderr
@@ -95,7 +102,7 @@ class Lab:
                 start_new_session=True,
             )
 
-    def run(self, host: str, *command: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def run(self, host: str, *command: str, timeout: float = 600) -> subprocess.CompletedProcess[str]:
         """Run a command on a host and return what it prints, errors included."""
         vector, environment = self.command(host, *command)
         # Not through a pipe: a SuperNode that is turned away leaves a child behind, which would hold it open.
@@ -135,33 +142,58 @@ class Lab:
         raise AssertionError(f"{name} does not end")
 
     def __enter__(self) -> "Lab":
-        self.netns("up", "server", "operator", *SITES, "stranger")
-        for host in ("server", "operator", *SITES, "stranger"):
+        self.netns("up", *HOSTS)
+        for host in HOSTS:
             (self.folder / host).mkdir(parents=True, exist_ok=True)
+            # `ip netns exec` shows a host this file as its /etc/hosts.
+            names = _NAMES / f"{self.prefix}-{host}"
+            names.mkdir(parents=True)
+            (names / "hosts").write_text(f"127.0.0.1 localhost\n{self.address('server')} {SERVER_NAME}\n")
         return self
 
     def __exit__(self, *_: object) -> None:
         for name in list(self.processes):
             self.end(name)
-        for host in ("server", "operator", *SITES, "stranger"):
+        for host in HOSTS:
             pids = subprocess.run(
                 ["ip", "netns", "pids", f"{self.prefix}-{host}"], capture_output=True, text=True, check=False
             ).stdout.split()
             for pid in pids:
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(int(pid), signal.SIGKILL)
+            shutil.rmtree(_NAMES / f"{self.prefix}-{host}", ignore_errors=True)
         self.netns("down")
 
 
 @dataclass
 class Federation:
-    """Server, gate and three sites in a lab, TLS and authenticated."""
+    """Server, gate and three sites in a lab, TLS and authenticated.
+
+    Attributes
+    ----------
+    data
+        Folders with the sites' images, as `fedmitr split` makes them.
+    nodes
+        The node id of each site that is registered.
+    """
 
     lab: Lab
-    pki: Path
     data: Path
-    outputs: Path
     nodes: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def pki(self) -> Path:
+        """The operator's folder of keys and certificates."""
+        return self.lab.folder / "operator" / "federation"
+
+    @property
+    def outputs(self) -> Path:
+        """Where the server keeps runs."""
+        return self.lab.folder / "server" / "lib" / "runs"
+
+    def documented(self, host: str, name: str, **places: str) -> str:
+        """Run a block of docs/deployment.md on a host, as it stands there but for the host's own folders."""
+        return self.lab.output(host, "bash", "-euo", "pipefail", "-c", self.localised(host, documented(name, **places)))
 
     def start_superlink(self) -> None:
         self.start_unit("server", "superlink")
@@ -175,13 +207,16 @@ class Federation:
         (self.lab.folder / "server" / "etc" / "fedmitr-gate.conf").write_text(self.localised("server", configuration))
         self.start_unit("server", "gate")
 
-    def start_site(self, site: str, *, name: str | None = None) -> None:
+    def start_site(self, site: str, *, name: str | None = None, data: Path | None = None) -> None:
         """Start a site's unit; with a name it gives itself another one than its own."""
         self.install(site, f"{site}/node.key", f"{site}/executor.secret", "ca.crt")
-        data = self.data / f"site-{SITES.index(site)}" / "images.npz"
-        config = f'site="{name or site}" partition-id={SITES.index(site)} num-partitions=3 data-path="{data}"'
-        lines = (f"FEDMITR_SERVER={self.lab.address('server')}:{FLEET}", f"FEDMITR_NODE_CONFIG='{config}'")
-        (self.lab.folder / site / "etc" / "site.env").write_text("\n".join(lines) + "\n")
+        settings = documented("site-env")
+        if data is None:  # the part that this client would have in a simulation
+            number = SITES.index(site)
+            data = self.data / f"site-{number}" / "images.npz"
+            settings = settings.replace("data-path", f"partition-id={number} num-partitions={len(SITES)} data-path")
+        settings = settings.replace('"north"', f'"{name or site}"').replace('"/srv/images"', f'"{data}"')
+        (self.lab.folder / site / "etc" / "site.env").write_text(settings)
         self.start_unit(site, "site", f"supernode-{site}")
 
     def install(self, host: str, *names: str) -> None:
@@ -224,12 +259,12 @@ class Federation:
         arguments = [Template(part).substitute(variables) for part in shlex.split(command)]
         self.lab.start(host, name or unit, *arguments, environment=variables)
 
-    def register(self, site: str) -> str:
-        public = str(self.pki / site / "node.pub")
-        answer = self.lab.output(
-            "operator", "flwr", "supernode", "register", public, CONNECTION, "--name", site, "--format", "json"
-        )
-        return str(json.loads(answer[answer.index("{") :])["node-id"])
+    def register(self, site: str, block: str = "register", **places: str) -> None:
+        """Run the block that ends with this site's registration."""
+        answer = self.documented("operator", block, **places)
+        found = re.search(r'"node-id": *"?(\d+)', answer)
+        assert found, answer
+        self.nodes[site] = found[1]
 
     def online(self) -> set[str]:
         answer = self.lab.run("operator", "flwr", "supernode", "list", CONNECTION, "--format", "json")
@@ -238,11 +273,11 @@ class Federation:
         nodes = json.loads(brace + rest or "{}").get("nodes", [])
         return {str(node["node-id"]) for node in nodes if node["status"] == "online"}
 
-    def wait_online(self, *sites: str, seconds: float = 90) -> None:
+    def wait_online(self, *sites: str, seconds: float = 240) -> None:
         wanted = {self.nodes[site] for site in sites}
         wait_for(lambda: wanted <= self.online(), seconds, f"{sites} online", pause=2)
 
-    def wait_log(self, host: str, name: str, pattern: str, seconds: float = 90) -> None:
+    def wait_log(self, host: str, name: str, pattern: str, seconds: float = 240) -> None:
         def found() -> bool:
             return bool(re.search(pattern, self.lab.log(host, name).read_text(errors="replace")))
 
@@ -254,8 +289,13 @@ class Federation:
         roster = ",".join(f"{site}={node}" for site, node in self.nodes.items())
         given = (f"run.output={self.outputs}", f"run.name={name}", f"run.roster={roster}", *settings)
         sets = [part for setting in given for part in ("--set", setting)]
-        conf = str(ROOT / "conf" / "quick.toml")
-        vector, environment = self.lab.command("operator", "fedmitr", "run", CONNECTION, conf, *sets)
+        with self.following(str(ROOT / "conf" / "quick.toml"), *sets) as process:
+            yield process
+
+    @contextlib.contextmanager
+    def following(self, *arguments: str) -> Iterator[subprocess.Popen[str]]:
+        """Start `fedmitr run` on the operator's host."""
+        vector, environment = self.lab.command("operator", "fedmitr", "run", CONNECTION, *arguments)
         process = subprocess.Popen(
             vector,
             cwd=self.lab.folder / "operator",
@@ -271,7 +311,7 @@ class Federation:
             process.kill()
             process.wait()
 
-    def wait_training(self, site: str, seconds: float = 90) -> None:
+    def wait_training(self, site: str, seconds: float = 300) -> None:
         """Wait until a site's ClientApp process has used some CPU time beyond its imports."""
 
         def training() -> bool:

@@ -1,10 +1,9 @@
-"""`docker/demo`, the compose files and the containers that they make, on a real engine.
-
-``FEDMITR_IMAGE`` in the environment names an image to take instead of building one.
-"""
+"""`make docker-demo`, the compose files and the containers that they make, on a real engine."""
 
 import json
 import os
+import re
+import shlex
 import subprocess
 import time
 from collections.abc import Iterator
@@ -14,12 +13,13 @@ from typing import Any
 
 import pytest
 
-from tests.deployment.conftest import ROOT, Engine
+from tests.deployment.conftest import Engine, Image, run_make
 from tests.deployment.hosts import wait_for
+from tests.pages import ROOT, documented
 
 pytestmark = [pytest.mark.deployment, pytest.mark.timeout(3000)]
 SITES = ("site-0", "site-1", "site-2")
-LONG = ("train.min-steps=1000", "run.min-clients=2", "run.min-fraction=0.6", "run.deadline-seconds=300")
+LONG = ("train.min-steps=600", "run.min-clients=2", "run.min-fraction=0.6", "run.deadline-seconds=300")
 # Says for each address what a POST to it gives: a status, or the kind of error.
 PROBE = """
 import ssl, sys, urllib.error, urllib.request
@@ -68,11 +68,19 @@ class Demo:
         """Start another run in the federation; the process ends with the run."""
         config = json.loads((self.outputs / "docker" / "config.json").read_text())["settings"]
         given = (f"run.name={name}", "run.output=/outputs", f"run.roster={config['run.roster']}", *settings)
-        sets = [part for setting in given for part in ("--set", setting)]
-        command = [str(ROOT / "docker" / "demo"), "run", "conf/quick.toml", *sets]
+        return self.follow("conf/quick.toml", *(part for setting in given for part in ("--set", setting)))
+
+    def follow(self, *arguments: str) -> subprocess.Popen[str]:
+        """Start `fedmitr run` in the federation."""
+        command = [str(ROOT / "docker" / "demo"), "run", *arguments]
         return subprocess.Popen(
             command, env=self.environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
         )
+
+    def asked(self) -> list[int]:
+        """How many messages each site has got so far."""
+        logs = [self.engine("logs", self.container(f"supernode-{number}")) for number in range(len(SITES))]
+        return [len(re.findall(r"Receiving: \w+ message", each.stdout + each.stderr)) for each in logs]
 
     def wait_training(self, service: str) -> None:
         """Wait until a ClientApp process in this container has used some CPU time beyond its imports."""
@@ -85,7 +93,7 @@ class Demo:
                     return 3600 * hours + 60 * minutes + seconds >= 10
             return False
 
-        wait_for(training, 120, f"training in {service}", pause=1)
+        wait_for(training, 300, f"training in {service}", pause=1)
 
     def metrics(self, name: str) -> dict[str, Any]:
         found: dict[str, Any] = json.loads((self.outputs / name / "metrics.json").read_text())
@@ -93,32 +101,35 @@ class Demo:
 
 
 @pytest.fixture(scope="module")
-def demo(engine: Engine, request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
-    name = os.environ.get("FEDMITR_IMAGE") or request.getfixturevalue("image").name
-    folder = tmp_path_factory.mktemp("demo")
+def demo(image: Image, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Demo]:
+    engine, folder = image.engine, tmp_path_factory.mktemp("demo")
     environment = {
-        **os.environ,
         "PATH": f"{Path(engine.client).parent}:{os.environ['PATH']}",
-        "FEDMITR_IMAGE": name,
+        "FEDMITR_IMAGE": image.name,
         "FEDMITR_CONF": "conf/quick.toml",
         "FEDMITR_DEMO": str(folder / "files"),
         "FEDMITR_OUTPUTS": str(folder / "outputs"),
         "COMPOSE_PROJECT_NAME": f"fedmitr-test-{os.getpid()}",
     }
-    command = [str(ROOT / "docker" / "demo"), "up"]
-    demo = Demo(engine, environment, subprocess.CompletedProcess(command, 0), folder)
     try:
-        result = demo.script("up")
+        result = run_make(_target("demo"), image.make, **environment)
         if "neither 'docker compose' nor docker-compose" in result.stderr:
             pytest.skip(result.stderr.strip())
-        yield Demo(engine, environment, result, folder)
+        yield Demo(engine, {**os.environ, **environment}, result, folder)
     finally:
-        down = demo.script("down")
+        down = run_make(_target("down"), image.make, **environment)
     assert down.returncode == 0, down.stderr
     left = engine.output("ps", "--all", "--quiet", "--filter", f"name={environment['COMPOSE_PROJECT_NAME']}")
     assert left == ""
     assert not (folder / "files").exists()
     assert (folder / "outputs" / "docker" / "model").exists()
+
+
+def _target(block: str) -> str:
+    """The target of `make` that a block of docs/deployment.md calls."""
+    make, target, *_ = documented(block).split()
+    assert make == "make"
+    return target
 
 
 def test_the_demo_prints_the_accuracies_and_where_the_model_is(demo: Demo):
@@ -187,7 +198,7 @@ def _address(demo: Demo, service: str) -> str:
 
 def test_all_become_healthy(demo: Demo):
     for service in ("superlink", "serverapp", "supernode-0", "clientapp-0"):
-        wait_for(lambda service=service: demo.inspect(service)["State"]["Health"]["Status"] == "healthy", 90, service)  # type: ignore[misc]
+        wait_for(lambda service=service: demo.inspect(service)["State"]["Health"]["Status"] == "healthy", 240, service)  # type: ignore[misc]
 
 
 @pytest.mark.parametrize("service", ["clientapp-0", "supernode-1"])
@@ -195,7 +206,7 @@ def test_a_container_of_a_site_restarts_in_training(demo: Demo, service: str):
     with demo.start(service, *LONG) as process:
         demo.wait_training(service.replace("supernode", "clientapp"))
         demo.engine.output("restart", "--time", "2", demo.container(service))
-        output, _ = process.communicate(timeout=600)
+        output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
     clients = demo.metrics(service)["clients"]
     assert clients["accepted"] >= 2, output
@@ -206,14 +217,44 @@ def test_the_superlink_restarts_in_training(demo: Demo):
     with demo.start("superlink", *LONG) as process:
         demo.wait_training("clientapp-2")
         demo.engine.output("restart", "--time", "2", demo.container("superlink"))
-        output, _ = process.communicate(timeout=600)
+        output, _ = process.communicate(timeout=900)
     assert process.returncode == 0, output
     assert demo.metrics("superlink")["clients"]["accepted"] == 3, output
 
 
+def test_a_run_goes_on_after_its_serverapp_was_killed_in_inversion(demo: Demo):
+    directory = demo.outputs / "killed"
+    checkpoints = directory / "checkpoints" / "round-1"
+    slow = ("inversion.images=100", "inversion.iterations=200", "run.checkpoint-seconds=0")
+    with demo.start("killed", *slow) as process:
+        wait_for(lambda: any(checkpoints.glob("inversion-*.safetensors")), 600, "inversion")
+        container = demo.container("serverapp")
+        demo.engine.output("kill", container)
+        done = sorted(path.name for path in checkpoints.glob("inversion-*"))
+        assert len(done) < 5, "inversion was over already"
+        demo.engine.output("start", container)
+        output, _ = process.communicate(timeout=900)
+    assert process.returncode == 1, output
+    assert not (directory / "model").exists()
+    uploads = {path: path.stat().st_mtime_ns for path in directory.glob("uploads/round-1/*.safetensors")}
+    assert len(uploads) == 3
+    asked = demo.asked()
+    assert min(asked) > 0
+    resume = shlex.split(documented("resume", **{"/var/lib/fedmitr/runs/leaves-1": "/outputs/killed"}))
+    assert resume[:3] == ["fedmitr", "run", "federation"]
+    with demo.follow(*resume[3:]) as process:
+        output, _ = process.communicate(timeout=900)
+    assert process.returncode == 0, output
+    assert demo.asked() == asked
+    assert {path: path.stat().st_mtime_ns for path in uploads} == uploads
+    assert "all uploads of round 1 are there" in output
+    assert demo.metrics("killed")["clients"]["accepted"] == 3
+    assert (directory / "model" / "model.safetensors").exists()
+
+
 def test_a_failed_run_is_told_by_the_exit_code(demo: Demo):
     with demo.start("too-few", "run.min-clients=4", "run.wait-nodes-seconds=5") as process:
-        output, _ = process.communicate(timeout=300)
+        output, _ = process.communicate(timeout=600)
     assert process.returncode == 1, output
     assert "run.min-clients = 4" in output
 

@@ -3,11 +3,14 @@
 import json
 import re
 import subprocess
+import time
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-from tests.deployment.conftest import ROOT, Image
+from tests.deployment.conftest import Image
+from tests.pages import ROOT, documented
 
 UID = 49999
 # The first test waits for the build.
@@ -67,6 +70,27 @@ def test_the_caches_and_flowers_home_are_where_the_environment_says(image: Image
         "/flower",
         "/tmp",
     ]
+
+
+def test_its_size_and_how_fast_it_starts(image: Image, measured: Callable[[str], None]):
+    size = int(image.engine.output("image", "inspect", "--format", "{{.Size}}", image.name))
+    seconds = []
+    for _ in range(3):
+        start = time.monotonic()
+        assert image.run("--help").returncode == 0
+        seconds.append(time.monotonic() - start)
+    measured(f"image: {size / 1e9:.2f} GB; `docker run fedmitr --help`: {min(seconds):.1f} s, the fastest of three")
+    # With PyTorch for CUDA, which is 5.5 GB of it.
+    assert size < 8e9
+    assert min(seconds) < 15
+
+
+def test_an_account_and_its_folder_are_made_as_documented(image: Image):
+    script = documented("account") + "stat --format '%a %U %G' /etc/fedmitr; getent passwd fedmitr"
+    made = image.engine.output("run", "--rm", "--user", "0", "--entrypoint", "bash", image.base, "-euc", script)
+    folder, account = made.splitlines()
+    assert folder == "750 fedmitr fedmitr"
+    assert account.endswith(":/var/lib/fedmitr:/usr/sbin/nologin")
 
 
 def test_no_build_tools_and_no_leftovers_are_inside(image: Image):

@@ -6,8 +6,6 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -17,46 +15,28 @@ from typer.testing import CliRunner
 
 import fedmitr_flwr
 from fedmitr_flwr.cli import app
+from tests.pages import FENCED, ROOT, Block, blocks
 from tests.unit.finished import make_run
 
-ROOT = Path(__file__).resolve().parents[2]
 # Pages whose blocks another test owns.
-ELSEWHERE = {"settings.md": "generated; tests/unit/test_settings.py", "deployment.md": "tests/deployment"}
+ELSEWHERE = {"settings.md": "generated; tests/unit/test_settings.py"}
 PAGES = sorted(
     path
     for path in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]
     if path.name not in ELSEWHERE
 )
 COMMANDS = typer.main.get_command(app).commands  # type: ignore[attr-defined]
-_FENCED = re.compile(r"(?:^<!-- (?P<mark>[^\n]*?) -->\n+)?^```(?P<kind>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
 
-
-@dataclass(frozen=True)
-class Block:
-    """A fenced code block."""
-
-    page: str
-    kind: str
-    text: str
-    mark: str
-
-    @property
-    def name(self) -> str:
-        return f"{self.page}: {self.text.strip().splitlines()[0][:60]}"
-
-
-def blocks() -> Iterator[Block]:
-    for page in PAGES:
-        for found in _FENCED.finditer(page.read_text("utf-8")):
-            yield Block(page.name, found["kind"], found["text"], found["mark"] or "")
-
-
-BLOCKS = list(blocks())
+BLOCKS = [block for page in PAGES for block in blocks(page)]
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: block.name)
 def test_a_code_block_is_run_or_says_why_not(block: Block) -> None:
     if block.kind in ("mermaid", ""):
+        return
+    if block.deployment:
+        tests = [path.read_text("utf-8") for path in (ROOT / "tests" / "deployment").glob("*.py")]
+        assert any(f'"{block.deployment}"' in text for text in tests), "no test asks for it"
         return
     reason = block.mark.removeprefix("not run: ")
     assert block.mark in ("run", "run, integration") or (block.mark.startswith("not run: ") and len(reason) > 10)
@@ -64,7 +44,7 @@ def test_a_code_block_is_run_or_says_why_not(block: Block) -> None:
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_commands_stand_in_fenced_blocks(page: Path) -> None:
-    prose = _FENCED.sub("", page.read_text("utf-8"))
+    prose = FENCED.sub("", page.read_text("utf-8"))
     loose = re.findall(
         r"^(?: {4,}|\t)(?:\$ )?(?:\.venv/bin/)?(?:fedmitr|flwr|make|pip|python3?|docker) .*$", prose, re.M
     )

@@ -28,7 +28,7 @@ from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.pipeline import ClientModel, PipelineResult
 from fedmitr_flwr.quorum import QuorumError, wait_for_nodes
-from fedmitr_flwr.rundir import RunDirectory
+from fedmitr_flwr.rundir import COLLECTED, RunDirectory
 from fedmitr_flwr.settings import RunConfigValue, RunSettings, Settings
 from fedmitr_flwr.strategy import FedMITR
 from fedmitr_flwr.training import LocalResult
@@ -203,6 +203,21 @@ def test_every_client_gets_the_common_model_and_all_it_needs(run: RunDirectory) 
         assert ImageSpec.from_json(str(config["spec"])) == SPEC
         arrays = decode_trusted(message.content.array_records["arrays"])
         assert all(torch.equal(arrays[key], value) for key, value in INITIAL.items())
+
+
+def test_no_client_can_work_out_the_id_of_another_ones_message(tmp_path: Path) -> None:
+    # Flower takes a reply for the one of the node whose message it names; a message's id is the hash of its content.
+    with RunDirectory.create(str(tmp_path), "run") as run:
+        first = FakeGrid([honest, honest, silent])
+        start(make(run)[0], first)
+    (tmp_path / "run" / "uploads" / "round-1" / COLLECTED).unlink()
+    with RunDirectory.resume(tmp_path / "run") as run:
+        again = FakeGrid([honest] * 3)
+        start(make(run)[0], again)
+    kinds = [message.metadata.message_type for message in again.sent]
+    assert kinds.count(MessageType.QUERY) == 3
+    contents = [message.content.object_id for message in (*first.sent, *again.sent)]
+    assert len(set(contents)) == len(contents)
 
 
 def test_uploads_become_the_global_model(run: RunDirectory) -> None:
