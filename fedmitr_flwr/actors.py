@@ -16,10 +16,13 @@ import ray
 from flwr.simulation.ray_transport.ray_actor import BasicActorPool
 from ray.exceptions import OutOfMemoryError, RayActorError
 
+from fedmitr_flwr.broadcast import Broadcast
+
 log = logging.getLogger("fedmitr.actors")
 
 _DEAD = (RayActorError, OutOfMemoryError)
 _flower_fetch = BasicActorPool.fetch_result_and_return_actor_to_pool
+_flower_submit = BasicActorPool.submit
 _pools: WeakSet[BasicActorPool] = WeakSet()
 _closed = False
 
@@ -29,6 +32,7 @@ def replace_dead_actors() -> None:
     global _closed
     _closed = False
     BasicActorPool.fetch_result_and_return_actor_to_pool = _fetch  # type: ignore
+    BasicActorPool.submit = _submit  # type: ignore
 
 
 def end_busy_actors() -> None:
@@ -43,6 +47,14 @@ def close_pool() -> None:
     global _closed
     _closed = True
     end_busy_actors()
+
+
+def _submit(pool: BasicActorPool, actor_fn: Any, job: tuple[Any, ...]) -> Any:
+    """Give a client to a worker, its message's content as a reference where others get the same."""
+    _, message, *_ = job
+    if isinstance(message.content, Broadcast):
+        message.content.share()  # here and not earlier: Ray may still be starting when a message is made
+    return _flower_submit(pool, actor_fn, job)
 
 
 def _fetch(pool: BasicActorPool, future: Any) -> Any:

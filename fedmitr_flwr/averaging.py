@@ -43,9 +43,10 @@ def merged(initial: State, states: Sequence[State], weights: Tensor, scale: floa
     weights
         ``(K, C)``, columns sum to one.
     scale
-        Of the mean update of the body; 1 is the unweighted average.
+        Of the mean update of the body; 1 is the unweighted average of all that have a weight.
     """
-    even = torch.full((len(states),), 1 / len(states), dtype=torch.float64)
+    heard = (weights > 0).any(1).double()  # one without a say in any class has none here either
+    even = heard / heard.sum()
     out = {}
     for name, start in initial.items():
         if not start.is_floating_point():

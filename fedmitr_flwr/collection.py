@@ -1,4 +1,8 @@
-"""From replies to uploads on disk: each is validated, written, counted and dropped before the next is taken."""
+"""From replies to uploads on disk: each is validated, written, counted and dropped, one at a time.
+
+While one is on its way to the disk, the next reply is waited for: one more upload in memory, and no client waits for
+the disk.
+"""
 
 from __future__ import annotations
 
@@ -6,6 +10,7 @@ import json
 import logging
 import time
 from collections.abc import Container, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
@@ -78,18 +83,29 @@ class Collection:
             If an upload cannot be written; the uploads taken before stay.
         """
         tally = {"accepted": 0, "refused": 0, "failed": 0, "empty": 0}
-        for reply in replies:
-            start = time.perf_counter()
-            tally[self._receive(reply)] += 1
-            del reply  # Flower makes the next one while this name would still hold the last
-            release_memory()
-            self.working += time.perf_counter() - start
+        with ThreadPoolExecutor(1, "collection") as writer:
+            storing: Future[str] | None = None
+            for reply in replies:
+                if storing is not None:
+                    tally[storing.result()] += 1
+                storing = writer.submit(self._timed, reply)
+                del reply  # Flower makes the next one while this name would still hold the last
+            if storing is not None:
+                tally[storing.result()] += 1
         silent = asked - sum(tally.values())
         if silent > 0:
             log.warning("\t├──! %d clients did not answer before the deadline", silent)
             tally["failed"] += silent
             self.observer.client("silent", count=silent)
         return ClientCounts(asked=asked, **tally)
+
+    def _timed(self, reply: Message) -> str:
+        start = time.perf_counter()
+        try:
+            return self._receive(reply)
+        finally:
+            release_memory()
+            self.working += time.perf_counter() - start
 
     def _receive(self, reply: Message) -> str:
         """Take one reply and say which count it belongs to."""

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
 from fedmitr_flwr.data import ImageSet, ImageSpec
 from fedmitr_flwr.grid import PatchGrid
@@ -88,6 +87,9 @@ def evaluate(
     ValueError
         If there are no images.
     """
+    # Brings in SciPy and matplotlib, 100 MB that the server's process has no use for while it collects uploads.
+    from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
+
     if len(images) == 0:
         raise ValueError("no images to evaluate on")
     models = {}

@@ -21,6 +21,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
+from fedmitr_flwr.broadcast import share_contents
 from fedmitr_flwr.settings import RunSettings
 
 log = logging.getLogger("fedmitr.exchange")
@@ -101,6 +102,9 @@ class WindowedGrid(Grid):
             that the SuperLink makes itself carry the id of the node they are about.
         """
         end = float("inf") if timeout is None else time.monotonic() + timeout
+        messages = list(messages)
+        if self._simulated:
+            share_contents(messages)
         waiting = deque(_Asked(message, self._settings.retries) for message in messages)
         window = self._window(len(waiting))
         flying: dict[str, _Asked] = {}

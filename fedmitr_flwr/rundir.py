@@ -33,6 +33,7 @@ COLLECTED = "collected.json"
 INITIAL = f"{CHECKPOINTS}/initial.safetensors"
 
 _LOCK = ".lock"
+_STOPPED = "stopped from outside: by flwr stop, a signal, or the end of Flower's SuperLink"
 _OWN_FILES: tuple[str, ...] = (STATUS, METRICS, CONFIG, LOG, SYNTHETIC, EVENTS, REPORT_DATA, REPORT_PICTURES, REPORT)
 _OWN_FILES += tuple(f"{MODEL}/{name}" for name in ("model.safetensors", "config.json", "README.md"))
 _OWN_PATTERNS = (
@@ -57,8 +58,8 @@ logger = logging.getLogger(f"{LIBRARY_LOGGER}.run")
 class RunDirectory:
     """A run's results, held by one process at a time.
 
-    As a context manager it keeps ``status.json`` true: ``running`` inside, then ``completed``, or
-    ``failed`` with the error. A process that was killed leaves ``running`` without its lock.
+    As a context manager it keeps ``status.json`` true: ``running`` inside, then ``completed``, ``failed`` with the
+    error, or ``interrupted``. A process that was killed leaves ``running`` without its lock.
 
     Attributes
     ----------
@@ -163,7 +164,10 @@ class RunDirectory:
                 self._write_status("completed", None)
                 return
             try:
-                self._write_status("failed", f"{type(error).__name__}: {error}")
+                if isinstance(error, Exception):
+                    self._write_status("failed", f"{type(error).__name__}: {error}")
+                else:
+                    self._write_status("interrupted", _STOPPED)
             except OSError as problem:  # what failed the run, such as a full disk, is the error to report
                 logger.error("%s cannot be written: %s", STATUS, problem)
         finally:

@@ -9,7 +9,6 @@ import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -17,6 +16,7 @@ import fedmitr_flwr
 from fedmitr_flwr.atomic import Json
 from fedmitr_flwr.data import ImageSet, ImageSpec, load_source, load_spec, partition_indices
 from fedmitr_flwr.digest import code_digest
+from fedmitr_flwr.evaluate import Evaluation, evaluate
 from fedmitr_flwr.export import save_timm
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.listeners import Keeper
@@ -29,9 +29,6 @@ from fedmitr_flwr.report import write_run_report
 from fedmitr_flwr.report.data import write_report_data
 from fedmitr_flwr.rundir import METRICS, MODEL, SYNTHETIC, RunDirectory
 from fedmitr_flwr.settings import Settings, SettingsError
-
-if TYPE_CHECKING:
-    from fedmitr_flwr.evaluate import Evaluation
 
 log = logging.getLogger("fedmitr.run")
 
@@ -191,9 +188,7 @@ def write_results(
     keeper
         What the stages showed, for the report.
     """
-    # They bring in torchmetrics, SciPy and matplotlib: 100 MB that collection has no use for.
-    from fedmitr_flwr.evaluate import evaluate
-    from fedmitr_flwr.figures import save_synthetic
+    from fedmitr_flwr.figures import save_synthetic  # matplotlib, of no use during collection
 
     spec = federation.spec
     evaluation = None

@@ -184,7 +184,7 @@ def _flower_status(flower: PrivateFlower, run_id: str, patience: float = 20.0) -
 def _verdict(file: _StatusFile, status: str, details: str) -> str:
     """Compare what Flower and the ServerApp say; return why the run failed, or an empty string."""
     state, error = file.read()
-    if state == "failed":
+    if state in ("failed", "interrupted"):
         return error or "the ServerApp failed"
     if status != "finished:completed":
         told = details.removeprefix("Simulation failed with exception: ")

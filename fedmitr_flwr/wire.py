@@ -11,6 +11,7 @@ from __future__ import annotations
 import io
 import math
 import secrets
+import warnings
 from collections.abc import Mapping
 from typing import Literal
 
@@ -60,7 +61,8 @@ def encode_state(state: Mapping[str, Tensor], dtype: UploadDtype = "fp32") -> Ar
 def decode_state(record: ArrayRecord, store: UploadStore, dtype: object) -> dict[str, Tensor]:
     """Turn an uploaded record into tensors, checked against the store's layout before anything is allocated.
 
-    The record is emptied on the way, so that each upload is in memory once.
+    The record is emptied on the way. The tensors are views of its bytes, so that each upload is in memory once: they
+    are only to be read.
 
     Parameters
     ----------
@@ -79,7 +81,9 @@ def decode_state(record: ArrayRecord, store: UploadStore, dtype: object) -> dict
     if not isinstance(dtype, str) or dtype not in UPLOAD_DTYPES:
         raise UploadRefused(f"names the number format {str(dtype)[:40]!r}, expected one of {', '.join(UPLOAD_DTYPES)}")
     store.check_layout({key: _declared(key, array, bf16=dtype == "bf16") for key, array in record.items()})
-    return {key: _decode(key, record.pop(key), bf16=dtype == "bf16") for key in store.layout}
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
+        return {key: _decode(key, record.pop(key), bf16=dtype == "bf16") for key in store.layout}
 
 
 def decode_trusted(record: ArrayRecord) -> dict[str, Tensor]:
@@ -116,8 +120,8 @@ def _decode(key: str, array: Array, *, bf16: bool) -> Tensor:
     if len(array.data) - start != size:
         raise UploadRefused(f"{key} has {len(array.data) - start} bytes of values, expected {size}")
     flat = np.frombuffer(array.data, expected, offset=start)
-    values = (flat.reshape(shape[::-1]).T if fortran_order else flat.reshape(shape)).copy(order="C")
-    tensor = torch.from_numpy(values)
+    values = flat.reshape(shape[::-1]).T if fortran_order else flat.reshape(shape)
+    tensor = torch.from_numpy(np.require(values, requirements=["C", "ALIGNED"]))
     return tensor.view(torch.bfloat16) if bf16 and tensor.dtype == torch.uint16 else tensor
 
 

@@ -23,6 +23,7 @@ from fedmitr_flwr.resume import changes_in, is_complete, resumed_settings, simul
 from fedmitr_flwr.rundir import CONFIG, EVENTS, INITIAL, RunDirectory, console_log, failures_logged
 from fedmitr_flwr.server import Federation, check_disk, describe_run, prepare, write_results
 from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.stopping import stopped_with_flower
 from fedmitr_flwr.strategy import FedMITR
 from fedmitr_flwr.wire import encode_state
 
@@ -51,7 +52,7 @@ def main(grid: Grid, context: Context) -> None:
             run = (
                 RunDirectory.resume(resumed) if resumed else RunDirectory.create(settings.run.output, settings.run.name)
             )
-        with run, run.logging(), failures_logged(), _workers(grid):
+        with stopped_with_flower(), run, run.logging(), failures_logged(), _workers(grid):
             _run(grid, settings, federation, run, clients)
         log.info("Results: %s", run.path)
 

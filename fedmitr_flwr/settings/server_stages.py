@@ -22,6 +22,14 @@ class EnsembleSettings(Stage):
     power: float = Field(
         0.5, ge=0.0, le=4.0, description="Exponent on the weights before they are normalised; 0 is uniform."
     )
+    outlier_guard: float = Field(
+        0.0,
+        ge=0.0,
+        le=1.0,
+        description="A teacher loses its say when the others agree with it less than this many times as much as with "
+        "the typical one, on images that each teacher was inverted into and on classes that both know; 0: nobody is "
+        "judged. 0.5 finds flipped labels and noised weights.",
+    )
 
 
 class InversionSettings(Stage):

@@ -23,9 +23,11 @@ QUICK = ROOT / "conf" / "quick.toml"
 _FAULTY = """
 
 import os as _os
+import resource as _resource
 import signal as _signal
 import time as _time
 from pathlib import Path as _Path
+import psutil as _psutil
 
 _FAULTS = {faults!r}
 _MARKS = _Path({marks!r})
@@ -38,7 +40,11 @@ def train_client(task, node_config, name):
     if fault == "raise":
         raise ValueError("no luck today")
     if fault == "memory":
-        raise MemoryError("cannot allocate")
+        _resource.setrlimit(_resource.RLIMIT_AS, (_psutil.Process().memory_info().vms, _resource.RLIM_INFINITY))
+        try:
+            bytearray(1 << 32)
+        finally:
+            _resource.setrlimit(_resource.RLIMIT_AS, (_resource.RLIM_INFINITY, _resource.RLIM_INFINITY))
     if fault == "die" or (fault == "die once" and len(list(_MARKS.glob(name + "-*"))) == 1):
         _os.kill(_os.getpid(), _signal.SIGKILL)
     if fault == "stop":
@@ -92,15 +98,15 @@ def wait_for(what: Callable[[], Any], process: subprocess.Popen[str], seconds: f
         time.sleep(0.01)
 
 
-def server_process(runner: subprocess.Popen[str]) -> psutil.Process:
-    """The process of the ServerApp, in a simulation that `runner` started."""
+def server_process(runner: subprocess.Popen[str], program: str = "flwr-simulation") -> psutil.Process:
+    """The process of the ServerApp, or of another of Flower's programs, in a simulation that `runner` started."""
     for process in psutil.Process(runner.pid).children(recursive=True):
         try:
-            if any(part.endswith("flwr-simulation") for part in process.cmdline()[:3]):
+            if any(part.endswith(program) for part in process.cmdline()[:3]):
                 return process
         except psutil.Error:
             continue
-    raise AssertionError("no ServerApp process")
+    raise AssertionError(f"no process of {program}")
 
 
 def kill(process: psutil.Process) -> None:

@@ -24,20 +24,21 @@ def test_clients_that_raise_die_stop_or_hang_cost_only_themselves(tmp_path: Path
     app = faulty_app(tmp_path, faults)
     result = run(
         *("simulate", QUICK, "--app", app, "--clients", "10", "--cpus", "2", "--output", tmp_path),
-        *("--set", "run.name=faults", "--set", "run.deadline-seconds=75", "--set", "train.time-limit-seconds=20"),
+        *("--set", "run.name=faults", "--set", "run.deadline-seconds=100", "--set", "train.time-limit-seconds=20"),
+        *("--set", "run.retries=1"),
         timeout=500,
     )
     assert result.returncode == 0, result.stdout + result.stderr
     times = status(tmp_path / "faults")
     took = datetime.fromisoformat(times["ended"]) - datetime.fromisoformat(times["started"])
-    assert 75 <= took.total_seconds() < 150  # the one that stopped is waited for until the deadline, and no longer
+    assert 100 <= took.total_seconds() < 200  # the one that stopped is waited for until the deadline, and no longer
     clients = metrics(tmp_path / "faults")["clients"]
     assert clients == {"asked": 10, "accepted": 5, "refused": 0, "failed": 5, "empty": 0}
     uploads = {path.stem for path in (tmp_path / "faults" / "uploads" / "round-1").glob("*.safetensors")}
     assert uploads == {f"partition-{n}" for n in (0, 3, 7, 8, 9)}
     begun = asked(tmp_path)
-    assert begun["partition-2"] == 3  # once, and run.retries = 2 more
+    assert begun["partition-2"] == 2  # once, and run.retries = 1 more
     assert begun["partition-3"] == 2
     assert all(begun[f"partition-{n}"] == 1 for n in (0, 1, 4, 5, 6, 7, 8, 9))
-    for text in ("ValueError: no luck today", "MemoryError: cannot allocate", "training took longer than 20 s"):
+    for text in ("ValueError: no luck today", "partition-4: MemoryError", "training took longer than 20 s"):
         assert text in result.stdout

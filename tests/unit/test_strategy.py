@@ -469,7 +469,7 @@ def test_a_client_that_raises_says_who_it_is_and_why(
     assert "in full: partition-0: ValueError: training loss is nan\nin two lines\nTraceback" in caplog.text
 
 
-def test_replies_are_taken_one_by_one_and_dropped(run: RunDirectory) -> None:
+def test_a_reply_is_dropped_before_the_next_but_one_is_taken(run: RunDirectory) -> None:
     strategy, _ = make(run)
     grid = FakeGrid([honest] * 4)
     messages = list(strategy.configure_train(1, encode_state(INITIAL), ConfigRecord(), grid))
@@ -478,9 +478,8 @@ def test_replies_are_taken_one_by_one_and_dropped(run: RunDirectory) -> None:
 
     def replies() -> Iterator[Message]:
         for message in messages:
-            if given:
-                assert len(given[-1].content) == 0
-                assert len(list(run.uploads(1).glob("*.safetensors"))) == len(given)
+            assert all(len(reply.content) == 0 for reply in given[:-1])
+            assert len(list(run.uploads(1).glob("*.safetensors"))) >= len(given) - 1
             given.append(honest(message, len(given)))
             yield given[-1]
 

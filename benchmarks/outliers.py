@@ -1,0 +1,113 @@
+"""What `ensemble.outlier-guard` saves when two of ten clients are bad, and what it costs when none is.
+
+    python -m benchmarks.outliers --seeds 31,32,33 --results benchmarks/results/outliers.jsonl
+
+The first two clients of a partition are honest (`clean`), train on flipped labels, c in place of 9 - c (`flipped`), or
+add Gaussian noise of each tensor's own standard deviation to their weights (`noised`). Accuracies are on validation
+images; distillation is shorter than the demo's. Everything runs in one thread.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks.federation import Federation, train_federation
+from fedmitr_flwr.data import partition_indices
+from fedmitr_flwr.evaluate import evaluate
+from fedmitr_flwr.models import build_model
+from fedmitr_flwr.observe import Observer
+from fedmitr_flwr.pipeline import ClientModel, make_ensemble, run_pipeline
+from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.training import train_local
+
+BAD = (0, 1)
+CPU = torch.device("cpu")
+
+
+def main(
+    seeds: Annotated[str, typer.Option(help="partition seeds, separated by commas")] = "31,32,33",
+    clients: Annotated[int, typer.Option(help="number of clients K")] = 10,
+    guard: Annotated[float, typer.Option(help="ensemble.outlier-guard to compare with 0")] = 0.5,
+    steps: Annotated[int, typer.Option(help="distill.steps")] = 300,
+    noise: Annotated[float, typer.Option(help="distill.noise")] = 15.0,
+    cache: Annotated[Path, typer.Option(help="folder for trained uploads")] = Path("outputs/uploads-cache"),
+    results: Annotated[Path | None, typer.Option(help="JSON lines file to append to")] = None,
+) -> None:
+    """Print one JSON line for each partition, kind of clients and guard."""
+    torch.set_num_threads(1)
+    for seed in (int(text) for text in seeds.split(",")):
+        settings = Settings().replace(
+            **{"partition.seed": seed, "distill.steps": steps, "distill.noise": noise, "ensemble.outlier-guard": 0.0}
+        )
+        federation = train_federation(settings, clients, cache)
+        flipped = {number: _flipped(settings, federation, clients, number) for number in BAD}
+        noised = {number: _noised(federation.clients[number], number) for number in BAD}
+        for kind, bad in (("clean", {}), ("flipped", flipped), ("noised", noised)):
+            uploads = [bad.get(number, client) for number, client in enumerate(federation.clients)]
+            for row in _compared(settings, replace(federation, clients=uploads), guard):
+                line = json.dumps({"seed": seed, "clients": kind, **row, "machine": platform.machine()})
+                print(line, flush=True)
+                if results is not None:
+                    with results.open("a") as file:
+                        file.write(line + "\n")
+
+
+def _compared(settings: Settings, federation: Federation, guard: float) -> list[dict[str, object]]:
+    """Results without and with the guard; one run serves both when it takes nobody out."""
+    guarded = settings.replace(**{"ensemble.outlier-guard": guard})
+    arguments = federation.spec, federation.clients, federation.initial, CPU
+    start = time.process_time()
+    plain, _ = make_ensemble(settings, *arguments)
+    between = time.process_time()
+    judged, _ = make_ensemble(guarded, *arguments)
+    cost = time.process_time() - between - (between - start)
+    out = [number for number, row in enumerate(judged.weights) if float(row.sum()) == 0.0]
+    without = _accuracies(settings, federation)
+    same = torch.equal(plain.weights, judged.weights)
+    found = without if same else _accuracies(guarded, federation)
+    examples = [client.num_examples for client in federation.clients]
+    return [
+        {"guard": 0.0, **without, "examples": examples},
+        {"guard": guard, **found, "taken_out": out, "guard_cpu_seconds": round(cost, 1), "same_weights": same},
+    ]
+
+
+def _accuracies(settings: Settings, federation: Federation) -> dict[str, float]:
+    result = run_pipeline(
+        settings, federation.spec, federation.clients, federation.initial,
+        seed=settings.run.seed, device=CPU, observer=Observer(),
+    )  # fmt: skip
+    found = evaluate(result, federation.source.validation, federation.spec, settings.model, CPU).accuracy()
+    return {name: round(found[name], 4) for name in ("ensemble", "global")}
+
+
+def _flipped(settings: Settings, federation: Federation, clients: int, number: int) -> ClientModel:
+    """The client of this number, trained on labels the other way round."""
+    rows = [rows for rows in partition_indices(federation.source.train, settings.partition, clients) if len(rows)]
+    images = federation.source.train.subset(rows[number])
+    images = replace(images, labels=federation.spec.num_classes - 1 - images.labels)
+    model = build_model(settings.model, federation.spec)
+    model.load_state_dict(federation.initial)
+    result = train_local(model, images, federation.spec, settings.train, seed=settings.run.seed + number, device=CPU)
+    return ClientModel(model.state_dict(), result.num_examples, result.histogram)
+
+
+def _noised(client: ClientModel, seed: int) -> ClientModel:
+    generator = torch.Generator().manual_seed(seed)
+    state = {
+        name: value + value.std(correction=0) * torch.randn(value.shape, generator=generator)
+        for name, value in client.state.items()
+    }
+    return replace(client, state=state)
+
+
+if __name__ == "__main__":
+    typer.run(main)
