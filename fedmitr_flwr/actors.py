@@ -50,10 +50,11 @@ def close_pool() -> None:
 
 
 def _submit(pool: BasicActorPool, actor_fn: Any, job: tuple[Any, ...]) -> Any:
-    """Give a client to a worker, its message's content as a reference where others get the same."""
+    """Give a client to a worker, its message's arrays as a reference where others get the same."""
     _, message, *_ = job
-    if isinstance(message.content, Broadcast):
-        message.content.share()  # here and not earlier: Ray may still be starting when a message is made
+    for arrays in message.content.array_records.values():
+        if isinstance(arrays, Broadcast):
+            arrays.share()  # here and not earlier: Ray may still be starting when a message is made
     return _flower_submit(pool, actor_fn, job)
 
 

@@ -21,7 +21,7 @@ from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
-from fedmitr_flwr.broadcast import share_contents
+from fedmitr_flwr.broadcast import share_arrays
 from fedmitr_flwr.settings import RunSettings
 
 log = logging.getLogger("fedmitr.exchange")
@@ -104,7 +104,7 @@ class WindowedGrid(Grid):
         end = float("inf") if timeout is None else time.monotonic() + timeout
         messages = list(messages)
         if self._simulated:
-            share_contents(messages)
+            share_arrays(messages)
         waiting = deque(_Asked(message, self._settings.retries) for message in messages)
         window = self._window(len(waiting))
         flying: dict[str, _Asked] = {}

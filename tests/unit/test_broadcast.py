@@ -1,4 +1,4 @@
-"""Many messages with one content put it into Ray's object store once, and clients get plain records."""
+"""Many messages with the same arrays put them into Ray's object store once, and clients get plain records."""
 
 from __future__ import annotations
 
@@ -7,11 +7,11 @@ import pickle
 import pytest
 import ray
 import torch
-from flwr.app import Array, ArrayRecord, Message, MessageType, RecordDict
+from flwr.app import Array, ArrayRecord, ConfigRecord, Message, MessageType, RecordDict
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedmitr_flwr import broadcast
-from fedmitr_flwr.broadcast import Broadcast, share_contents
+from fedmitr_flwr.broadcast import Broadcast, share_arrays
 
 
 @pytest.fixture
@@ -29,28 +29,35 @@ def stored(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     return objects
 
 
-def content() -> RecordDict:
-    return RecordDict({"arrays": ArrayRecord({"weight": Array(torch.ones(100_000))})})
+def arrays() -> ArrayRecord:
+    return ArrayRecord({"weight": Array(torch.ones(100_000))})
 
 
-def test_a_content_is_stored_once_for_all_messages_that_hold_it(stored: list[object]) -> None:
-    one, other = content(), content()
-    messages = [Message(records, node, MessageType.TRAIN) for node, records in enumerate([one, one, other, one])]
-    share_contents(messages)
-    for message in messages:
-        assert isinstance(message.content, Broadcast)
-        message.content.share()
+def test_arrays_are_stored_once_for_all_messages_that_hold_them(stored: list[object]) -> None:
+    one, other = arrays(), arrays()
+    contents = [
+        RecordDict({"arrays": held, "config": ConfigRecord({"nonce": number})})
+        for number, held in enumerate([one, one, other, one])
+    ]
+    messages = [Message(content, node, MessageType.TRAIN) for node, content in enumerate(contents)]
+    share_arrays(messages)
+    for number, message in enumerate(messages):
+        assert message.content.config_records["config"]["nonce"] == number
+        held = message.content.array_records["arrays"]
+        assert isinstance(held, Broadcast)
+        held.share()
     assert stored == [one, other]
-    assert [type(records) for records in stored] == [RecordDict, RecordDict]
-    assert messages[0].content is messages[1].content is messages[3].content
+    assert [type(records) for records in stored] == [ArrayRecord, ArrayRecord]
+    first, second, _, fourth = (message.content["arrays"] for message in messages)
+    assert first is second is fourth
 
 
-def test_a_shared_content_is_pickled_as_its_reference_and_before_as_plain_records(stored: list[object]) -> None:
-    shared = Broadcast(content())
+def test_shared_arrays_are_pickled_as_their_reference_and_before_as_a_plain_record(stored: list[object]) -> None:
+    shared = Broadcast(arrays())
     whole = pickle.dumps(shared)
     assert len(whole) > 400_000
-    assert type(pickle.loads(whole)) is RecordDict
-    assert pickle.loads(whole) == content()
+    assert type(pickle.loads(whole)) is ArrayRecord
+    assert pickle.loads(whole) == arrays()
     shared.share()
     make, arguments = shared.__reduce__()
     assert make == ray.get
