@@ -123,7 +123,7 @@ COMPARISON = """
 <tr><th>Key</th>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in settings %}<tr><td><code>{{ row.name }}</code></td>{% for value in row['values'] %}<td><code>{{ value }}</code></td>{% endfor %}</tr>
 {% endfor %}</table></div>{% else %}<p>None but the name.</p>{% endif %}</div></section>
-<section><h2>Synthetic images</h2>
+{% if strips %}<section><h2>Synthetic images</h2>
 {% for strip in strips %}<h3>{{ strip.name }}</h3><div class="panel"><div class="strip">{% for uri in strip.uris %}<span class="pic"
-><img src="{{ uri }}" alt="synthetic image"></span>{% endfor %}</div></div>{% endfor %}</section>
+><img src="{{ uri }}" alt="synthetic image"></span>{% endfor %}</div></div>{% endfor %}</section>{% endif %}
 """
