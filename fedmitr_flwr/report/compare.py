@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from fedmitr_flwr.report import charts, words
+from fedmitr_flwr.report.cost import STAGES
 from fedmitr_flwr.report.curves import distill_curve, inversion_curve
 from fedmitr_flwr.report.images import picture
 from fedmitr_flwr.report.load import FinishedRun
@@ -104,7 +105,12 @@ def _rows(runs: Sequence[FinishedRun]) -> list[dict[str, object]]:
     )
     for stage in ("clients", "invert", "distill"):
         seconds = [run.metrics.get("seconds", {}).get(stage, 0.0) for run in runs]
-        rows.append({"name": f"Time: {stage}", "values": [words.duration(value) for value in seconds]})
+        rows.append({"name": f"Time: {STAGES[stage].lower()}", "values": [words.duration(value) for value in seconds]})
+    for stage in ("invert", "distill"):
+        flops = [run.report.get("flops", {}).get(stage) for run in runs]
+        if any(flops):
+            shown = ["–" if value is None else words.quantity(value, "FLOP") for value in flops]
+            rows.append({"name": f"Arithmetic: {STAGES[stage].lower()}", "values": shown})
     peaks = [run.metrics.get("peak_rss_mb") or 0.0 for run in runs]
     rows.append({"name": "Peak memory", "values": [f"{peak:,.0f} MiB" for peak in peaks]})
     return rows

@@ -7,7 +7,7 @@ from markupsafe import Markup
 from fedmitr_flwr.report import charts, words
 from fedmitr_flwr.report.load import FinishedRun
 
-_STAGES = {
+STAGES = {
     "clients": "Clients train",
     "collect": "Uploads checked",
     "invert": "Inversion",
@@ -53,4 +53,4 @@ def _memory(run: FinishedRun, name: str) -> Markup | None:
 
 
 def _bar(stage: str, shown: str, value: float) -> charts.Bar:
-    return charts.Bar(_STAGES.get(stage, stage), shown, float(value))
+    return charts.Bar(STAGES.get(stage, stage), shown, float(value))

@@ -42,7 +42,8 @@ border:2px solid var(--panel)}
 .row small{color:var(--soft);font-weight:400;font-size:.85em;margin-left:4px}
 .track .bar{position:absolute;left:0;top:2px;height:14px;border-radius:0 4px 4px 0;min-width:1px}
 .scale .track{background:none;height:1.2em}
-.scale b{position:absolute;transform:translateX(-50%);font-weight:400;font-size:.75rem;color:var(--soft)}
+.scale b{position:absolute;white-space:nowrap;transform:translateX(-50%);font-weight:400;font-size:.75rem;
+color:var(--soft)}
 .scroll{max-height:480px;overflow:auto}
 .legend{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:.85rem;color:var(--soft);margin:0 0 8px}
 .legend i{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:6px;vertical-align:-1px}
@@ -106,7 +107,7 @@ footer{margin-top:40px;color:var(--soft);font-size:.85rem}
 .stacked .row{display:grid;grid-template-columns:1fr max-content;gap:0 12px;margin:0 0 8px}
 .stacked .row .track{grid-column:1/-1;grid-row:2}
 .stacked .scale>span:not(.track){display:none}
-.stacked .scale .track{margin:0 14px 0 6px}
+.stacked .scale .track{margin:0 18px 0 6px}
 .heat{border-spacing:1px;font-size:.72rem}
 .heat td{min-width:23px;height:24px;padding:1px}
 .heat th{max-width:92px}

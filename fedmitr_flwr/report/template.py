@@ -24,7 +24,7 @@ images. Intervals are 95 % by the number of images measured on; they say nothing
 
 RUN = """
 <h1>{{ run.path.name }}</h1>
-<p class="verdict">{{ verdict }}</p>
+<p class="verdict">{{ verdict|replace(" %", "\u00a0%") }}</p>
 <ul class="facts">{% for name, value in facts %}<li>{{ name }} <b>{{ value }}</b></li>{% endfor %}</ul>
 {% if warnings %}<ul class="warnings">{% for text in warnings %}<li>{{ text }}</li>{% endfor %}</ul>{% endif %}
 
@@ -108,7 +108,7 @@ than the one before needed no more.</p></div></div>{% endif %}
 
 COMPARISON = """
 <h1>{{ columns|length }} runs side by side</h1>
-<p class="verdict">{{ verdict }}</p>
+<p class="verdict">{{ verdict|replace(" %", "\u00a0%") }}</p>
 {% if warnings %}<ul class="warnings">{% for text in warnings %}<li>{{ text }}</li>{% endfor %}</ul>{% endif %}
 <section><h2>Accuracy of the global model</h2><div class="panel">{{ chart }}</div>
 <div class="panel"><div class="wide"><table class="compare">
@@ -123,7 +123,7 @@ COMPARISON = """
 <tr><th>Key</th>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in settings %}<tr><td><code>{{ row.name }}</code></td>{% for value in row['values'] %}<td><code>{{ value }}</code></td>{% endfor %}</tr>
 {% endfor %}</table></div>{% else %}<p>None but the name.</p>{% endif %}</div></section>
-<section><h2>Synthetic images</h2>
+{% if strips %}<section><h2>Synthetic images</h2>
 {% for strip in strips %}<h3>{{ strip.name }}</h3><div class="panel"><div class="strip">{% for uri in strip.uris %}<span class="pic"
-><img src="{{ uri }}" alt="synthetic image"></span>{% endfor %}</div></div>{% endfor %}</section>
+><img src="{{ uri }}" alt="synthetic image"></span>{% endfor %}</div></div>{% endfor %}</section>{% endif %}
 """

@@ -178,6 +178,7 @@ def test_runs_are_compared_side_by_side(run: Path, other: Path, tmp_path: Path) 
     for name in ("first", "second"):
         assert name in page.text
     assert "cannot be told" not in page.text
+    assert "Arithmetic: inversion" in page.text
 
 
 def test_runs_on_other_data_are_not_ranked(run: Path, tmp_path: Path) -> None:
