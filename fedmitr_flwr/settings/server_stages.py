@@ -28,7 +28,7 @@ class EnsembleSettings(Stage):
         le=1.0,
         description="A teacher loses its say when the others agree with it less than this many times as much as with "
         "the typical one, on images that each teacher was inverted into and on classes that both know; 0: nobody is "
-        "judged. 0.5 finds flipped labels and noised weights.",
+        "judged. Where clients share few classes, few can be judged.",
     )
 
 
