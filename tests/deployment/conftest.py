@@ -1,4 +1,4 @@
-"""A real Docker engine, and the image, built once for all tests of this folder.
+"""What is made once for all tests of this folder: image and federation of hosts, on a real engine and a real network.
 
 The engine is the one that ``DOCKER_HOST`` names, else the one at the default socket. ``BASE`` and ``TORCH`` in the
 environment (``make test-deployment BASE=...``) are the build's arguments of these names; without ``TORCH`` the image
@@ -20,6 +20,8 @@ from typing import Any
 import pytest
 
 from fedmitr_flwr.digest import code_digest
+from tests.deployment.federation import CONTROL, Federation
+from tests.deployment.lab import SITES, Lab
 from tests.pages import ROOT
 
 NAME = "fedmitr:test"
@@ -48,7 +50,7 @@ class Engine:
 
     client: str
 
-    def __call__(self, *arguments: str, timeout: float = 300) -> subprocess.CompletedProcess[str]:
+    def __call__(self, *arguments: str, timeout: float = 1200) -> subprocess.CompletedProcess[str]:
         command = [self.client, *arguments]
         return subprocess.run(command, capture_output=True, text=True, timeout=timeout, check=False)
 
@@ -152,6 +154,36 @@ def simulated(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     assert result.returncode == 0, result.stdout + result.stderr
     metrics: dict[str, Any] = json.loads((output / "quick" / "metrics.json").read_text())
     return metrics
+
+
+@pytest.fixture(scope="session")
+def federation(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Federation]:
+    folder = tmp_path_factory.mktemp("lab")
+    with Lab(folder / "hosts") as lab:
+        federation = Federation(lab, folder / "data")
+        federation.documented("operator", "certs")
+        lab.output(
+            "operator", "fedmitr", "split", str(federation.data), str(ROOT / "conf" / "quick.toml"), "--clients", "3"
+        )
+        federation.documented("server", "firewall")
+        federation.configure("operator", CONTROL)
+        federation.start_server()
+        federation.register("north")
+        federation.register("south", north="south")
+        federation.register("east", "add")
+        for site in SITES:
+            federation.start_site(site)
+        federation.wait_online(*SITES)
+        yield federation
+
+
+@pytest.fixture
+def whole(federation: Federation) -> None:
+    """Each test begins with all services up; what an earlier one ended is started again."""
+    for site in SITES:
+        if f"supernode-{site}" not in federation.lab.processes:
+            federation.start_site(site)
+    federation.wait_online(*SITES)
 
 
 def _id(engine: Engine) -> str:

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 
 from tests.deployment.conftest import Engine, Image, run_make
-from tests.deployment.hosts import wait_for
+from tests.deployment.lab import wait_for
 from tests.pages import ROOT, documented
 
 pytestmark = [pytest.mark.deployment, pytest.mark.timeout(3000)]
