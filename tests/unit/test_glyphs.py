@@ -74,3 +74,11 @@ def test_colour_letters_have_ink_and_paper():
 
 def test_digits_preset_needs_no_images_for_its_spec():
     assert load_spec(DataSettings(source="mnist-5k")).image_size == 28
+
+
+def test_patches_with_most_ink_are_found():
+    images = torch.zeros(2, 1, 8, 8)
+    images[0, 0, :4, 4:], images[0, 0, 4:, :4] = 1.0, 0.5
+    images[1, 0, 7, 7], images[1, 0, 0, 0] = 0.2, 0.1
+    assert glyphs.inked_patches(images, (4, 4)).tolist() == [[1, 2], [0, 3]]
+    assert glyphs.inked_patches(images, (8, 8)).tolist() == [[0], [0]]

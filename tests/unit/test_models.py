@@ -352,3 +352,10 @@ def test_the_glyph_initialisation_is_left_to_its_module(monkeypatch: pytest.Monk
     expected = {"head.bias": torch.zeros(3)}
     monkeypatch.setitem(sys.modules, "fedmitr_flwr.glyphs", SimpleNamespace(glyph_state=lambda *_: expected))
     assert initial_state(make_settings("glyphs"), make_spec()) is expected
+
+
+@pytest.mark.parametrize(("width", "fused"), [(64, False), (128, True)])
+def test_narrow_heads_have_their_attention_in_plain_products(width: int, fused: bool) -> None:
+    settings = ModelSettings(name="vit_tiny_patch16_224", options=f"patch_size=4,embed_dim={width},depth=2,num_heads=4")
+    spec = ImageSpec(("a", "b"), 1, 28, (0.5,), (0.5,))
+    assert [block.attn.fused_attn for block in build_model(settings, spec).blocks] == [fused, fused]
