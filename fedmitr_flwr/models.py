@@ -16,6 +16,7 @@ from typing import Any, cast
 
 import timm
 import torch
+from timm.layers.attention import Attention
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -124,7 +125,9 @@ def build_model(settings: ModelSettings, spec: ImageSpec) -> VisionTransformer:
         raise SettingsError(("data.image-size", spec.image_size, allowed))
     check_supported(model)
     for block in model.blocks:
-        block.attn.fused_attn &= block.attn.head_dim > EXPLICIT_ATTENTION_WIDTH
+        attention = cast(Attention, block.attn)
+        if attention.head_dim <= EXPLICIT_ATTENTION_WIDTH:
+            attention.fused_attn = False  # type: ignore[misc]  # final for TorchScript's sake
     return model
 
 
