@@ -27,6 +27,7 @@ from fedmitr_flwr.run_files import FederationValue, federation_toml
 from fedmitr_flwr.rundir import STATUS, fresh_name
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.settings.docs import to_toml
+from fedmitr_flwr.staging import stage_app
 
 Echo = Callable[[str], None]
 _Handler = Callable[[int, FrameType | None], object] | int | None
@@ -136,7 +137,7 @@ def _run(
     run_config, federation_config = flower.home / "run.toml", flower.home / "federation.toml"
     run_config.write_text(to_toml(settings.flat()), "utf-8")
     federation_config.write_text(federation_toml(federation), "utf-8")
-    command = ["run", str(app), "--stream"]
+    command = ["run", str(stage_app(app, flower.home / "app")), "--stream"]
     command += ["--run-config", str(run_config), "--federation-config", str(federation_config)]
     for _ in range(3):
         flower.environment[FEDERATION_VARIABLE] = json.dumps(dict(federation))
