@@ -2,7 +2,8 @@
 
     python -m benchmarks.inversion --quick    # final stage of DeiT-Tiny and DeiT-Base, projected schedules; 2 minutes
     python -m benchmarks.inversion            # every stage, more models and teachers; writes benchmarks/results/
-    python -m benchmarks.inversion --memory "demo K=200"    # one step in this process: its extra peak memory
+    python -m benchmarks.inversion --only demo --threads 0    # the cases with this in their names, on all cores
+    python -m benchmarks.inversion --memory "demo K=200"      # one step in this process: its extra peak memory
 
 Weights and images are random: the time of an iteration doesn't depend on them. Variants take turns in one process, on
 one thread unless `--threads` says otherwise; CPU time counts (wall-clock time with more threads), and each value is a
@@ -15,11 +16,9 @@ Letters: B images, K teachers, L patches kept.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import platform
-import resource
 import statistics
 import subprocess
 import sys
@@ -29,13 +28,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
-import psutil
 import timm
 import torch
 import typer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from benchmarks.peak_memory import PeakMemory
 from benchmarks.reference import PlainInversion
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
@@ -94,11 +93,11 @@ class Bench:
         """Tokens of each stage."""
         return [kept.shape[1] + self.teachers[0].num_prefix_tokens for kept in self.kept]
 
-    def reference(self, stage: int) -> Callable[[], Tensor]:
-        """One fp32 iteration of the plain reference; stage 0 is dense."""
+    def reference(self, stage: int, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
+        """One iteration of the plain reference; stage 0 is dense."""
         settings = InversionSettings(tv_weight=0.05, learning_rate=0.25)
         kept = self.kept[stage] if stage else None
-        plain = PlainInversion(self.teachers, self.weights, self.images, self.labels, kept, self.grid, settings)
+        plain = PlainInversion(self.teachers, self.weights, self.images, self.labels, kept, self.grid, settings, dtype)
         return plain.step
 
     def ours(self, stage: int, precision: str, ensemble: Ensemble) -> Callable[[], Tensor]:
@@ -133,7 +132,13 @@ def schedule(stages: Sequence[float]) -> float:
 
 
 def measure(
-    case: Case, stages: Sequence[int], reference: Sequence[int], precisions: Sequence[str], repeats: int
+    case: Case,
+    stages: Sequence[int],
+    reference: Sequence[int],
+    precisions: Sequence[str],
+    repeats: int,
+    *,
+    reference_bf16: bool = False,
 ) -> dict[str, list[float]]:
     """Seconds of an iteration, by ``VARIANT STAGE``; the plain reference at some of the stages."""
     bench = Bench(case)
@@ -143,6 +148,8 @@ def measure(
         variants = {f"{p} {stage}": bench.ours(stage, p, ensemble) for p, ensemble in ensembles.items()}
         if stage in reference:
             variants[f"reference {stage}"] = bench.reference(stage)
+            if reference_bf16:
+                variants[f"reference-bf16 {stage}"] = bench.reference(stage, torch.bfloat16)
         found |= interleaved(variants, repeats)
     return found
 
@@ -162,39 +169,33 @@ def ratios(tiny: dict[str, list[float]], base: dict[str, list[float]]) -> dict[s
     return {key: round(value, 2) for key, value in found.items()}
 
 
-def flops(case: Case, tokens: int) -> float:
-    """Floating-point operations of one iteration of our engine: forward and pixel gradient, K teachers.
+def extra_peak_mb(case: Case, variant: str, stage: int) -> dict[str, float]:
+    """Extra peak memory of one step in this process, packed weights included, and the size of the teachers.
 
-    Matrix products alone, two for a multiply-add: all blocks but the last for all tokens; of the last block next to
-    nothing is left.
+    Parameters
+    ----------
+    variant
+        ``reference``, ``fp32`` or ``bf16``.
     """
-    model = case.build(1)[0]
-    D, E, depth = model.embed_dim, model.patch_embed.proj.weight[0].numel(), len(model.blocks)
-    hidden = model.blocks[0].mlp.fc1.out_features
-    token = 2 * (4 * D * D + 2 * D * hidden) * (depth - 1) + 2 * D * E
-    attention = 4 * tokens * D * (depth - 1)
-    return case.teachers * case.images * tokens * (2 * token + 3 * attention)
-
-
-def extra_peak_mb(case: Case, precision: str = "fp32") -> dict[str, float]:
-    """Extra peak memory of one dense step in this process, packed weights included, and the size of the teachers."""
     bench = Bench(case)
-    ensemble = Ensemble(bench.teachers, bench.weights)
-    weights = sum(p.numel() * p.element_size() for teacher in ensemble.teachers for p in teacher.parameters())
-    step = bench.ours(0, precision, ensemble)
-    before = psutil.Process().memory_info().rss
+    weights = sum(p.numel() * p.element_size() for teacher in bench.teachers for p in teacher.parameters())
+    if variant == "reference":
+        step = bench.reference(stage)
+    else:
+        step = bench.ours(stage, variant, Ensemble(bench.teachers, bench.weights))
+    peak = PeakMemory()
     step()
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
     return {
         "teachers_mb": round(weights / 2**20, 1),
-        "extra_peak_mb": round((peak - before) / 2**20, 1),
-        "peak_mb": round(peak / 2**20, 1),
+        "extra_peak_mb": round(peak.extra, 1),
+        "peak_mb": round(peak.highest, 1),
     }
 
 
-def memory_of(name: str) -> dict[str, float]:
+def memory_of(name: str, variant: str, stage: int) -> dict[str, float]:
     """`extra_peak_mb` in a process of its own."""
-    run = [sys.executable, "-m", "benchmarks.inversion", "--memory", name]
+    asked = ["--memory", name, "--variant", variant, "--stage", str(stage)]
+    run = [sys.executable, "-m", "benchmarks.inversion", *asked]
     out = subprocess.run(run, capture_output=True, text=True, check=True).stdout
     found: dict[str, float] = json.loads(out.splitlines()[-1])
     return found
@@ -209,6 +210,8 @@ def hardware() -> dict[str, str | int | bool]:
     return {
         "cpu": cpu,
         "cores": os.cpu_count() or 0,
+        "avx512": torch.cpu._is_avx512_supported(),
+        "avx512_bf16": torch.cpu._is_avx512_bf16_supported(),
         "amx": torch.cpu._is_amx_tile_supported(),
         "auto_precision": str(compute_dtype("auto", 192, torch.device("cpu"))).removeprefix("torch."),
         "threads": torch.get_num_threads(),
@@ -216,59 +219,14 @@ def hardware() -> dict[str, str | int | bool]:
     }
 
 
-def full(repeats: int, folder: Path) -> dict[str, float]:
-    """Measure every case at every stage and write ``inversion.json`` and ``inversion.md``."""
-    every, last = range(len(STOPS) + 1), len(STOPS)
-    raw: dict[str, object] = {"hardware": hardware()}
-    summary: dict[str, float] = {}
-    lines = []
-    for case in FULL:
-        # the plain reference keeps the graphs of all teachers: not for many
-        compared = every if case.teachers <= 10 else ()
-        precisions = ("fp32", "bf16") if case.teachers == 1 else ("fp32",)
-        seconds = measure(case, every, compared, precisions, repeats if case.teachers == 1 else 1)
-        middle = {key: statistics.median(values) for key, values in seconds.items()}
-        tokens = Bench(dataclasses.replace(case, teachers=1)).tokens
-        memory = memory_of(case.name)
-        raw[case.name] = {"tokens": tokens, "seconds": seconds, "memory": memory}
-        gflop = [flops(case, n) / 1e9 for n in tokens]
-        for precision in precisions:
-            ours = [middle[f"{precision} {stage}"] for stage in every]
-            cells = [f"{1000 * value:.0f}" for value in ours]
-            rate = case.images / schedule(ours)
-            row = f"| {case.name}, B={case.images} | {precision} | {' / '.join(cells)} | {rate:.4f} | "
-            if compared:
-                ratio = [middle[f"reference {stage}"] / ours[stage] for stage in every]
-                whole = ITERATIONS * middle["reference 0"] / schedule(ours)
-                sparse = schedule([middle[f"reference {stage}"] for stage in every]) / schedule(ours)
-                row += f"{' / '.join(f'{value:.2f}' for value in ratio)} | {sparse:.2f} | {whole:.2f} | "
-                summary[f"{case.name} {precision}"] = round(ratio[last], 2)
-                summary[f"schedule {case.name} {precision} vs dense"] = round(whole, 2)
-            else:
-                row += "| | | "
-            row += f"{gflop[0]:.1f} / {gflop[last]:.1f} | {memory['extra_peak_mb']:.0f} ({memory['teachers_mb']:.0f}) |"
-            lines.append(row)
-            print(row, flush=True)
-    head = (
-        f"# Speed of sparse inversion\n\n`python -m benchmarks.inversion` on {hardware()}.\n\n"
-        "Ratios are reference / ours, medians of interleaved repetitions: at 197, 138, 97, 68, 47 tokens (demo: 50, "
-        "35, 24, 17, 12) against the reference with the same patches; over the schedule of 4000 iterations, projected, "
-        "against the sparse and the dense reference. Reference: fp32, `benchmarks/reference.py`. GFLOP of an iteration "
-        "at the first and last stage. Memory: extra peak of a dense fp32 step, packed weights included (teachers).\n\n"
-        "| case | ours | ms an iteration | images/s | ratio | schedule, sparse | schedule, dense | GFLOP | MiB |\n"
-        "|---|---|---|---|---|---|---|---|---|\n"
-    )
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "inversion.md").write_text(head + "\n".join(lines) + "\n")
-    (folder / "inversion.json").write_text(json.dumps(raw, indent=1) + "\n")
-    return summary
-
-
 def main(
     quick: Annotated[bool, typer.Option("--quick", help="the six ratios alone")] = False,
     threads: Annotated[int, typer.Option(help="threads of PyTorch; 0: all")] = 1,
     repeats: Annotated[int, typer.Option(help="repetitions; a median of them is taken")] = QUICK_REPEATS,
+    only: Annotated[str, typer.Option(help="cases with this in their names; others stay in the results")] = "",
     memory: Annotated[str, typer.Option(help="name of a case: measure its memory alone")] = "",
+    variant: Annotated[str, typer.Option(help="with --memory: reference, fp32 or bf16")] = "fp32",
+    stage: Annotated[int, typer.Option(help="with --memory: how many stops are behind it")] = 0,
     results: Annotated[
         Path, typer.Option(help="folder for inversion.md and inversion.json (not for --quick)")
     ] = RESULTS,
@@ -282,9 +240,11 @@ def main(
         )
         print(json.dumps(ratios(tiny, measure(BASE, (last,), (last,), both, repeats))))
     elif memory:
-        print(json.dumps(extra_peak_mb(next(case for case in FULL if case.name == memory))))
+        print(json.dumps(extra_peak_mb(next(case for case in FULL if case.name == memory), variant, stage)))
     else:
-        print(json.dumps(full(repeats, results)))
+        from benchmarks.inversion_table import full  # which needs this module
+
+        print(json.dumps(full([case for case in FULL if only in case.name], repeats, results)))
 
 
 if __name__ == "__main__":

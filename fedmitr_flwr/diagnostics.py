@@ -14,9 +14,12 @@ from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.inversion import SyntheticImages, patches_left
 from fedmitr_flwr.settings import InversionSettings
+from fedmitr_flwr.stage_costs import stage_costs
 
 LOOKED_AT = 256
 """Images looked at, at most: each costs K forward passes."""
+EXCESS = 1.25
+"""From here on a stage is said to cost too much; a stop of 0.3 that changes nothing costs 1.43 times what it should."""
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,9 @@ class Diagnostics:
         Patches that were in the graph at the end, and that the schedule leaves.
     cost
         Iteration cost at the end over that of dense inversion, by the number of tokens: what the schedule saves.
+    flops_excess, memory_excess
+        Of an image and a teacher taken through the schedule again: what the worst stage computes, and what it asks
+        memory for, over what its patches should cost (`stage_costs.py`). 1: the stopped patches are out of the graph.
     """
 
     black: float
@@ -48,6 +54,8 @@ class Diagnostics:
     kept: int
     expected: int
     cost: float
+    flops_excess: float
+    memory_excess: float
 
     def as_dict(self) -> dict[str, float | int]:
         """The content of ``diagnostics`` in ``metrics.json``."""
@@ -83,6 +91,12 @@ class Diagnostics:
             )
         if self.kept != self.expected:
             found.append(f"{self.kept} patches were in the graph at the end, the schedule leaves {self.expected}")
+        for excess, what in ((self.flops_excess, "computes"), (self.memory_excess, "asks memory for")):
+            if excess > EXCESS:
+                found.append(
+                    f"A stage of inversion {what} {excess:.2f} times what its patches should cost: stopped patches are "
+                    "still in the graph, and stopping them saves less than it should."
+                )
         return found
 
 
@@ -103,6 +117,7 @@ def diagnose(
     right = (logits.argmax(-1) == y).float()  # (K, b)
     weights = ensemble.weights[:, y]
     kept = synthetic.kept.shape[1]
+    costs = stage_costs(ensemble, images[:1], y[:1], grid, settings)
     return Diagnostics(
         black=float((images <= low).float().mean()),
         saturated=float((images >= high).float().mean()),
@@ -112,6 +127,8 @@ def diagnose(
         kept=kept,
         expected=patches_left(P, settings),
         cost=(kept + 1) / (P + 1),
+        flops_excess=max(stage.flops_excess for stage in costs),
+        memory_excess=max(stage.held_excess for stage in costs),
     )
 
 

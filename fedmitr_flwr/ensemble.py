@@ -18,7 +18,7 @@ from torch import Tensor
 
 from fedmitr_flwr.groups import Group, Step, group_teachers
 from fedmitr_flwr.kernels import Arena
-from fedmitr_flwr.packed import WIDE, architecture_of
+from fedmitr_flwr.teachers import MemoryLimits, PagedTeachers
 from fedmitr_flwr.vit import forward_patches
 
 LABEL_ROWS = 1600
@@ -26,32 +26,6 @@ LABEL_ROWS = 1600
 
 One CPU thread, ViT d = 64, 128 images, K = 10: 386 ms in parts of 32 images, 470 ms at once, 444 ms in parts of 16.
 """
-
-
-@dataclass(frozen=True)
-class MemoryLimits:
-    """What the ensemble may hold, in MiB; the defaults are those of the settings.
-
-    Attributes
-    ----------
-    activations
-        Of all teachers together between the forward and the backward pass. With more, each teacher runs forward twice.
-    teachers
-        Weights of all teachers, as they came and packed. With more, they are held once, in bf16, and packed anew for
-        every pass.
-    """
-
-    activations: int = 640
-    teachers: int = 4096
-
-    def shrink(self, teacher: VisionTransformer, count: int) -> bool:
-        """Change one of `count` teachers to bf16 in place if they are too large in fp32; whether it is bf16 now."""
-        weights = [parameter for parameter in teacher.parameters() if parameter.dtype == torch.float32]
-        copies = 3 if teacher.embed_dim >= WIDE else 2  # as it came, packed, and transposed
-        large = 4 * copies * sum(parameter.numel() for parameter in weights) * count > self.teachers << 20
-        if large and architecture_of(teacher) is not None:
-            teacher.to(torch.bfloat16)
-        return bool(teacher.patch_embed.proj.weight.dtype == torch.bfloat16)
 
 
 @dataclass(frozen=True)
@@ -105,12 +79,12 @@ class Ensemble:
     all classes the sum is one and nothing changes.
 
     Teachers are read once, at the first use without autograd; weights that change later are not seen.
-    Teachers above the memory limit are changed to bf16 in place.
+    Teachers above the memory limit are changed to bf16 in place, and paged ones stay on disk.
 
     Parameters
     ----------
     teachers
-        K timm ViTs that `vit.check_supported` accepts; they are put into eval mode and frozen.
+        K timm ViTs that `vit.check_supported` accepts, which are put into eval mode and frozen; or `PagedTeachers`.
     weights
         ``(K, C)`` non-negative, each column sums to one.
     limits
@@ -122,12 +96,16 @@ class Ensemble:
     ) -> None:
         if weights.ndim != 2 or len(weights) != len(teachers) or len(teachers) == 0:
             raise ValueError(f"weights of shape {tuple(weights.shape)} do not fit {len(teachers)} teachers")
-        self.teachers = [teacher.eval().requires_grad_(False) for teacher in teachers]
+        self.limits = limits or MemoryLimits()
+        if isinstance(teachers, PagedTeachers):
+            self.teachers: Sequence[VisionTransformer] = teachers
+            self._hold = False
+        else:
+            self.teachers = [teacher.eval().requires_grad_(False) for teacher in teachers]
+            self._hold = sum(self.limits.shrink(teacher, len(teachers)) for teacher in self.teachers) == 0
         self.weights = weights
         unknown = (weights == 0) & (weights > 0).any(1, keepdim=True)
         self._bias = torch.where(unknown, torch.full_like(weights, -1e9), torch.zeros_like(weights))  # (K, C)
-        self.limits = limits or MemoryLimits()
-        self._hold = sum(self.limits.shrink(teacher, len(teachers)) for teacher in self.teachers) == 0
         self._groups: dict[torch.dtype, list[Group]] = {}
         self._scratch = Arena()
         self._kept: list[Arena] = []
@@ -153,8 +131,15 @@ class Ensemble:
         labels
             ``(B,)`` int64 classes that the images are meant to show. A teacher's share in the attention is its weight
             for that class; without labels, its weights averaged over what the ensemble itself sees.
+
+        Raises
+        ------
+        ValueError
+            If paged teachers are asked for a graph, which would hold all of them; `loss_gradient` needs none.
         """
         if patches.requires_grad and torch.is_grad_enabled():
+            if isinstance(self.teachers, PagedTeachers):
+                raise ValueError("teachers that are read from disk keep no graph: use Ensemble.loss_gradient")
             outputs = [forward_patches(_fp32(teacher), patches, index, attention=True) for teacher in self.teachers]
             logits = torch.stack([out.logits.float() for out in outputs])
             seen = torch.stack([out.attention.detach() for out in outputs if out.attention is not None])
@@ -252,6 +237,8 @@ class Ensemble:
         weights = self.weights[members.to(labels.device)] / likely.to(self.weights)[:, None].clamp_min(1e-6)
         total = weights.sum(0)
         weights = torch.where(total > 0, weights / total.clamp_min(1e-30), torch.full_like(weights, 1 / count))
+        if isinstance(self.teachers, PagedTeachers):
+            return Ensemble(self.teachers.take(members.tolist(), self.limits), weights, self.limits)
         return Ensemble([self.teachers[k] for k in members.tolist()], weights, self.limits)
 
     def release(self) -> None:

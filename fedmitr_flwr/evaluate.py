@@ -99,7 +99,7 @@ def evaluate(
         models[name].to(device).eval()
     grid = PatchGrid.of(models["global"], spec)
     C = spec.num_classes
-    local = [MulticlassAccuracy(C, average="micro").to(device) for _ in result.ensemble.teachers]
+    local = [MulticlassAccuracy(C, average="micro").to(device) for _ in range(len(result.ensemble.teachers))]
     confusion = {name: MulticlassConfusionMatrix(C).to(device) for name in ("fedavg", "ensemble", "global")}
     for x, y in batches(images, spec, batch_size, device):
         patches = grid.to_patches(x)

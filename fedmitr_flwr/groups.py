@@ -16,6 +16,7 @@ from torch import Tensor
 from fedmitr_flwr.engine import Pass, activation_bytes, backward, forward
 from fedmitr_flwr.kernels import Arena
 from fedmitr_flwr.packed import Architecture, Pack, architecture_of, pack
+from fedmitr_flwr.teachers import PagedTeachers
 from fedmitr_flwr.vit import forward_patches
 
 STEP_ROWS = 1600
@@ -23,6 +24,12 @@ STEP_ROWS = 1600
 
 Measured on one CPU thread (fp32, ViT d = 64, depth 4, K = 10): batching gains 8 % at 40 x 12 tokens and 30 % at 4 x 50;
 at 40 x 50 tokens nothing, and batching all ten loses 15 %, because activations leave the cache.
+"""
+STEP_BYTES = 16 << 20
+"""Weights, of all teachers of a step together, as fp32, up to which teachers run as one batched product.
+
+Where weights are packed anew for every pass, those of a step are in memory some four times over; the matrices of larger
+models leave the cache between two images anyway.
 """
 
 
@@ -60,26 +67,41 @@ def group_teachers(teachers: Sequence[VisionTransformer], dtype: torch.dtype, ho
 
     Without `hold` a pack is made anew for every pass and forgotten, so that the teachers are in memory once.
     """
+    if isinstance(teachers, PagedTeachers):
+        if architecture_of(teachers.blank) is None:
+            return [_ModuleGroup(k, teachers) for k in range(len(teachers))]
+        return [_PackedGroup(list(range(len(teachers))), teachers, teachers.blank, dtype, hold=False)]
     alike: dict[Architecture, list[int]] = {}
     groups: list[Group] = []
     for k, teacher in enumerate(teachers):
         architecture = architecture_of(teacher)
         if architecture is None:
-            groups.append(_ModuleGroup(k, teacher))
+            groups.append(_ModuleGroup(k, teachers))
         else:
             alike.setdefault(architecture, []).append(k)
-    packed = [_PackedGroup(members, [teachers[k] for k in members], dtype, hold) for members in alike.values()]
+    packed = []
+    for members in alike.values():
+        models = [teachers[k] for k in members]
+        packed.append(_PackedGroup(members, models, models[0], dtype, hold))
     return [*groups, *packed]
 
 
 class _PackedGroup:
-    def __init__(self, members: list[int], models: list[VisionTransformer], dtype: torch.dtype, hold: bool) -> None:
-        self._members, self._models, self._dtype = members, models, dtype
+    def __init__(
+        self,
+        members: list[int],
+        models: Sequence[VisionTransformer],
+        like: VisionTransformer,
+        dtype: torch.dtype,
+        hold: bool,
+    ) -> None:
+        self._members, self._models, self._like, self._dtype = members, models, like, dtype
+        self._weight_bytes = 4 * sum(parameter.numel() for parameter in like.parameters())
         self._held = pack(models, dtype) if hold else None
 
     def steps(self, patches: Tensor, index: Tensor | None) -> list[Step]:
-        B, N = patches.shape[0], patches.shape[1] + self._models[0].num_prefix_tokens
-        size = max(1, STEP_ROWS // (B * N))
+        B, N = patches.shape[0], patches.shape[1] + self._like.num_prefix_tokens
+        size = max(1, min(STEP_ROWS // (B * N), STEP_BYTES // self._weight_bytes))
         return [
             _PackedStep(self, slice(start, start + size), patches, index)
             for start in range(0, len(self._members), size)
@@ -94,7 +116,7 @@ class _PackedGroup:
         return pack(self._models[part], self._dtype)
 
     def bytes(self, part: slice, B: int, L: int) -> int:
-        return activation_bytes(self._models[0], len(self._members[part]), B, L, self._dtype)
+        return activation_bytes(self._like, len(self._members[part]), B, L, self._dtype)
 
 
 class _PackedStep:
@@ -122,26 +144,28 @@ class _PackedStep:
 @dataclass(frozen=True)
 class _ModuleGroup:
     member: int
-    teacher: VisionTransformer
+    teachers: Sequence[VisionTransformer]
 
     def steps(self, patches: Tensor, index: Tensor | None) -> list[Step]:
-        return [_ModuleStep(self.member, self.teacher, patches, index)]
+        return [_ModuleStep(self.member, self.teachers, patches, index)]
 
 
 class _ModuleStep:
-    def __init__(self, member: int, teacher: VisionTransformer, patches: Tensor, index: Tensor | None) -> None:
+    def __init__(
+        self, member: int, teachers: Sequence[VisionTransformer], patches: Tensor, index: Tensor | None
+    ) -> None:
         self.members = [member]
-        self._teacher, self._patches, self._index = teacher, patches, index
+        self._teachers, self._patches, self._index = teachers, patches, index
 
     def forward(self, scratch: Arena, keep: Arena | None) -> tuple[Tensor, Tensor]:
-        out = forward_patches(self._teacher, self._patches, self._index, attention=True)
+        out = forward_patches(self._teachers[self.members[0]], self._patches, self._index, attention=True)
         assert out.attention is not None
         return out.logits.float()[None], out.attention[None]
 
     def backward(self, scratch: Arena, upstream: Tensor) -> Tensor:
         with torch.enable_grad():
             patches = self._patches.detach().requires_grad_(True)
-            logits = forward_patches(self._teacher, patches, self._index).logits.float()
+            logits = forward_patches(self._teachers[self.members[0]], patches, self._index).logits.float()
             return torch.autograd.grad(logits, patches, upstream[0])[0]
 
     def bytes(self) -> int:

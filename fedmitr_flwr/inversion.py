@@ -142,7 +142,7 @@ class InversionBatch:
     Raises
     ------
     ValueError
-        If `kept` names no patch.
+        If `kept` names no patch, or one outside the grid.
     """
 
     def __init__(
@@ -156,6 +156,10 @@ class InversionBatch:
     ) -> None:
         if kept is not None and kept.shape[1] == 0:
             raise ValueError("kept names no patch: an image needs at least one to be inverted")
+        if kept is not None and not 0 <= int(kept.min()) <= int(kept.max()) < grid.num_patches:
+            raise ValueError(
+                f"kept names patches {int(kept.min())} to {int(kept.max())}, the grid has 0 to {grid.num_patches - 1}"
+            )
         self._ensemble, self._labels, self._grid, self._settings = ensemble, labels, grid, settings
         device = labels.device
         self._dtype = compute_dtype(settings.precision, ensemble.teachers[0].embed_dim, device)
@@ -242,7 +246,14 @@ def most_attended(attention: Tensor, fraction: float) -> Tensor:
     -------
     Tensor
         ``(B, L')`` int64 places into L, sorted; of equal attention the earlier place stays.
+
+    Raises
+    ------
+    ValueError
+        If `fraction` is below 0, or 1 and above, which no patch would survive.
     """
+    if not 0.0 <= fraction < 1.0:
+        raise ValueError(f"{fraction:g} of the patches can't stop: a fraction lies between 0 and 1, 1 excluded")
     stay = _stay(attention.shape[1], fraction)
     order = attention.sort(dim=1, descending=True, stable=True).indices
     return order[:, :stay].sort(dim=1).values

@@ -50,9 +50,9 @@ def add_linear(x: Tensor, a: Tensor, weight: Tensor, bias: Tensor, out: Tensor, 
     torch.add(x, bias, out=out)
     if a.dtype == torch.float32:
         if len(a) == 1:
-            out[0].addmm_(a[0], weight[0])
+            torch.addmm(out[0], a[0], weight[0], out=out[0])
         else:
-            out.baddbmm_(a, weight)
+            torch.baddbmm(out, a, weight, out=out)
         return out
     return out.add_(linear(a, weight, None, scratch.take("residual", tuple(out.shape), out, a.dtype)))
 

@@ -214,21 +214,34 @@ def _scaled(state: dict[str, Tensor], linear: str, scale: str) -> tuple[Tensor, 
 
 
 def _block(states: list[dict[str, Tensor]], name: str, heads: int, dtype: torch.dtype) -> PackedBlock:
+    def qkv(state: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+        weight, bias = _fold(state, name + "norm1", name + "attn.qkv")
+        width = len(weight) // 3
+        scale = torch.ones(3 * width, 1, device=weight.device)
+        scale[:width] = (width // heads) ** -0.5
+        return weight * scale, bias * scale[:, 0]
+
     parts: list[Tensor] = []
-    qkv = [_fold(state, name + "norm1", name + "attn.qkv") for state in states]
-    width = qkv[0][0].shape[0] // 3
-    scale = torch.ones(3 * width, 1, device=qkv[0][0].device)
-    scale[:width] = (width // heads) ** -0.5
-    pairs = [
-        [(weight * scale, bias * scale[:, 0]) for weight, bias in qkv],
-        [_scaled(state, name + "attn.proj", name + "ls1.gamma") for state in states],
-        [_fold(state, name + "norm2", name + "mlp.fc1") for state in states],
-        [_scaled(state, name + "mlp.fc2", name + "ls2.gamma") for state in states],
-    ]
-    for pair in pairs:
-        matrix = spread(torch.stack([w for w, _ in pair]).to(dtype))
-        parts += [matrix, transposed(matrix), torch.stack([b for _, b in pair])[:, None]]
+    for each in (
+        qkv,
+        lambda state: _scaled(state, name + "attn.proj", name + "ls1.gamma"),
+        lambda state: _fold(state, name + "norm2", name + "mlp.fc1"),
+        lambda state: _scaled(state, name + "mlp.fc2", name + "ls2.gamma"),
+    ):
+        matrix, bias = _stacked(states, each, dtype)
+        parts += [matrix, transposed(matrix), bias]
     return PackedBlock(*parts)
+
+
+def _stacked(
+    states: list[dict[str, Tensor]], each: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]], dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Weights and biases of one linear map of all teachers, of whom one at a time is folded: they may be hundreds."""
+    weight, bias = each(states[0])
+    weights, biases = weight.new_empty(len(states), *weight.shape, dtype=dtype), bias.new_empty(len(states), len(bias))
+    for k, state in enumerate(states):
+        weights[k], biases[k] = each(state)
+    return spread(weights), biases[:, None]
 
 
 def _head(states: list[dict[str, Tensor]], distilled: bool) -> tuple[Tensor, Tensor]:

@@ -5,14 +5,12 @@ Letters: B images, K teachers, C classes, D embedding.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from fedmitr_flwr.averaging import fedavg, merged
@@ -21,7 +19,7 @@ from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.density import PatchSplit, split_patches
 from fedmitr_flwr.diagnostics import Diagnostics, diagnose
 from fedmitr_flwr.distill import distill, make_pool
-from fedmitr_flwr.ensemble import Ensemble, MemoryLimits
+from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.inversion import SyntheticImages, invert
 from fedmitr_flwr.models import build_model
@@ -30,6 +28,7 @@ from fedmitr_flwr.outliers import without_outliers
 from fedmitr_flwr.progress import FINISHED_SHOWN, DistillProgress, InversionProgress
 from fedmitr_flwr.relabel import LowTargets, relabel
 from fedmitr_flwr.settings import InversionSettings, Settings
+from fedmitr_flwr.teachers import MemoryLimits, PagedTeachers, load_teachers
 from fedmitr_flwr.weighting import class_weights, evidence
 
 
@@ -200,12 +199,9 @@ def make_ensemble(
     """
     limits = MemoryLimits(settings.inversion.activation_memory_mb, settings.inversion.teacher_memory_mb)
     blank = build_model(settings.model, spec)
-    teachers: list[VisionTransformer] = []
-    for client in clients:
-        teacher = copy.deepcopy(blank)
-        teacher.load_state_dict(client.state)
-        limits.shrink(teacher, len(clients))
-        teachers.append(teacher.to(device))
+    teachers = load_teachers(blank, [client.state for client in clients], limits, device)
+    if isinstance(teachers, PagedTeachers) and observer is not None:
+        observer.event("ensemble", teachers="read from disk for every pass: above inversion.teacher-memory-mb")
     num_examples = torch.tensor([client.num_examples for client in clients], dtype=torch.float64)
     shared = [client.histogram for client in clients if client.histogram is not None]
     histograms = torch.tensor(shared, dtype=torch.float64) if len(shared) == len(clients) else None

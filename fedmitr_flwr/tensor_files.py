@@ -65,6 +65,12 @@ class StoredState(Mapping[str, Tensor]):
             value: Tensor = file.get_tensor(name)
         return value.float() if value.is_floating_point() else value
 
+    def read(self) -> dict[str, Tensor]:
+        """All tensors, with the file opened once; fp32 ones may lie in the file's pages: don't write to them."""
+        with safe_open(self._path, "pt") as file:
+            state = {name: file.get_tensor(name) for name in self._names}
+        return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
+
     def __iter__(self) -> Iterator[str]:
         return iter(self._names)
 

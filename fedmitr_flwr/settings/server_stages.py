@@ -79,7 +79,8 @@ class InversionSettings(Stage):
     teacher_memory_mb: int = Field(
         4096,
         ge=0,
-        description="Weights of all teachers, in MiB, as they came and packed. With more, they are held once, in bf16.",
+        description="Weights of all teachers, in MiB, as they came and packed. With more, they are held once, in bf16; "
+        "if that is too much as well, they are read from the uploads on disk for every pass.",
     )
 
     @model_validator(mode="after")

@@ -2,9 +2,12 @@ import pytest
 import torch
 
 from fedmitr_flwr.diagnostics import diagnose, diversity
+from fedmitr_flwr.ensemble import Ensemble
+from fedmitr_flwr.flops import pass_flops
 from fedmitr_flwr.inversion import SyntheticImages, invert
 from fedmitr_flwr.settings import InversionSettings
-from tests.unit.tiny import tiny_ensemble, tiny_grid
+from fedmitr_flwr.stage_costs import stage_costs
+from tests.unit.tiny import CLASSES, tiny_ensemble, tiny_grid, tiny_vit
 
 SETTINGS = InversionSettings(iterations=60, stops="10,20", fractions="0.3,0.3")
 LABELS = torch.tensor([0, 1, 2, 3, 4] * 2)
@@ -28,6 +31,7 @@ def test_black_and_saturated_pixels_are_counted_and_named():
     black = look(torch.full((10, 1, 16, 16), -1.0))
     assert any("black" in line for line in black.warnings())
     assert any("nearly the same" in line for line in black.warnings())
+    assert any("saturated" in line for line in look(torch.full((10, 1, 16, 16), 2.0)).warnings())
     assert look().black == look().saturated == 0
 
 
@@ -45,6 +49,42 @@ def test_patches_left_in_the_graph_against_the_schedule_are_named():
     assert any(
         "16 patches were in the graph at the end, the schedule leaves 7" in line for line in look(kept=16).warnings()
     )
+
+
+def test_each_stage_computes_exactly_what_its_patches_cost():
+    costs = stage_costs(tiny_ensemble(), torch.zeros(1, 1, 16, 16), LABELS[:1], tiny_grid(), SETTINGS)
+    assert [stage.patches for stage in costs] == [stage.expected for stage in costs] == [16, 11, 7]
+    assert [stage.flops for stage in costs] == [pass_flops(tiny_vit(), tiny_grid(), L) for L in (16, 11, 7)]
+    assert [stage.flops_excess for stage in costs] == pytest.approx([1, 1, 1])
+    assert [stage.held_excess for stage in costs] == pytest.approx([1, 1, 1], abs=0.1)
+
+
+def test_stopped_patches_that_are_still_computed_are_named(monkeypatch):
+    monkeypatch.setattr("fedmitr_flwr.inversion.most_attended", lambda seen, _: torch.arange(seen.shape[1])[None])
+    found = look()
+    assert found.flops_excess > 1.5
+    assert any("computes" in line and "still in the graph" in line for line in found.warnings())
+
+
+def test_memory_of_stopped_patches_that_is_still_held_is_named(monkeypatch):
+    monkeypatch.setattr(Ensemble, "release", lambda self: None)
+    found = look()
+    assert found.flops_excess == pytest.approx(1)
+    assert any("asks memory for" in line for line in found.warnings())
+
+
+def test_teachers_that_agree_with_nobody_are_named():
+    """One teacher in five classes is always right about the class it says whatever it sees."""
+    teachers = [tiny_vit(k) for k in range(CLASSES)]
+    with torch.no_grad():
+        for k, teacher in enumerate(teachers):
+            teacher.head.weight.zero_()
+            teacher.head.bias.copy_(torch.nn.functional.one_hot(torch.tensor(k), CLASSES) * 9.0)
+    same = Ensemble(teachers, torch.full((CLASSES, CLASSES), 1 / CLASSES))
+    found = diagnose(same, synthetic(), tiny_grid(), SETTINGS)
+    assert found.teachers_agree == pytest.approx(1 / CLASSES)
+    assert any("client models disagree" in line for line in found.warnings())
+    assert any("ensemble takes only" in line for line in found.warnings())
 
 
 def test_diversity_is_zero_for_copies_and_one_for_unrelated_images():

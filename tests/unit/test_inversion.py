@@ -231,6 +231,33 @@ def test_a_mask_without_a_patch_is_refused():
         )
 
 
+@pytest.mark.parametrize("place", [-1, 16])
+def test_a_mask_outside_the_grid_is_refused(place):
+    kept = torch.tensor([0, place]).repeat(6, 1)
+    with pytest.raises(ValueError, match="the grid has 0 to 15"):
+        InversionBatch(tiny_ensemble(), LABELS, torch.zeros(6, 1, 16, 16), kept, tiny_grid(), InversionSettings())
+
+
+@pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5])
+def test_a_stop_that_no_patch_survives_is_refused(fraction):
+    with pytest.raises(ValueError, match="can't stop"):
+        most_attended(torch.zeros(1, 4), fraction)
+
+
+def test_pixels_that_are_not_finite_are_found_though_every_loss_was():
+    class Breaks(type(tiny_ensemble())):
+        def loss_gradient(self, *args):
+            out = super().loss_gradient(*args)
+            out.gradient[0, 0, 0] = float("nan")
+            return out
+
+    breaks = Breaks(tiny_ensemble().teachers, tiny_ensemble().weights)
+    settings = InversionSettings(iterations=1, stops="", fractions="")
+    with pytest.raises(InversionDivergedError, match="iteration 0") as caught:
+        invert(breaks, LABELS, tiny_grid(), settings, generator=torch.Generator().manual_seed(0))
+    assert torch.isfinite(caught.value.last_good.images).all()
+
+
 def test_scatter_changes_only_the_kept_patches():
     canvas, kept = torch.zeros(1, 4, 2), torch.tensor([[1, 3]])
     out = scatter(canvas, kept, torch.ones(1, 2, 2))

@@ -1,0 +1,90 @@
+"""What inverting each batch from a few teachers (`inversion.teachers-per-batch`) does to the final model.
+
+    python -m benchmarks.teacher_subsets --clients 10,50 --counts 0,2,5,10 --seeds 1,2,3
+
+Runs of one number of clients and one seed start from the same uploads, and differ in the setting alone; 0 is all
+teachers. One JSON line a run goes to --results; what stands there already isn't run again. The table has the
+mean accuracy of the global model in percent, the mean difference from all teachers in points with its spread
+over the seeds, and the seconds of inversion.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import statistics
+import tomllib
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+
+from benchmarks.recipes import run_one
+from fedmitr_flwr.settings import Settings
+
+HEAD = (
+    "| K | teachers a batch | global, % | against all, points (smallest, largest) | inversion, s | seeds |\n"
+    "|---|---|---|---|---|---|\n"
+)
+
+
+def main(
+    clients: Annotated[str, typer.Option(help="numbers of clients K")] = "10,50",
+    counts: Annotated[str, typer.Option(help="teachers a batch; 0, all of them, is always run")] = "2,5,10",
+    seeds: Annotated[str, typer.Option(help="partition seeds")] = "1,2,3",
+    conf: Annotated[Path | None, typer.Option(help="run-config TOML to start from; without it the demo's")] = None,
+    split: Annotated[str, typer.Option(help="validation or test")] = "validation",
+    cache: Annotated[Path, typer.Option(help="folder for trained uploads")] = Path("outputs/uploads-cache"),
+    results: Annotated[Path, typer.Option(help="JSON lines file to append to")] = Path(
+        "benchmarks/results/teacher_subsets.jsonl"
+    ),
+) -> None:
+    """Run what is missing and print the table of everything."""
+    base = {} if conf is None else tomllib.loads(conf.read_text())
+    flat = {f"{stage}.{name}": value for stage, part in base.items() for name, value in part.items()}
+    about = {"conf": "demo" if conf is None else conf.stem, "split": split}
+    hardware = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
+    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+    for K in numbers(clients):
+        for seed in numbers(seeds):
+            for count in sorted({0, *(count for count in numbers(counts) if count < K)}):
+                key = {**about, "clients": K, "seed": seed, "count": count}
+                if any(key.items() <= row.items() for row in rows):
+                    continue
+                changes = {"partition.seed": seed, "inversion.teachers-per-batch": count}
+                rows.append({**key, **run_one(Settings.from_run_config({**flat, **changes}), K, split, cache)})
+                with results.open("a") as file:
+                    file.write(json.dumps({**rows[-1], "hardware": hardware}) + "\n")
+    print(table([row for row in rows if about.items() <= row.items()]))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Markdown; differences are taken between runs of the same seed."""
+    found = {(row["clients"], row["count"], row["seed"]): row for row in rows}
+    lines = []
+    for K, count in sorted({(K, count) for K, count, _ in found}):
+        same = [row for (k, c, _), row in sorted(found.items()) if (k, c) == (K, count)]
+        points = [
+            100 * (row["global"] - found[K, 0, row["seed"]]["global"]) for row in same if (K, 0, row["seed"]) in found
+        ]
+        against = f"{statistics.mean(points):+.1f} ({min(points):+.1f}, {max(points):+.1f})" if points else ""
+        cells = [
+            str(K),
+            "all" if count == 0 else str(count),
+            f"{100 * statistics.mean(row['global'] for row in same):.1f}",
+            "" if count == 0 else against,
+            f"{statistics.mean(row['seconds_invert'] for row in same):.0f}",
+            str(len(same)),
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return HEAD + "\n".join(lines)
+
+
+def numbers(text: str) -> list[int]:
+    """Integers with commas between them."""
+    return [int(part) for part in text.split(",") if part.strip()]
+
+
+if __name__ == "__main__":
+    typer.run(main)
