@@ -32,7 +32,6 @@ from benchmarks.recipes import parse_value
 from fedmitr_flwr.baselines import METHODS
 from fedmitr_flwr.digest import code_digest, short
 from fedmitr_flwr.evaluate import evaluate
-from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.pipeline import PipelineResult, make_ensemble
 from fedmitr_flwr.settings import EnsembleSettings, Method, RunConfigValue, Settings
 
@@ -128,9 +127,8 @@ def run_method(federation: Federation, settings: Settings, distill_seed: int) ->
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wall, cpu = time.perf_counter(), time.process_time()
     result = METHODS[settings.run.method](
-        settings, federation.spec, federation.clients, federation.initial,
-        seed=settings.run.seed + 1000 * distill_seed, device=device, observer=Observer(),
-    )  # fmt: skip
+        federation.inputs(settings, seed=settings.run.seed + 1000 * distill_seed, device=device)
+    )
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     found = evaluate(result, federation.source.test, federation.spec, settings.model, device)
     return {
@@ -148,7 +146,7 @@ def ensemble_accuracies(federation: Federation, settings: Settings) -> dict[str,
     out = {}
     for weighting in get_args(EnsembleSettings.model_fields["weighting"].annotation):
         changed = settings.replace(**{"ensemble.weighting": weighting, "train.share-label-histogram": True})
-        ensemble, _ = make_ensemble(changed, federation.spec, federation.clients, federation.initial, device)
+        ensemble, _ = make_ensemble(federation.inputs(changed))
         state = dict(federation.initial)
         result = PipelineResult(state, state, ensemble, None, None, None, {})
         found = evaluate(result, federation.source.test, federation.spec, settings.model, device)

@@ -1,8 +1,8 @@
 """Other ways from the same uploads to one global model, chosen by `run.method`.
 
-Each is one file with a function of `run_pipeline`'s signature, and takes the same settings: whatever a baseline shares
-with FedMITR (weighting, start, augmentation, random images, steps) is set by the same keys, so that a comparison can be
-made with the same extras.
+Each is one file with a function of `PipelineInputs`, as `run_pipeline` is, and takes the same settings: whatever a
+baseline shares with FedMITR (weighting, start, augmentation, random images, steps) is set by the same keys, so that a
+comparison can be made with the same extras.
 """
 
 from __future__ import annotations

@@ -1,12 +1,13 @@
 import pytest
 import torch
 
+from fedmitr_flwr import pipeline
 from fedmitr_flwr.averaging import fedavg, merged
-from fedmitr_flwr.baselines import METHODS, random_images
+from fedmitr_flwr.baselines import METHODS
 from fedmitr_flwr.evaluate import evaluate
 from fedmitr_flwr.models import build_model, initial_state
 from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.pipeline import make_ensemble
+from fedmitr_flwr.pipeline import PipelineInputs, make_ensemble
 from tests.unit.test_pipeline import CPU, SETTINGS, SOURCE, clients  # noqa: F401 - a fixture
 
 INITIAL = initial_state(SETTINGS, SOURCE.spec)
@@ -14,8 +15,8 @@ INITIAL = initial_state(SETTINGS, SOURCE.spec)
 
 def run(method, uploads, seed=5, observer=None, **changes):
     settings = SETTINGS.replace(**{"run.method": method, **changes})
-    observer = observer or Observer()
-    return METHODS[method](settings, SOURCE.spec, uploads, INITIAL, seed=seed, device=CPU, observer=observer)
+    inputs = PipelineInputs(settings, SOURCE.spec, uploads, INITIAL, seed, observer=observer or Observer())
+    return METHODS[method](inputs)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -38,7 +39,7 @@ def test_averages_are_those_of_the_library(clients):  # noqa: F811
     counts = torch.tensor([client.num_examples for client in clients])
     average = run("fedavg", clients)
     assert all(torch.equal(average.state[name], value) for name, value in fedavg(states, counts).items())
-    ensemble, _ = make_ensemble(SETTINGS, SOURCE.spec, clients, INITIAL, CPU)
+    ensemble, _ = make_ensemble(PipelineInputs(SETTINGS, SOURCE.spec, clients, INITIAL))
     expected = merged(INITIAL, states, ensemble.weights, SETTINGS.distill.merge_scale)
     heads = run("head-aggregation", clients)
     assert all(torch.equal(heads.state[name], value) for name, value in expected.items())
@@ -79,13 +80,13 @@ def test_hard_labels_are_the_most_probable_class(clients, monkeypatch):  # noqa:
 
 
 def test_random_images_inverts_nothing_and_distils_as_many_images(clients, monkeypatch):  # noqa: F811
-    seen, true = {}, random_images.distill
+    seen, true = {}, pipeline.distill
 
     def keep(student, pool, settings, **kwargs):
         seen.update(pool=pool, settings=settings)
         true(student, pool, settings, **kwargs)
 
-    monkeypatch.setattr(random_images, "distill", keep)
+    monkeypatch.setattr(pipeline, "distill", keep)
     observer = Observer()
     result = run("random-images", clients, observer=observer)
     assert result.synthetic is None
