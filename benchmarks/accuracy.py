@@ -29,7 +29,7 @@ from rich.table import Table
 
 from benchmarks.federation import Federation, train_federation
 from benchmarks.recipes import parse_value
-from fedmitr_flwr.baselines import METHODS
+from fedmitr_flwr.baselines import GENERATED, METHODS
 from fedmitr_flwr.digest import code_digest, short
 from fedmitr_flwr.evaluate import evaluate
 from fedmitr_flwr.pipeline import PipelineResult, make_ensemble
@@ -48,7 +48,9 @@ def main(
         str, typer.Option(help="partition seeds; 42 and 43 were seen while settings were chosen")
     ] = "44,45,46",
     distill_seeds: Annotated[int, typer.Option(help="seeds of the server's stages for each partition")] = 2,
-    methods: Annotated[str, typer.Option(help="of run.method")] = ",".join(get_args(Method)),
+    methods: Annotated[str, typer.Option(help="of run.method; generators take hours on a CPU, name them")] = ",".join(
+        method for method in get_args(Method) if method not in GENERATED
+    ),
     clients: Annotated[int, typer.Option(help="number of clients K")] = 10,
     change: Annotated[list[str] | None, typer.Option(help="key=value for all methods, for ablations")] = None,
     quick: Annotated[bool, typer.Option(help="one partition seed, one distillation seed, Dirichlet(0.1)")] = False,

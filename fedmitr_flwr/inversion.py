@@ -14,8 +14,8 @@ Letters: B images, C classes, P patches of the full grid, L patches kept, E = ch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
@@ -52,6 +52,11 @@ class SyntheticImages:
     labels: Tensor
     kept: Tensor
     loss: Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence[SyntheticImages]) -> SyntheticImages:
+        """One after the other; all must have kept as many patches."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 class InversionDivergedError(RuntimeError):

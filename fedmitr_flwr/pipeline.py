@@ -6,7 +6,7 @@ Letters: B images, K teachers, C classes, D embedding.
 from __future__ import annotations
 
 import copy
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
@@ -218,12 +218,7 @@ def invert_all(ensemble: Ensemble, classes: Tensor, grid: PatchGrid, inputs: Pip
         parts.append(make() if checkpoints is None else checkpoints.batch(number, make, inputs.device))
         done = min((number + 1) * settings.batch_size, settings.images)
         observer.event("invert", images=f"{done}/{settings.images}", loss=float(parts[-1].loss.mean()))
-    synthetic = SyntheticImages(
-        torch.cat([part.images for part in parts]),
-        labels,
-        torch.cat([part.kept for part in parts]),
-        torch.cat([part.loss for part in parts]),
-    )
+    synthetic = SyntheticImages.join(parts)
     shown = labels.argsort(stable=True)[:FINISHED_SHOWN]
     observer.snapshot("finished", images=synthetic.images[shown], labels=labels[shown])
     return synthetic
@@ -268,12 +263,16 @@ def distilled(
     pool: Pool,
     settings: DistillSettings,
     generator: torch.Generator,
+    grow: Callable[[int], Pool | None] | None = None,
 ) -> dict[str, Tensor]:
-    """Stage 4, watched and kept from time to time; returns the student's state dict on the CPU."""
+    """Stage 4, watched and kept from time to time; returns the student's state dict on the CPU.
+
+    With `grow` (see `distill.distill`) nothing is kept: a run that is cut off distils anew.
+    """
     student.to(inputs.device)
     report = DistillProgress(inputs.observer, settings.steps, student, pool)
-    progress = inputs.checkpoints.progress() if inputs.checkpoints is not None else None
-    distill(student, pool, settings, generator=generator, on_step=report, progress=progress)
+    progress = inputs.checkpoints.progress() if inputs.checkpoints is not None and grow is None else None
+    distill(student, pool, settings, generator=generator, on_step=report, progress=progress, grow=grow)
     return cpu_state(student)
 
 

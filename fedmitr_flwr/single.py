@@ -110,9 +110,4 @@ def invert_model(
 
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         parts.append(invert(ensemble, batch, grid, settings, generator=generator, on_iteration=count))
-    return SyntheticImages(
-        torch.cat([part.images for part in parts]),
-        wanted,
-        torch.cat([part.kept for part in parts]),
-        torch.cat([part.loss for part in parts]),
-    )
+    return SyntheticImages.join(parts)

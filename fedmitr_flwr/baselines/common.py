@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
+from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.pipeline import PipelineInputs, PipelineResult, make_ensemble, run_pipeline
 from fedmitr_flwr.settings import RunConfigValue
 
@@ -26,8 +27,8 @@ class FedMITRWith:
         return run_pipeline(replace(inputs, settings=inputs.settings.replace(**self.changes)))
 
 
-def untrained_result(inputs: PipelineInputs) -> PipelineResult:
+def untrained_result(inputs: PipelineInputs, ensemble: Ensemble | None = None) -> PipelineResult:
     """Ensemble and one-shot average, which every method is compared with; the average is the global model too."""
-    ensemble, _ = make_ensemble(inputs)
+    ensemble = ensemble or make_ensemble(inputs)[0]
     average = inputs.average()
     return PipelineResult(dict(average), average, ensemble, None, None, None, {})

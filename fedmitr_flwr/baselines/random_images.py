@@ -9,16 +9,13 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from fedmitr_flwr.baselines.common import untrained_result
-from fedmitr_flwr.density import PatchSplit
-from fedmitr_flwr.distill import Pool, label_patches
+from fedmitr_flwr.distill import label_patches, unnamed_pool
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.models import build_model
 from fedmitr_flwr.noise import random_images
 from fedmitr_flwr.pipeline import PipelineInputs, PipelineResult, distilled, student_start
-from fedmitr_flwr.relabel import LowTargets
 
 
 def ensemble_on_random_images(inputs: PipelineInputs) -> PipelineResult:
@@ -32,14 +29,6 @@ def ensemble_on_random_images(inputs: PipelineInputs) -> PipelineResult:
         generator = torch.Generator().manual_seed(inputs.seed)
         count = round(settings.inversion.images * (recipe.views + recipe.mix + recipe.noise))
         patches = grid.to_patches(random_images(recipe.noise_kind, count, grid, generator).to(inputs.device))
-        pool = _pool(patches, label_patches(result.ensemble, patches, recipe))
+        pool = unnamed_pool(patches, label_patches(result.ensemble, patches, recipe))
         state = distilled(inputs, student, pool, recipe, generator)
     return replace(result, state=state, seconds=dict(inputs.observer.seconds))
-
-
-def _pool(patches: Tensor, targets: Tensor) -> Pool:
-    """A pool without synthetic images."""
-    none = patches.new_zeros(0, patches.shape[1], dtype=torch.bool)
-    low = LowTargets(targets.new_zeros(0, targets.shape[1]), none.new_zeros(0))
-    labels = torch.full((len(patches),), -1, device=patches.device)
-    return Pool(patches, labels, targets, PatchSplit(none), low)

@@ -35,6 +35,11 @@ SETTINGS = Settings.from_run_config(
         "distill.steps": 20,
         "distill.batch-size": 16,
         "distill.noise": 1.0,
+        "generator.rounds": 3,
+        "generator.batch-size": 8,
+        "generator.iterations": 3,
+        "generator.latent": 8,
+        "generator.width": 4,
     }
 )
 

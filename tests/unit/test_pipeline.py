@@ -34,6 +34,11 @@ SETTINGS = Settings.from_run_config(
         "distill.batch-size": 16,
         "distill.mix": 1.0,
         "distill.noise": 1.0,
+        "generator.rounds": 3,
+        "generator.batch-size": 8,
+        "generator.iterations": 3,
+        "generator.latent": 8,
+        "generator.width": 4,
     }
 )
 SOURCE = load_source(SETTINGS.data)
