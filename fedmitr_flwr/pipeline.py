@@ -28,6 +28,7 @@ from fedmitr_flwr.models import build_model
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.outliers import without_outliers
 from fedmitr_flwr.progress import FINISHED_SHOWN, DistillProgress, InversionProgress
+from fedmitr_flwr.rebirth import invert_by_rebirth
 from fedmitr_flwr.relabel import LowTargets, relabel
 from fedmitr_flwr.settings import DistillSettings, Settings
 from fedmitr_flwr.weighting import class_weights, evidence
@@ -207,20 +208,23 @@ def make_ensemble(inputs: PipelineInputs) -> tuple[Ensemble, Tensor]:
 def invert_all(ensemble: Ensemble, classes: Tensor, grid: PatchGrid, inputs: PipelineInputs) -> SyntheticImages:
     """Stage 1 in batches; labels run through `classes` in turn, each batch has its own seed."""
     settings, observer, checkpoints = inputs.settings.inversion, inputs.observer, inputs.checkpoints
-    labels = classes[torch.arange(settings.images, device=classes.device) % len(classes)]
+    labels = classes[torch.arange(settings.runs, device=classes.device) % len(classes)]
+    method = invert_by_rebirth if settings.method == "rebirth" else invert
     parts = []
     progress = InversionProgress(observer, settings, len(classes)) if observer.watched else None
     for number, batch in enumerate(labels.split(settings.batch_size)):
         generator = torch.Generator().manual_seed(inputs.seed * 1_000_003 + number)
         few = ensemble.draw(settings.teachers_per_batch, batch, generator)
         watch = progress.of_batch(number) if progress else {}
-        make = partial(invert, few, batch, grid, settings, generator=generator, **watch)
+        make = partial(method, few, batch, grid, settings, generator=generator, **watch)
         parts.append(make() if checkpoints is None else checkpoints.batch(number, make, inputs.device))
-        done = min((number + 1) * settings.batch_size, settings.images)
-        observer.event("invert", images=f"{done}/{settings.images}", loss=float(parts[-1].loss.mean()))
+        done = sum(len(part.labels) for part in parts)
+        observer.event(
+            "invert", images=f"{done}/{settings.runs * settings.images_per_run}", loss=float(parts[-1].loss.mean())
+        )
     synthetic = SyntheticImages.join(parts)
-    shown = labels.argsort(stable=True)[:FINISHED_SHOWN]
-    observer.snapshot("finished", images=synthetic.images[shown], labels=labels[shown])
+    shown = synthetic.labels.argsort(stable=True)[:FINISHED_SHOWN]
+    observer.snapshot("finished", images=synthetic.images[shown], labels=synthetic.labels[shown])
     return synthetic
 
 

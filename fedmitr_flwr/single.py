@@ -92,6 +92,8 @@ def invert_model(
         If pixels or loss stop being finite.
     """
     check_supported(model)
+    if settings.method != "sparse":
+        raise SettingsError(("inversion.method", settings.method, 'must be "sparse" here: one image for each label'))
     C = model.num_classes
     wrong = [label for label in labels if not 0 <= label < C]
     if wrong or not labels:

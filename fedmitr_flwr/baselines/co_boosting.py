@@ -135,8 +135,6 @@ def perturbed(ensemble: Ensemble, patches: Tensor, grid: PatchGrid, size: float,
     softer = soften(ensemble(patches).probabilities, DIRECTION_TEMPERATURE)
     direction = (2 * torch.rand(softer.shape, generator=generator) - 1).to(softer.device)
     (gradient,) = torch.autograd.grad((direction * softer).sum(), patches)
-    low, high = (
-        bound.to(patches.device).repeat_interleave(grid.patch[0] * grid.patch[1]) for bound in (grid.low, grid.high)
-    )
+    low, high = grid.bounds(patches.device)
     moved = patches.detach() + gradient.sign() * (high - low) * (size / 255)
     return torch.minimum(torch.maximum(moved, low), high)
