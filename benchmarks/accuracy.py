@@ -29,10 +29,9 @@ from rich.table import Table
 
 from benchmarks.federation import Federation, train_federation
 from benchmarks.recipes import parse_value
-from fedmitr_flwr.baselines import METHODS
+from fedmitr_flwr.baselines import GENERATED, METHODS
 from fedmitr_flwr.digest import code_digest, short
 from fedmitr_flwr.evaluate import evaluate
-from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.pipeline import PipelineResult, make_ensemble
 from fedmitr_flwr.settings import EnsembleSettings, Method, RunConfigValue, Settings
 
@@ -49,7 +48,9 @@ def main(
         str, typer.Option(help="partition seeds; 42 and 43 were seen while settings were chosen")
     ] = "44,45,46",
     distill_seeds: Annotated[int, typer.Option(help="seeds of the server's stages for each partition")] = 2,
-    methods: Annotated[str, typer.Option(help="of run.method")] = ",".join(get_args(Method)),
+    methods: Annotated[str, typer.Option(help="of run.method; generators take hours on a CPU, name them")] = ",".join(
+        method for method in get_args(Method) if method not in GENERATED
+    ),
     clients: Annotated[int, typer.Option(help="number of clients K")] = 10,
     change: Annotated[list[str] | None, typer.Option(help="key=value for all methods, for ablations")] = None,
     quick: Annotated[bool, typer.Option(help="one partition seed, one distillation seed, Dirichlet(0.1)")] = False,
@@ -128,9 +129,8 @@ def run_method(federation: Federation, settings: Settings, distill_seed: int) ->
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wall, cpu = time.perf_counter(), time.process_time()
     result = METHODS[settings.run.method](
-        settings, federation.spec, federation.clients, federation.initial,
-        seed=settings.run.seed + 1000 * distill_seed, device=device, observer=Observer(),
-    )  # fmt: skip
+        federation.inputs(settings, seed=settings.run.seed + 1000 * distill_seed, device=device)
+    )
     wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     found = evaluate(result, federation.source.test, federation.spec, settings.model, device)
     return {
@@ -148,7 +148,7 @@ def ensemble_accuracies(federation: Federation, settings: Settings) -> dict[str,
     out = {}
     for weighting in get_args(EnsembleSettings.model_fields["weighting"].annotation):
         changed = settings.replace(**{"ensemble.weighting": weighting, "train.share-label-histogram": True})
-        ensemble, _ = make_ensemble(changed, federation.spec, federation.clients, federation.initial, device)
+        ensemble, _ = make_ensemble(federation.inputs(changed))
         state = dict(federation.initial)
         result = PipelineResult(state, state, ensemble, None, None, None, {})
         found = evaluate(result, federation.source.test, federation.spec, settings.model, device)

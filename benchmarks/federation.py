@@ -17,7 +17,8 @@ from safetensors import safe_open
 from fedmitr_flwr import augment, glyphs, models, training, vit
 from fedmitr_flwr.data import ImageSpec, Source, load_source, partition_indices
 from fedmitr_flwr.models import build_model, initial_state
-from fedmitr_flwr.pipeline import ClientModel
+from fedmitr_flwr.observe import Observer
+from fedmitr_flwr.pipeline import ClientModel, PipelineInputs
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.tensor_files import write_tensors
 from fedmitr_flwr.training import train_local
@@ -36,6 +37,19 @@ class Federation:
     @property
     def spec(self) -> ImageSpec:
         return self.source.spec
+
+    def inputs(
+        self,
+        settings: Settings,
+        *,
+        seed: int | None = None,
+        device: torch.device | None = None,
+        observer: Observer | None = None,
+    ) -> PipelineInputs:
+        """What a pipeline is given; by default `run.seed`, on the CPU, with nobody listening."""
+        seed = settings.run.seed if seed is None else seed
+        device = device or torch.device("cpu")
+        return PipelineInputs(settings, self.spec, self.clients, self.initial, seed, device, observer or Observer())
 
 
 def train_federation(settings: Settings, num_clients: int, cache: Path) -> Federation:

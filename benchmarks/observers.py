@@ -106,10 +106,7 @@ def watch(federation: Federation, settings: Settings, make: Callable[[Path], lis
     with tempfile.TemporaryDirectory() as folder:
         start = time.process_time()
         observer = TimedObserver(*make(Path(folder)))
-        METHODS[settings.run.method](
-            settings, federation.spec, federation.clients, federation.initial,
-            seed=settings.run.seed, device=torch.device("cpu"), observer=observer,
-        )  # fmt: skip
+        METHODS[settings.run.method](federation.inputs(settings, observer=observer))
         observer.close()
         return time.process_time() - start, observer.inside
 

@@ -23,7 +23,6 @@ from benchmarks.federation import Federation, train_federation
 from fedmitr_flwr.data import partition_indices
 from fedmitr_flwr.evaluate import evaluate
 from fedmitr_flwr.models import build_model
-from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.pipeline import ClientModel, make_ensemble, run_pipeline
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.training import train_local
@@ -63,11 +62,10 @@ def main(
 def _compared(settings: Settings, federation: Federation, guard: float) -> list[dict[str, object]]:
     """Results without and with the guard; one run serves both when it takes nobody out."""
     guarded = settings.replace(**{"ensemble.outlier-guard": guard})
-    arguments = federation.spec, federation.clients, federation.initial, CPU
     start = time.process_time()
-    plain, _ = make_ensemble(settings, *arguments)
+    plain, _ = make_ensemble(federation.inputs(settings))
     between = time.process_time()
-    judged, _ = make_ensemble(guarded, *arguments)
+    judged, _ = make_ensemble(federation.inputs(guarded))
     cost = time.process_time() - between - (between - start)
     out = [number for number, row in enumerate(judged.weights) if float(row.sum()) == 0.0]
     without = _accuracies(settings, federation)
@@ -81,10 +79,7 @@ def _compared(settings: Settings, federation: Federation, guard: float) -> list[
 
 
 def _accuracies(settings: Settings, federation: Federation) -> dict[str, float]:
-    result = run_pipeline(
-        settings, federation.spec, federation.clients, federation.initial,
-        seed=settings.run.seed, device=CPU, observer=Observer(),
-    )  # fmt: skip
+    result = run_pipeline(federation.inputs(settings))
     found = evaluate(result, federation.source.validation, federation.spec, settings.model, CPU).accuracy()
     return {name: round(found[name], 4) for name in ("ensemble", "global")}
 

@@ -26,7 +26,6 @@ from rich.table import Table
 from benchmarks.federation import train_federation
 from fedmitr_flwr.baselines import METHODS
 from fedmitr_flwr.evaluate import evaluate
-from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.settings import RunConfigValue, Settings
 
 COLUMNS = ("local_mean", "fedavg", "ensemble", "global")
@@ -75,10 +74,7 @@ def run_one(settings: Settings, num_clients: int, split: str, cache: Path) -> di
     federation = train_federation(settings, num_clients, cache)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     start = time.perf_counter()
-    result = METHODS[settings.run.method](
-        settings, federation.spec, federation.clients, federation.initial,
-        seed=settings.run.seed, device=device, observer=Observer(),
-    )  # fmt: skip
+    result = METHODS[settings.run.method](federation.inputs(settings, device=device))
     total = time.perf_counter() - start
     images = getattr(federation.source, split)
     found = evaluate(result, images, federation.spec, settings.model, device)

@@ -18,7 +18,6 @@ import typer
 
 from benchmarks.federation import train_federation
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.pipeline import invert_all, make_ensemble
 from fedmitr_flwr.settings import Settings
 
@@ -34,13 +33,13 @@ def main(
     dense = sparse.replace(**{"inversion.stops": "", "inversion.fractions": "", "density.rule": "quantile"})
     federation = train_federation(sparse, clients, cache)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    ensemble, classes = make_ensemble(sparse, federation.spec, federation.clients, federation.initial, device)
+    ensemble, classes = make_ensemble(federation.inputs(sparse, device=device))
     grid = PatchGrid.of(ensemble.teachers[0], federation.spec)
     seconds: dict[str, list[float]] = {"sparse": [], "dense": []}
     for _ in range(repeats):
         for name, settings in (("sparse", sparse), ("dense", dense)):
             start = time.perf_counter()
-            invert_all(ensemble, classes, grid, settings.inversion, seed=0, device=device, observer=Observer())
+            invert_all(ensemble, classes, grid, federation.inputs(settings, seed=0, device=device))
             seconds[name].append(round(time.perf_counter() - start, 2))
     ratio = statistics.median(seconds["sparse"]) / statistics.median(seconds["dense"])
     print(json.dumps({**seconds, "threads": torch.get_num_threads(), "ratio": round(ratio, 3)}))

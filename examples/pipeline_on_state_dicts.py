@@ -41,7 +41,7 @@ def main() -> None:
         result = fm.train_local(model, own, source.spec, settings.train, seed=0, device=CPU)
         uploads.append(fm.ClientModel(model.state_dict(), result.num_examples, histogram=None))
 
-    result = fm.run_pipeline(settings, source.spec, uploads, initial, seed=1, device=CPU, observer=fm.Observer())
+    result = fm.run_pipeline(fm.PipelineInputs(settings, source.spec, uploads, initial, seed=1))
     for name, rate in fm.evaluate(result, source.test, source.spec, settings.model, CPU).accuracy().items():
         print(f"{name:<12}{rate:.3f}")
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from fedmitr_flwr.inversion import SyntheticImages
     from fedmitr_flwr.models import build_model, initial_state
     from fedmitr_flwr.observe import Event, Listener, Observer
-    from fedmitr_flwr.pipeline import ClientModel, PipelineResult, run_pipeline
+    from fedmitr_flwr.pipeline import ClientModel, PipelineInputs, PipelineResult, run_pipeline
     from fedmitr_flwr.report.load import FinishedRun, load_run
     from fedmitr_flwr.run_model import RunModel, load_run_model
     from fedmitr_flwr.settings import InversionSettings, Settings, SettingsError
@@ -40,6 +40,7 @@ _HOMES = {
     "Listener": "observe",
     "Observer": "observe",
     "ClientModel": "pipeline",
+    "PipelineInputs": "pipeline",
     "PipelineResult": "pipeline",
     "run_pipeline": "pipeline",
     "FinishedRun": "report.load",
@@ -65,6 +66,7 @@ __all__ = [
     "InversionSettings",
     "Listener",
     "Observer",
+    "PipelineInputs",
     "PipelineResult",
     "RunModel",
     "Settings",

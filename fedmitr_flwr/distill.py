@@ -109,8 +109,24 @@ def make_pool(
     generator
         CPU generator of augmentation, mixing and noise.
     """
-    images, labels, B = synthetic.images, synthetic.labels, len(synthetic.labels)
-    parts, named = [images], [labels]
+    patches, labels = gather(synthetic.images, synthetic.labels, grid, settings, generator)
+    targets = label_patches(ensemble, patches, settings, batch_size)
+    return Pool(patches, labels, targets, split, low_targets)
+
+
+def gather(
+    images: Tensor, labels: Tensor, grid: PatchGrid, settings: DistillSettings, generator: torch.Generator
+) -> tuple[Tensor, Tensor]:
+    """Add augmented views, mixed images and random images to ``(B, ch, S, S)`` images.
+
+    Returns
+    -------
+    patches
+        ``(N, P, E)``; the first B are `images`.
+    labels
+        ``(N,)``; -1 for images that have none.
+    """
+    B, parts, named = len(labels), [images], [labels]
     for _ in range(settings.views - 1):
         parts.append(augment(images, settings.augment, generator))
         named.append(labels)
@@ -119,9 +135,15 @@ def make_pool(
         parts.append(random_images(settings.noise_kind, round(settings.noise * B), grid, generator).to(images))
     patches = torch.cat([grid.to_patches(part) for part in parts])
     pseudo = torch.cat(named)
-    pseudo = torch.cat([pseudo, pseudo.new_full((len(patches) - len(pseudo),), -1)])
-    targets = label_patches(ensemble, patches, settings, batch_size)
-    return Pool(patches, pseudo, targets, split, low_targets)
+    return patches, torch.cat([pseudo, pseudo.new_full((len(patches) - len(pseudo),), -1)])
+
+
+def unnamed_pool(patches: Tensor, targets: Tensor) -> Pool:
+    """A pool of ``(N, P, E)`` images that have ``(N, C)`` targets and neither pseudo-labels nor a density split."""
+    none = patches.new_zeros(0, patches.shape[1], dtype=torch.bool)
+    low = LowTargets(targets.new_zeros(0, targets.shape[1]), none.new_zeros(0))
+    labels = torch.full((len(patches),), -1, device=patches.device)
+    return Pool(patches, labels, targets, PatchSplit(none), low)
 
 
 @torch.no_grad()
@@ -141,6 +163,7 @@ def distill(
     generator: torch.Generator,
     on_step: Callable[[int, LossTerms], None] | None = None,
     progress: TrainingProgress | None = None,
+    grow: Callable[[int], Pool | None] | None = None,
 ) -> None:
     """Train the student in place on random batches of the pool.
 
@@ -158,6 +181,8 @@ def distill(
         Called with the step, from 0, and its detached terms, still on the device.
     progress
         Where the state of the loop is kept; what it holds at the start is gone on with.
+    grow
+        Called before each step with its number; a pool that it returns takes the place of the one before.
 
     Raises
     ------
@@ -179,6 +204,9 @@ def distill(
         generator.set_state(kept["generator"])
         queue, start = kept["queue"], kept["step"]
     for step in range(start, settings.steps):
+        if grow is not None and (grown := grow(step)) is not None:
+            pool, queue = grown, queue[:0]
+            student.train()
         while len(queue) < settings.batch_size:
             queue = torch.cat([queue, torch.randperm(len(pool.labels), generator=generator)])
         rows, queue = queue[: settings.batch_size], queue[settings.batch_size :]

@@ -13,7 +13,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import most_attended
+from fedmitr_flwr.inversion import most_attended, patches_left
 from fedmitr_flwr.packed import architecture_of
 from fedmitr_flwr.settings import InversionSettings, Settings
 from fedmitr_flwr.vit import forward_patches
@@ -76,9 +76,12 @@ def pass_flops(model: VisionTransformer, grid: PatchGrid, patches: int) -> int:
 def kept_schedule(settings: InversionSettings, patches: int) -> list[tuple[int, int]]:
     """``(iterations, L)`` of each span between two stops; the iteration of a stop still sees the patches before it."""
     spans, start, kept = [], 0, patches
-    for stop, fraction in zip(settings.stops, settings.fractions, strict=True):
+    size = patches_left(patches, settings)
+    for number, (stop, fraction) in enumerate(zip(settings.stops, settings.fractions, strict=True), 1):
         spans.append((stop + 1 - start, kept))
         start, kept = stop + 1, most_attended(torch.zeros(1, kept), fraction).shape[1]
+        if settings.method == "rebirth":
+            kept = size if number == len(settings.stops) else patches - number * size
     spans.append((settings.iterations - start, kept))
     return [(length, number) for length, number in spans if length > 0]
 
@@ -94,11 +97,12 @@ def stage_flops(settings: Settings, model: VisionTransformer, grid: PatchGrid, t
     spans = kept_schedule(inversion, P)
     cost = {L: count_flops(model, grid, L, pixel_gradient=True) for L in {L for _, L in spans} | {P}}
     forward = count_flops(model, grid, P)
-    each = inversion.images * teachers
-    pool = inversion.images * (distill.views + distill.mix + distill.noise)
+    images = inversion.runs * inversion.images_per_run
+    each = inversion.runs * teachers
+    pool = images * (distill.views + distill.mix + distill.noise)
     return {
         "invert": float(each * sum(length * cost[L] for length, L in spans)),
         "invert_dense": float(each * inversion.iterations * cost[P]),
-        "relabel": float(2 * each * forward),
+        "relabel": float(2 * images * teachers * forward),
         "distill": float(forward * (pool * teachers + 3 * distill.steps * distill.batch_size)),
     }

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
@@ -55,3 +56,15 @@ class PatchGrid:
     def to_images(self, patches: Tensor) -> Tensor:
         """``(B, P, E)`` to ``(B, ch, S, S)``."""
         return unpatchify(patches, self.patch, self.shape)
+
+    def bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
+        """The valid range, laid out as a flattened patch: low and high, ``(E,)`` each."""
+        each = self.patch[0] * self.patch[1]
+        return self.low.to(device).repeat_interleave(each), self.high.to(device).repeat_interleave(each)
+
+    def shifted(self, index: Tensor, shift: tuple[int, int]) -> Tensor:
+        """Positions of the patches in `index` after a cyclic shift of the image by whole patches."""
+        if shift == (0, 0):
+            return index
+        rows, columns = self.shape
+        return (index // columns + shift[0]) % rows * columns + (index % columns + shift[1]) % columns

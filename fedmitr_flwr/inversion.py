@@ -14,8 +14,9 @@ Letters: B images, C classes, P patches of the full grid, L patches kept, E = ch
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -27,6 +28,9 @@ from fedmitr_flwr.pixel_adam import PixelAdam, take
 from fedmitr_flwr.precision import compute_dtype
 from fedmitr_flwr.prior import Prior
 from fedmitr_flwr.settings import InversionSettings
+
+Choice = Callable[[Tensor], Tensor]
+"""Of the ``(B, L)`` attention, the places ``(B, L')``, sorted, of the patches that go on."""
 
 CHECK = 100
 """Iterations between two looks at whether the loss is finite, for which a GPU would have to be waited for."""
@@ -52,6 +56,11 @@ class SyntheticImages:
     labels: Tensor
     kept: Tensor
     loss: Tensor
+
+    @classmethod
+    def join(cls, parts: Sequence[SyntheticImages]) -> SyntheticImages:
+        """One after the other; all must have kept as many patches."""
+        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 class InversionDivergedError(RuntimeError):
@@ -108,11 +117,25 @@ def invert(
     """
     start = starting_images(len(labels), grid, settings, generator).to(labels.device)
     batch = InversionBatch(ensemble, labels, start, None, grid, settings)
-    stops = dict(zip(settings.stops, settings.fractions, strict=True))
+    fractions = zip(settings.stops, settings.fractions, strict=True)
+    stops = {stop: partial(most_attended, fraction=fraction) for stop, fraction in fractions}
+    optimise(batch, stops, settings, generator, on_iteration, on_stop)
+    return batch.result()
+
+
+def optimise(
+    batch: InversionBatch,
+    stops: Mapping[int, Choice],
+    settings: InversionSettings,
+    generator: torch.Generator,
+    on_iteration: Callable[[int, Tensor], None] | None = None,
+    on_stop: Callable[[int, Tensor, Tensor], None] | None = None,
+) -> None:
+    """Run all iterations of a batch; `stops` chooses at some of them which patches go on, the rest as `invert`."""
     try:
         for iteration in range(settings.iterations):
             shift = _random_shift(settings.jitter, generator)
-            loss = batch.step(shift, stop=stops.get(iteration, 0.0))
+            loss = batch.step(shift, stops.get(iteration))
             if on_iteration is not None:
                 on_iteration(iteration, loss)
             if on_stop is not None and iteration in stops:
@@ -121,8 +144,7 @@ def invert(
                 batch.check_finite()
         batch.check_finite()
     finally:
-        ensemble.release()
-    return batch.result()
+        batch.release()
 
 
 class InversionBatch:
@@ -163,7 +185,7 @@ class InversionBatch:
         self._ensemble, self._labels, self._grid, self._settings = ensemble, labels, grid, settings
         device = labels.device
         self._dtype = compute_dtype(settings.precision, ensemble.teachers[0].embed_dim, device)
-        self._low, self._high = (_for_patches(bound, grid).to(device) for bound in (grid.low, grid.high))
+        self._low, self._high = grid.bounds(device)
         self._canvas = torch.minimum(torch.maximum(grid.to_patches(start), self._low), self._high)  # (B, P, E)
         self.kept = torch.arange(grid.num_patches, device=device).repeat(len(labels), 1) if kept is None else kept
         self._adam = PixelAdam(take(self._canvas, self.kept), settings)
@@ -172,36 +194,40 @@ class InversionBatch:
         self._iteration, self._broken = 0, torch.tensor(-1, device=device)
         self._last_good = self.result()
 
-    def step(self, shift: tuple[int, int] = (0, 0), stop: float = 0.0) -> Tensor:
+    def step(self, shift: tuple[int, int] = (0, 0), choose: Choice | None = None) -> Tensor:
         """One iteration; nothing in it waits for the device.
 
         Parameters
         ----------
         shift
             Rows and columns of patches by which the ensemble sees the image cyclically shifted.
-        stop
-            Fraction of the kept patches, those with the least attention, that leave before the update.
+        choose
+            Chooses, by their attention, which patches go on; the others leave before the update.
 
         Returns
         -------
         Tensor
             ``(B,)`` detached cross-entropies before the update.
         """
-        index = _shifted(self.kept, self._grid, shift)
+        index = self._grid.shifted(self.kept, shift)
         out = self._ensemble.loss_gradient(self._adam.pixels, index, self._labels, self._dtype)
         self._loss, gradient = out.loss, out.gradient
         broken = ~torch.isfinite(out.loss).all() & (self._broken < 0)
         self._broken = torch.where(broken, self._iteration, self._broken)
         self._iteration += 1
-        if stop > 0:
+        if choose is not None:
             self._canvas = scatter(self._canvas, self.kept, self._adam.pixels)
-            stay = most_attended(out.attention, stop)
+            stay = choose(out.attention)
             self.kept, gradient = self.kept.gather(1, stay), take(gradient, stay)
             self._adam.keep(stay)
             self._prior = Prior(self._canvas, self.kept, self._grid, self._settings)
         self._prior.add_gradient(self._adam.pixels, gradient)
         self._adam.step(gradient, self._low, self._high)
         return self._loss
+
+    def release(self) -> None:
+        """Give back the memory of the teachers' activations."""
+        self._ensemble.release()
 
     def result(self) -> SyntheticImages:
         """The images as they are now, in new tensors."""
@@ -260,7 +286,9 @@ def most_attended(attention: Tensor, fraction: float) -> Tensor:
 
 
 def patches_left(patches: int, settings: InversionSettings) -> int:
-    """How many of the full grid's patches the stop schedule leaves; never fewer than one."""
+    """How many of the full grid's patches an image has; never fewer than one, but by rebirth if there are too few."""
+    if settings.method == "rebirth":
+        return patches // (len(settings.stops) + 1)
     for fraction in settings.fractions:
         patches = _stay(patches, fraction)
     return patches
@@ -275,21 +303,8 @@ def scatter(canvas: Tensor, kept: Tensor, pixels: Tensor) -> Tensor:
     return canvas.scatter(1, kept[..., None].expand_as(pixels), pixels)
 
 
-def _for_patches(bound: Tensor, grid: PatchGrid) -> Tensor:
-    """A bound for each channel, ``(ch,)``, laid out as a flattened patch, ``(E,)``."""
-    return bound.repeat_interleave(grid.patch[0] * grid.patch[1])
-
-
 def _random_shift(reach: int, generator: torch.Generator) -> tuple[int, int]:
     if reach == 0:
         return 0, 0
     rows, columns = torch.randint(-reach, reach + 1, (2,), generator=generator).tolist()
     return rows, columns
-
-
-def _shifted(kept: Tensor, grid: PatchGrid, shift: tuple[int, int]) -> Tensor:
-    """Positions of the kept patches after a cyclic shift of the image by whole patches."""
-    if shift == (0, 0):
-        return kept
-    rows, columns = grid.shape
-    return (kept // columns + shift[0]) % rows * columns + (kept % columns + shift[1]) % columns

@@ -23,6 +23,8 @@ _METHODS: dict[Method, str] = {
     "dense-inversion-kl": "dense inversion and distillation by KL alone",
     "hard-labels": f"{_FEDMITR}, but with hard labels",
     "random-images": "distillation on random images",
+    "dense": "DENSE ([arXiv 2112.12371](https://arxiv.org/abs/2112.12371))",
+    "co-boosting": "Co-Boosting ([arXiv 2402.15070](https://arxiv.org/abs/2402.15070))",
 }
 
 
@@ -87,6 +89,12 @@ def _server_part(settings: Settings) -> str:
         )
     if method == "random-images":
         return "It let the ensemble of uploads label random images, and distilled the ensemble into this model on them."
+    if method in ("dense", "co-boosting"):
+        count = settings.generator.rounds * settings.generator.batch_size
+        return (
+            "It trained a generator against the ensemble of uploads, and distilled the ensemble into this model on "
+            f"{count} generated images, in turn."
+        )
     noise = f", and on {settings.distill.noise:g} random images for each of them" if settings.distill.noise > 0 else ""
     return (
         f"It inverted the ensemble of uploads into {inversion.images} synthetic images, and distilled the ensemble "

@@ -5,12 +5,13 @@ Letters: B images, K teachers, C classes, D embedding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Protocol
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from fedmitr_flwr.averaging import fedavg, merged
@@ -18,7 +19,7 @@ from fedmitr_flwr.checkpoints import Checkpoints
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.density import PatchSplit, split_patches
 from fedmitr_flwr.diagnostics import Diagnostics, diagnose
-from fedmitr_flwr.distill import distill, make_pool
+from fedmitr_flwr.distill import Pool, distill, make_pool
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.inversion import SyntheticImages, invert
@@ -26,8 +27,9 @@ from fedmitr_flwr.models import build_model
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.outliers import without_outliers
 from fedmitr_flwr.progress import FINISHED_SHOWN, DistillProgress, InversionProgress
+from fedmitr_flwr.rebirth import invert_by_rebirth
 from fedmitr_flwr.relabel import LowTargets, relabel
-from fedmitr_flwr.settings import InversionSettings, Settings
+from fedmitr_flwr.settings import DistillSettings, Settings
 from fedmitr_flwr.teachers import MemoryLimits, PagedTeachers, load_teachers
 from fedmitr_flwr.weighting import class_weights, evidence
 
@@ -49,6 +51,49 @@ class ClientModel:
     state: Mapping[str, Tensor]
     num_examples: int
     histogram: tuple[int, ...] | None
+
+
+@dataclass(frozen=True)
+class PipelineInputs:
+    """What a pipeline is given.
+
+    Attributes
+    ----------
+    settings
+        All stages' settings.
+    spec
+        Classes, geometry and normalisation.
+    clients
+        K >= 1 uploads, in an order that does not depend on their arrival.
+    initial
+        State dict of the common initialisation.
+    seed
+        Seed of noise, jitter, order and augmentation.
+    device
+        Where the stages run.
+    observer
+        Receives events and times.
+    checkpoints
+        Keeps what is finished; what it holds already is not made again.
+    """
+
+    settings: Settings
+    spec: ImageSpec
+    clients: Sequence[ClientModel]
+    initial: Mapping[str, Tensor]
+    seed: int = 0
+    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
+    observer: Observer = field(default_factory=Observer)
+    checkpoints: Checkpoints | None = None
+
+    @property
+    def num_examples(self) -> Tensor:
+        """``(K,)`` int64 number of examples of each client."""
+        return torch.tensor([client.num_examples for client in self.clients])
+
+    def average(self) -> dict[str, Tensor]:
+        """Return the one-shot FedAvg of the uploads."""
+        return fedavg([client.state for client in self.clients], self.num_examples)
 
 
 @dataclass(frozen=True)
@@ -79,54 +124,14 @@ class PipelineResult:
 
 
 class Pipeline(Protocol):
-    """What turns uploads into a global model: `run_pipeline` or a baseline with its signature."""
+    """What turns uploads into a global model: `run_pipeline` or a baseline."""
 
-    def __call__(
-        self,
-        settings: Settings,
-        spec: ImageSpec,
-        clients: Sequence[ClientModel],
-        initial: Mapping[str, Tensor],
-        *,
-        seed: int,
-        device: torch.device,
-        observer: Observer,
-        checkpoints: Checkpoints | None = None,
-    ) -> PipelineResult:
+    def __call__(self, inputs: PipelineInputs) -> PipelineResult:
         """Run it; see `run_pipeline`."""
 
 
-def run_pipeline(
-    settings: Settings,
-    spec: ImageSpec,
-    clients: Sequence[ClientModel],
-    initial: Mapping[str, Tensor],
-    *,
-    seed: int,
-    device: torch.device,
-    observer: Observer,
-    checkpoints: Checkpoints | None = None,
-) -> PipelineResult:
+def run_pipeline(inputs: PipelineInputs) -> PipelineResult:
     """Run FedMITR on validated uploads.
-
-    Parameters
-    ----------
-    settings
-        All stages' settings.
-    spec
-        Classes, geometry and normalisation.
-    clients
-        K >= 1 uploads, in an order that does not depend on their arrival.
-    initial
-        State dict of the common initialisation.
-    seed
-        Seed of noise, jitter, order and augmentation.
-    device
-        Where the stages run.
-    observer
-        Receives events and times.
-    checkpoints
-        Keeps what is finished; what it holds already is not made again.
 
     Raises
     ------
@@ -135,20 +140,12 @@ def run_pipeline(
     InversionDivergedError, RuntimeError
         If a loss stops being finite.
     """
-    ensemble, known = make_ensemble(settings, spec, clients, initial, device, observer)
-    model = build_model(settings.model, spec)
-    grid = PatchGrid.of(model, spec)
+    settings, observer, checkpoints = inputs.settings, inputs.observer, inputs.checkpoints
+    ensemble, known = make_ensemble(inputs)
+    model = build_model(settings.model, inputs.spec)
+    grid = PatchGrid.of(model, inputs.spec)
     with observer.stage("invert"):
-        synthetic = invert_all(
-            ensemble,
-            known,
-            grid,
-            settings.inversion,
-            seed=seed,
-            device=device,
-            observer=observer,
-            checkpoints=checkpoints,
-        )
+        synthetic = invert_all(ensemble, known, grid, inputs)
         found = diagnose(ensemble, synthetic, grid, settings.inversion)
         observer.event("diagnostics", **found.as_dict())
         for warning in found.warnings():
@@ -162,91 +159,69 @@ def run_pipeline(
             if bool(targets.present.any())
             else 0.0,
         )
-    average = fedavg([client.state for client in clients], torch.tensor([client.num_examples for client in clients]))
+    average = inputs.average()
     state = checkpoints.model() if checkpoints is not None else None
     if state is None:
         with observer.stage("distill"):
-            model.load_state_dict(student_start(settings, clients, initial, ensemble, average))
-            generator = torch.Generator().manual_seed(seed)
+            model.load_state_dict(student_start(inputs, ensemble, average))
+            generator = torch.Generator().manual_seed(inputs.seed)
             pool = make_pool(ensemble, synthetic, split, targets, grid, settings.distill, generator=generator)
             observer.event("distill", labelled_images=len(pool.labels))
-            model.to(device)
-            report = DistillProgress(observer, settings.distill.steps, model, pool)
-            progress = checkpoints.progress() if checkpoints is not None else None
-            distill(model, pool, settings.distill, generator=generator, on_step=report, progress=progress)
-        state = {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+            state = distilled(inputs, model, pool, settings.distill, generator)
         if checkpoints is not None:
             checkpoints.save_model(state)
     return PipelineResult(state, average, ensemble, synthetic, split, found, dict(observer.seconds))
 
 
-def make_ensemble(
-    settings: Settings,
-    spec: ImageSpec,
-    clients: Sequence[ClientModel],
-    initial: Mapping[str, Tensor],
-    device: torch.device,
-    observer: Observer | None = None,
-) -> tuple[Ensemble, Tensor]:
+def make_ensemble(inputs: PipelineInputs) -> tuple[Ensemble, Tensor]:
     """Load the uploads as teachers and weight them.
 
     Returns
     -------
     ensemble
-        On `device`.
+        On the inputs' device.
     known
         ``(C',)`` int64 classes that at least one client knows something of.
     """
+    settings, clients, device = inputs.settings, inputs.clients, inputs.device
     limits = MemoryLimits(settings.inversion.activation_memory_mb, settings.inversion.teacher_memory_mb)
-    blank = build_model(settings.model, spec)
+    blank = build_model(settings.model, inputs.spec)
     teachers = load_teachers(blank, [client.state for client in clients], limits, device)
-    if isinstance(teachers, PagedTeachers) and observer is not None:
-        observer.event("ensemble", teachers="read from disk for every pass: above inversion.teacher-memory-mb")
-    num_examples = torch.tensor([client.num_examples for client in clients], dtype=torch.float64)
+    if isinstance(teachers, PagedTeachers):
+        inputs.observer.event("ensemble", teachers="read from disk for every pass: above inversion.teacher-memory-mb")
+    num_examples = inputs.num_examples.double()
     shared = [client.histogram for client in clients if client.histogram is not None]
     histograms = torch.tensor(shared, dtype=torch.float64) if len(shared) == len(clients) else None
-    head_updates = torch.stack([client.state["head.weight"] - initial["head.weight"] for client in clients])
+    head_updates = torch.stack([client.state["head.weight"] - inputs.initial["head.weight"] for client in clients])
     known_of = evidence(settings.ensemble.weighting, num_examples, histograms, head_updates)
     if settings.ensemble.outlier_guard:
-        known_of = without_outliers(known_of, teachers, PatchGrid.of(blank, spec), settings, observer or Observer())
+        known_of = without_outliers(known_of, teachers, PatchGrid.of(blank, inputs.spec), settings, inputs.observer)
     weights = class_weights(known_of, settings.ensemble.power)
-    if observer is not None:
-        observer.snapshot("ensemble", evidence=known_of, weights=weights)
+    inputs.observer.snapshot("ensemble", evidence=known_of, weights=weights)
     known = (known_of.sum(0) > 0).nonzero().squeeze(1)
     return Ensemble(teachers, weights.to(device), limits), known.to(device)
 
 
-def invert_all(
-    ensemble: Ensemble,
-    classes: Tensor,
-    grid: PatchGrid,
-    settings: InversionSettings,
-    *,
-    seed: int,
-    device: torch.device,
-    observer: Observer,
-    checkpoints: Checkpoints | None = None,
-) -> SyntheticImages:
+def invert_all(ensemble: Ensemble, classes: Tensor, grid: PatchGrid, inputs: PipelineInputs) -> SyntheticImages:
     """Stage 1 in batches; labels run through `classes` in turn, each batch has its own seed."""
-    labels = classes[torch.arange(settings.images, device=device) % len(classes)]
+    settings, observer, checkpoints = inputs.settings.inversion, inputs.observer, inputs.checkpoints
+    labels = classes[torch.arange(settings.runs, device=classes.device) % len(classes)]
+    method = invert_by_rebirth if settings.method == "rebirth" else invert
     parts = []
     progress = InversionProgress(observer, settings, len(classes)) if observer.watched else None
     for number, batch in enumerate(labels.split(settings.batch_size)):
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        generator = torch.Generator().manual_seed(inputs.seed * 1_000_003 + number)
         few = ensemble.draw(settings.teachers_per_batch, batch, generator)
         watch = progress.of_batch(number) if progress else {}
-        make = partial(invert, few, batch, grid, settings, generator=generator, **watch)
-        parts.append(make() if checkpoints is None else checkpoints.batch(number, make, device))
-        done = min((number + 1) * settings.batch_size, settings.images)
-        observer.event("invert", images=f"{done}/{settings.images}", loss=float(parts[-1].loss.mean()))
-    synthetic = SyntheticImages(
-        torch.cat([part.images for part in parts]),
-        labels,
-        torch.cat([part.kept for part in parts]),
-        torch.cat([part.loss for part in parts]),
-    )
-    shown = labels.argsort(stable=True)[:FINISHED_SHOWN]
-    observer.snapshot("finished", images=synthetic.images[shown], labels=labels[shown])
+        make = partial(method, few, batch, grid, settings, generator=generator, **watch)
+        parts.append(make() if checkpoints is None else checkpoints.batch(number, make, inputs.device))
+        done = sum(len(part.labels) for part in parts)
+        observer.event(
+            "invert", images=f"{done}/{settings.runs * settings.images_per_run}", loss=float(parts[-1].loss.mean())
+        )
+    synthetic = SyntheticImages.join(parts)
+    shown = synthetic.labels.argsort(stable=True)[:FINISHED_SHOWN]
+    observer.snapshot("finished", images=synthetic.images[shown], labels=synthetic.labels[shown])
     return synthetic
 
 
@@ -272,17 +247,36 @@ def split_and_relabel(
     return split, relabel(ensemble, patches, split, settings.relabel)
 
 
-def student_start(
-    settings: Settings,
-    clients: Sequence[ClientModel],
-    initial: Mapping[str, Tensor],
-    ensemble: Ensemble,
-    average: Mapping[str, Tensor],
-) -> dict[str, Tensor]:
+def student_start(inputs: PipelineInputs, ensemble: Ensemble, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Choose the student's first weights, by `distill.start`."""
-    if settings.distill.start == "initial":
-        return dict(initial)
-    if settings.distill.start == "merged":
-        states = [client.state for client in clients]
-        return merged(initial, states, ensemble.weights.cpu(), settings.distill.merge_scale)
+    chosen = inputs.settings.distill
+    if chosen.start == "initial":
+        return dict(inputs.initial)
+    if chosen.start == "merged":
+        states = [client.state for client in inputs.clients]
+        return merged(inputs.initial, states, ensemble.weights.cpu(), chosen.merge_scale)
     return dict(average)
+
+
+def distilled(
+    inputs: PipelineInputs,
+    student: VisionTransformer,
+    pool: Pool,
+    settings: DistillSettings,
+    generator: torch.Generator,
+    grow: Callable[[int], Pool | None] | None = None,
+) -> dict[str, Tensor]:
+    """Stage 4, watched and kept from time to time; returns the student's state dict on the CPU.
+
+    With `grow` (see `distill.distill`) nothing is kept: a run that is cut off distils anew.
+    """
+    student.to(inputs.device)
+    report = DistillProgress(inputs.observer, settings.steps, student, pool)
+    progress = inputs.checkpoints.progress() if inputs.checkpoints is not None and grow is None else None
+    distill(student, pool, settings, generator=generator, on_step=report, progress=progress, grow=grow)
+    return cpu_state(student)
+
+
+def cpu_state(model: VisionTransformer) -> dict[str, Tensor]:
+    """A copy of a model's state dict on the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}

@@ -50,7 +50,7 @@ class InversionProgress:
         self.observer = observer
         self.settings = settings
         self.shown = min(classes, SHOWN_CLASSES)
-        self.batches = -(-settings.images // settings.batch_size)
+        self.batches = -(-settings.runs // settings.batch_size)
 
     def of_batch(self, number: int) -> Hooks:
         """Callbacks for the batch `number`, counted from 0."""

@@ -14,7 +14,7 @@ from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError
 # The stage whose result a group of settings decides; a group that is not here decides what is inverted.
 _DECIDES = {
     **dict.fromkeys(("data", "partition", "model", "train"), "uploads"),
-    **dict.fromkeys(("density", "relabel", "distill"), "distillation"),
+    **dict.fromkeys(("density", "relabel", "distill", "generator"), "distillation"),
 }
 _FINISHED_FILES = {
     "uploads": f"{UPLOADS}/round-*/*.safetensors",

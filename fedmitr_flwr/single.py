@@ -92,6 +92,8 @@ def invert_model(
         If pixels or loss stop being finite.
     """
     check_supported(model)
+    if settings.method != "sparse":
+        raise SettingsError(("inversion.method", settings.method, 'must be "sparse" here: one image for each label'))
     C = model.num_classes
     wrong = [label for label in labels if not 0 <= label < C]
     if wrong or not labels:
@@ -110,9 +112,4 @@ def invert_model(
 
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
         parts.append(invert(ensemble, batch, grid, settings, generator=generator, on_iteration=count))
-    return SyntheticImages(
-        torch.cat([part.images for part in parts]),
-        wanted,
-        torch.cat([part.kept for part in parts]),
-        torch.cat([part.loss for part in parts]),
-    )
+    return SyntheticImages.join(parts)

@@ -6,6 +6,7 @@ Letters: L patches kept.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -64,7 +65,7 @@ def stage_costs(
         patches = batch.kept.shape[1]
         alone.release()  # buffers only grow while a run goes on
         with FlopCounterMode(display=False) as counter:
-            batch.step(stop=fraction)
+            batch.step(choose=partial(most_attended, fraction=fraction) if fraction else None)
         seen.append((patches, counter.get_total_flops(), alone.activation_bytes))
     alone.release()
     P = L = grid.num_patches

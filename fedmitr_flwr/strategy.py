@@ -23,7 +23,7 @@ from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.digest import code_digest, short
 from fedmitr_flwr.exchange import WindowedGrid
 from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.pipeline import ClientModel, Pipeline, PipelineResult, run_pipeline
+from fedmitr_flwr.pipeline import ClientModel, Pipeline, PipelineInputs, PipelineResult, run_pipeline
 from fedmitr_flwr.quorum import ClientCounts, check_quorum, wait_for_nodes
 from fedmitr_flwr.roster import Roster
 from fedmitr_flwr.rundir import COLLECTED, RunDirectory
@@ -224,16 +224,10 @@ class FedMITR(Strategy):
         clients = [ClientModel(store.open(upload), upload.num_examples, upload.histogram) for upload in uploads]
         seed = self.settings.run.seed + server_round - 1
         checkpoints = Checkpoints(self.run.checkpoints(server_round), self.settings.run.checkpoint_seconds)
-        result = self.pipeline(
-            self.settings,
-            self.spec,
-            clients,
-            self._initial,
-            seed=seed,
-            device=self.device,
-            observer=self.observer,
-            checkpoints=checkpoints,
+        inputs = PipelineInputs(
+            self.settings, self.spec, clients, self._initial, seed, self.device, self.observer, checkpoints
         )
+        result = self.pipeline(inputs)
         self.outcome = RoundOutcome(result, tuple(uploads), counts)
         return encode_state(result.state), _metrics(uploads, counts)
 

@@ -1,15 +1,17 @@
 """Other ways from the same uploads to one global model, chosen by `run.method`.
 
-Each is one file with a function of `run_pipeline`'s signature, and takes the same settings: whatever a baseline shares
-with FedMITR (weighting, start, augmentation, random images, steps) is set by the same keys, so that a comparison can be
-made with the same extras.
+Each is one file with a function of `PipelineInputs`, as `run_pipeline` is, and takes the same settings: whatever a
+baseline shares with FedMITR (weighting, start, augmentation, random images, steps) is set by the same keys, so that a
+comparison can be made with the same extras.
 """
 
 from __future__ import annotations
 
 from typing import get_args
 
+from fedmitr_flwr.baselines.co_boosting import co_boosting
 from fedmitr_flwr.baselines.common import FedMITRWith
+from fedmitr_flwr.baselines.dense import dense
 from fedmitr_flwr.baselines.dense_inversion import dense_inversion, dense_inversion_kl
 from fedmitr_flwr.baselines.fedavg import one_shot_fedavg
 from fedmitr_flwr.baselines.hard_labels import hard_labels
@@ -26,11 +28,16 @@ METHODS: dict[Method, Pipeline] = {
     "dense-inversion-kl": dense_inversion_kl,
     "hard-labels": hard_labels,
     "random-images": ensemble_on_random_images,
+    "dense": dense,
+    "co-boosting": co_boosting,
 }
 assert tuple(METHODS) == get_args(Method)
 
 UNTRAINED: frozenset[Method] = frozenset({"fedavg", "head-aggregation"})
 """Methods that only average, and distil nothing."""
+
+GENERATED: frozenset[Method] = frozenset({"dense", "co-boosting"})
+"""Methods that train a generator and the student in turn."""
 
 
 def effective_settings(settings: Settings) -> Settings:

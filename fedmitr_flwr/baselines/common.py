@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
-import torch
-from torch import Tensor
-
-from fedmitr_flwr.averaging import fedavg
-from fedmitr_flwr.data import ImageSpec
-from fedmitr_flwr.pipeline import ClientModel, PipelineResult, make_ensemble, run_pipeline
-from fedmitr_flwr.settings import RunConfigValue, Settings
+from fedmitr_flwr.ensemble import Ensemble
+from fedmitr_flwr.pipeline import PipelineInputs, PipelineResult, make_ensemble, run_pipeline
+from fedmitr_flwr.settings import RunConfigValue
 
 
 @dataclass(frozen=True)
@@ -27,19 +22,13 @@ class FedMITRWith:
 
     changes: Mapping[str, RunConfigValue]
 
-    def __call__(self, settings: Settings, *args: Any, **kwargs: Any) -> PipelineResult:
+    def __call__(self, inputs: PipelineInputs) -> PipelineResult:
         """See `pipeline.run_pipeline`."""
-        return run_pipeline(settings.replace(**self.changes), *args, **kwargs)
+        return run_pipeline(replace(inputs, settings=inputs.settings.replace(**self.changes)))
 
 
-def untrained_result(
-    settings: Settings,
-    spec: ImageSpec,
-    clients: Sequence[ClientModel],
-    initial: Mapping[str, Tensor],
-    device: torch.device,
-) -> PipelineResult:
+def untrained_result(inputs: PipelineInputs, ensemble: Ensemble | None = None) -> PipelineResult:
     """Ensemble and one-shot average, which every method is compared with; the average is the global model too."""
-    ensemble, _ = make_ensemble(settings, spec, clients, initial, device)
-    average = fedavg([client.state for client in clients], torch.tensor([client.num_examples for client in clients]))
+    ensemble = ensemble or make_ensemble(inputs)[0]
+    average = inputs.average()
     return PipelineResult(dict(average), average, ensemble, None, None, None, {})

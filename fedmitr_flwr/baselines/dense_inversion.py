@@ -11,6 +11,7 @@ from fedmitr_flwr.baselines.common import FedMITRWith
 from fedmitr_flwr.settings import RunConfigValue
 
 _DENSE: dict[str, RunConfigValue] = {
+    "inversion.method": "sparse",
     "inversion.stops": "",
     "inversion.fractions": "",
     "relabel.labels": "off",

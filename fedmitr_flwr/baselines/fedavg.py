@@ -2,29 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
-import torch
-from torch import Tensor
-
 from fedmitr_flwr.baselines.common import untrained_result
-from fedmitr_flwr.checkpoints import Checkpoints
-from fedmitr_flwr.data import ImageSpec
-from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.pipeline import ClientModel, PipelineResult
-from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.pipeline import PipelineInputs, PipelineResult
 
 
-def one_shot_fedavg(
-    settings: Settings,
-    spec: ImageSpec,
-    clients: Sequence[ClientModel],
-    initial: Mapping[str, Tensor],
-    *,
-    seed: int,
-    device: torch.device,
-    observer: Observer,
-    checkpoints: Checkpoints | None = None,
-) -> PipelineResult:
-    """Average the uploads; nothing is trained, so `seed` is without effect. See `pipeline.run_pipeline`."""
-    return untrained_result(settings, spec, clients, initial, device)
+def one_shot_fedavg(inputs: PipelineInputs) -> PipelineResult:
+    """Average the uploads; nothing is trained, so the seed is without effect. See `pipeline.run_pipeline`."""
+    return untrained_result(inputs)

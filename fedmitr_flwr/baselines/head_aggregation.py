@@ -6,34 +6,16 @@ model that FedMITR's student starts from under ``distill.start = "merged"``, tak
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from dataclasses import replace
-
-import torch
-from torch import Tensor
 
 from fedmitr_flwr.averaging import merged
 from fedmitr_flwr.baselines.common import untrained_result
-from fedmitr_flwr.checkpoints import Checkpoints
-from fedmitr_flwr.data import ImageSpec
-from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.pipeline import ClientModel, PipelineResult
-from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.pipeline import PipelineInputs, PipelineResult
 
 
-def head_aggregation(
-    settings: Settings,
-    spec: ImageSpec,
-    clients: Sequence[ClientModel],
-    initial: Mapping[str, Tensor],
-    *,
-    seed: int,
-    device: torch.device,
-    observer: Observer,
-    checkpoints: Checkpoints | None = None,
-) -> PipelineResult:
-    """Merge the uploads; nothing is trained, so `seed` is without effect. See `pipeline.run_pipeline`."""
-    result = untrained_result(settings, spec, clients, initial, device)
-    states = [client.state for client in clients]
+def head_aggregation(inputs: PipelineInputs) -> PipelineResult:
+    """Merge the uploads; nothing is trained, so the seed is without effect. See `pipeline.run_pipeline`."""
+    result = untrained_result(inputs)
+    states = [client.state for client in inputs.clients]
     weights = result.ensemble.weights.cpu()
-    return replace(result, state=merged(initial, states, weights, settings.distill.merge_scale))
+    return replace(result, state=merged(inputs.initial, states, weights, inputs.settings.distill.merge_scale))

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedmitr_flwr.atomic import Json, atomic_path, write_json
-from fedmitr_flwr.baselines import UNTRAINED, effective_settings
+from fedmitr_flwr.baselines import GENERATED, UNTRAINED, effective_settings
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.evaluate import Evaluation
 from fedmitr_flwr.flops import stage_flops
@@ -119,7 +119,9 @@ def pictures(
 
 
 def _flops(settings: Settings, result: PipelineResult, grid: PatchGrid) -> dict[str, float]:
-    """Arithmetic of the stages that the method has."""
+    """Arithmetic of the stages that the method has; none of a generator's, which is not counted."""
+    if settings.run.method in GENERATED:
+        return {}
     found = stage_flops(settings, result.ensemble.teachers[0], grid, len(result.ensemble.teachers))
     left_out = {"distill"} if settings.run.method in UNTRAINED else set()
     if result.synthetic is None:
@@ -135,7 +137,7 @@ def _synthetic(result: PipelineResult, spec: ImageSpec, grid: PatchGrid, setting
         "per_class": result.synthetic.labels.bincount(minlength=spec.num_classes).tolist(),
         "kept_fraction": result.synthetic.kept.shape[1] / grid.num_patches,
         "high_density": float(result.split.high.float().mean()),
-        "stops": list(settings.inversion.stops),
+        "stops": [] if settings.run.method in GENERATED else list(settings.inversion.stops),
     }
 
 

@@ -14,12 +14,21 @@ from fedmitr_flwr.settings.server_stages import (
     DensitySettings,
     DistillSettings,
     EnsembleSettings,
+    GeneratorSettings,
     InversionSettings,
     RelabelSettings,
 )
 
 Method = Literal[
-    "fedmitr", "fedavg", "head-aggregation", "dense-inversion", "dense-inversion-kl", "hard-labels", "random-images"
+    "fedmitr",
+    "fedavg",
+    "head-aggregation",
+    "dense-inversion",
+    "dense-inversion-kl",
+    "hard-labels",
+    "random-images",
+    "dense",
+    "co-boosting",
 ]
 
 
@@ -30,7 +39,8 @@ class RunSettings(Stage):
         "fedmitr",
         description="How the uploads become one model: `fedmitr`, or a baseline: one-shot averages (`fedavg`, "
         "`head-aggregation`), dense inversion with or without cross-entropy (`dense-inversion`, `dense-inversion-kl`), "
-        "hard labels everywhere (`hard-labels`), or no inversion at all (`random-images`, labelled by the ensemble).",
+        "hard labels everywhere (`hard-labels`), no inversion at all (`random-images`, labelled by the ensemble), or a "
+        "generator in its place (`dense`: DENSE; `co-boosting`: Co-Boosting).",
     )
     seed: int = Field(42, ge=0, le=2**31 - 1, description="Seed of everything random except the partition.")
     device: str = Field(
@@ -129,6 +139,7 @@ class Settings(Stage):
     density: DensitySettings = DensitySettings()
     relabel: RelabelSettings = RelabelSettings()
     distill: DistillSettings = DistillSettings()
+    generator: GeneratorSettings = GeneratorSettings()
 
     @model_validator(mode="after")
     def _across_stages(self) -> Self:

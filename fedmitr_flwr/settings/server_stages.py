@@ -35,6 +35,12 @@ class EnsembleSettings(Stage):
 class InversionSettings(Stage):
     """Stage 1, sparse model inversion (SMI, arXiv 2510.27186)."""
 
+    method: Literal["sparse", "rebirth"] = Field(
+        "sparse",
+        description="`sparse`: at each stop the patches with the least attention leave for good (SMI). `rebirth`: "
+        "those with the most leave as a finished image, and the others go on (Patch Rebirth): n stops yield n + 1 "
+        "images, which share the patches evenly.",
+    )
     images: int = Field(120, ge=1, le=10_000_000, description="Synthetic images, spread evenly over the classes.")
     batch_size: int = Field(40, ge=1, description="Images inverted at a time.")
     iterations: int = Field(40, ge=1, le=1_000_000, description="Optimisation steps for each batch.")
@@ -42,7 +48,7 @@ class InversionSettings(Stage):
         (6, 10, 14, 18), description="Iterations before which patches are stopped; empty: dense inversion."
     )
     fractions: FloatList = Field(
-        (0.3, 0.3, 0.3, 0.3), description="Fraction of the remaining patches stopped at each of them."
+        (0.3, 0.3, 0.3, 0.3), description="Fraction of the remaining patches stopped at each of them, under `sparse`."
     )
     learning_rate: float = Field(0.1, gt=0.0, le=100.0, description="Adam learning rate, in normalised pixels.")
     beta1: float = Field(0.5, ge=0.0, lt=1.0, description="Adam beta 1.")
@@ -96,9 +102,21 @@ class InversionSettings(Stage):
             problems.append(("inversion.fractions", self.fractions, allowed))
         if any(not 0.0 < r < 1.0 for r in self.fractions):
             problems.append(("inversion.fractions", self.fractions, "must lie between 0 and 1, both excluded"))
+        if self.method == "rebirth" and not self.stops:
+            problems.append(("inversion.method", "rebirth", "needs inversion.stops"))
         if problems:
             raise SettingsError(*problems)
         return self
+
+    @property
+    def images_per_run(self) -> int:
+        """How many images one set of pixels yields."""
+        return len(self.stops) + 1 if self.method == "rebirth" else 1
+
+    @property
+    def runs(self) -> int:
+        """How many sets of pixels are inverted, for at least `images` images."""
+        return -(-self.images // self.images_per_run)
 
 
 class DensitySettings(Stage):
@@ -181,3 +199,33 @@ class DistillSettings(Stage):
         if self.kl_weight == self.ce_weight == self.low_weight == 0.0:
             raise SettingsError(("distill.kl-weight", 0.0, "kl-weight, ce-weight and low-weight must not all be 0"))
         return self
+
+
+class GeneratorSettings(Stage):
+    """The generator of `run.method` `dense` and `co-boosting`; the other methods have none."""
+
+    rounds: int = Field(
+        200,
+        ge=1,
+        le=100_000,
+        description="Batches that are generated one after the other, each followed by its share of `distill.steps`.",
+    )
+    batch_size: int = Field(
+        128,
+        ge=2,
+        description="Images generated in a round; those of all rounds stay in memory.",
+    )
+    iterations: int = Field(30, ge=1, le=1_000_000, description="Updates of the generator in a round.")
+    learning_rate: float = Field(1e-3, gt=0.0, le=10.0, description="Adam learning rate of generator and latents.")
+    latent: int = Field(256, ge=1, le=65_536, description="Length of the latent vectors.")
+    width: int = Field(64, ge=1, le=4096, description="Channels of the generator's last hidden map.")
+    adversarial: float = Field(
+        1.0, ge=0.0, description="Weight of the term that asks for images on which student and ensemble disagree."
+    )
+    perturbation: float = Field(
+        8.0,
+        ge=0.0,
+        le=255.0,
+        description="How far `co-boosting` moves each pixel before the student sees an image, in 255ths of the pixel "
+        "range; 0: not at all.",
+    )

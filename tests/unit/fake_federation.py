@@ -16,11 +16,10 @@ from torch import Tensor
 import client_app.app as client_module
 from client_app.app import app as client
 from fedmitr_flwr import exchange, quorum
-from fedmitr_flwr.checkpoints import Checkpoints
 from fedmitr_flwr.client import ClientTask, ClientUpload
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.pipeline import ClientModel, PipelineResult
+from fedmitr_flwr.pipeline import ClientModel, PipelineInputs, PipelineResult
 from fedmitr_flwr.rundir import RunDirectory
 from fedmitr_flwr.settings import RunConfigValue, Settings
 from fedmitr_flwr.strategy import FedMITR
@@ -126,22 +125,11 @@ class FakePipeline:
         self.initial: list[Mapping[str, Tensor]] = []
         self.seeds: list[int] = []
 
-    def __call__(
-        self,
-        settings: Settings,
-        spec: ImageSpec,
-        clients: Sequence[ClientModel],
-        initial: Mapping[str, Tensor],
-        *,
-        seed: int,
-        device: torch.device,
-        observer: Observer,
-        checkpoints: Checkpoints | None = None,
-    ) -> PipelineResult:
-        self.clients.append(list(clients))
-        self.initial.append(initial)
-        self.seeds.append(seed)
-        state = {key: torch.stack([client.state[key] for client in clients]).mean(0) for key in initial}
+    def __call__(self, inputs: PipelineInputs) -> PipelineResult:
+        self.clients.append(list(inputs.clients))
+        self.initial.append(inputs.initial)
+        self.seeds.append(inputs.seed)
+        state = {key: torch.stack([client.state[key] for client in inputs.clients]).mean(0) for key in inputs.initial}
         return PipelineResult(state, state, *[cast(Any, None)] * 4, {})
 
 

@@ -13,7 +13,7 @@ from fedmitr_flwr.data import load_source
 from fedmitr_flwr.listeners import JsonLines, Keeper
 from fedmitr_flwr.models import build_model, initial_state
 from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.pipeline import ClientModel
+from fedmitr_flwr.pipeline import ClientModel, PipelineInputs
 from fedmitr_flwr.quorum import ClientCounts
 from fedmitr_flwr.rundir import CONFIG, EVENTS, RunDirectory
 from fedmitr_flwr.server import Federation, describe_run, write_results
@@ -35,6 +35,11 @@ SETTINGS = Settings.from_run_config(
         "distill.steps": 20,
         "distill.batch-size": 16,
         "distill.noise": 1.0,
+        "generator.rounds": 3,
+        "generator.batch-size": 8,
+        "generator.iterations": 3,
+        "generator.latent": 8,
+        "generator.width": 4,
     }
 )
 
@@ -64,9 +69,7 @@ def make_run(folder: Path, name: str, *, listening: bool = True, **changes: str 
             )
         observer.client("refused", client="node 7", reason="head.weight holds NaN or Inf")
         pipeline = METHODS[settings.run.method]
-        out = pipeline(
-            settings, source.spec, clients, initial, seed=settings.run.seed, device=device, observer=observer
-        )
+        out = pipeline(PipelineInputs(settings, source.spec, clients, initial, settings.run.seed, observer=observer))
         counts = ClientCounts(asked=3, accepted=2, refused=1)
         write_results(run, settings, federation, out, counts, observer, keeper if listening else None)
         observer.close()

@@ -1,12 +1,14 @@
 import pytest
 import torch
 
+from fedmitr_flwr import pipeline
 from fedmitr_flwr.averaging import fedavg, merged
-from fedmitr_flwr.baselines import METHODS, random_images
+from fedmitr_flwr.baselines import METHODS
 from fedmitr_flwr.evaluate import evaluate
+from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.models import build_model, initial_state
 from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.pipeline import make_ensemble
+from fedmitr_flwr.pipeline import PipelineInputs, make_ensemble
 from tests.unit.test_pipeline import CPU, SETTINGS, SOURCE, clients  # noqa: F401 - a fixture
 
 INITIAL = initial_state(SETTINGS, SOURCE.spec)
@@ -14,8 +16,8 @@ INITIAL = initial_state(SETTINGS, SOURCE.spec)
 
 def run(method, uploads, seed=5, observer=None, **changes):
     settings = SETTINGS.replace(**{"run.method": method, **changes})
-    observer = observer or Observer()
-    return METHODS[method](settings, SOURCE.spec, uploads, INITIAL, seed=seed, device=CPU, observer=observer)
+    inputs = PipelineInputs(settings, SOURCE.spec, uploads, INITIAL, seed, observer=observer or Observer())
+    return METHODS[method](inputs)
 
 
 @pytest.mark.parametrize("method", METHODS)
@@ -38,7 +40,7 @@ def test_averages_are_those_of_the_library(clients):  # noqa: F811
     counts = torch.tensor([client.num_examples for client in clients])
     average = run("fedavg", clients)
     assert all(torch.equal(average.state[name], value) for name, value in fedavg(states, counts).items())
-    ensemble, _ = make_ensemble(SETTINGS, SOURCE.spec, clients, INITIAL, CPU)
+    ensemble, _ = make_ensemble(PipelineInputs(SETTINGS, SOURCE.spec, clients, INITIAL))
     expected = merged(INITIAL, states, ensemble.weights, SETTINGS.distill.merge_scale)
     heads = run("head-aggregation", clients)
     assert all(torch.equal(heads.state[name], value) for name, value in expected.items())
@@ -79,13 +81,13 @@ def test_hard_labels_are_the_most_probable_class(clients, monkeypatch):  # noqa:
 
 
 def test_random_images_inverts_nothing_and_distils_as_many_images(clients, monkeypatch):  # noqa: F811
-    seen, true = {}, random_images.distill
+    seen, true = {}, pipeline.distill
 
     def keep(student, pool, settings, **kwargs):
         seen.update(pool=pool, settings=settings)
         true(student, pool, settings, **kwargs)
 
-    monkeypatch.setattr(random_images, "distill", keep)
+    monkeypatch.setattr(pipeline, "distill", keep)
     observer = Observer()
     result = run("random-images", clients, observer=observer)
     assert result.synthetic is None
@@ -96,3 +98,65 @@ def test_random_images_inverts_nothing_and_distils_as_many_images(clients, monke
     ensemble = result.ensemble(seen["pool"].patches).probabilities
     assert torch.allclose(seen["pool"].targets, ensemble, atol=1e-6)
     assert not torch.equal(result.state["head.weight"], run("head-aggregation", clients).state["head.weight"])
+
+
+@pytest.fixture
+def pools(monkeypatch):
+    """Every pool that the student learns from, with the step from which it does."""
+    seen, true = [], pipeline.distill
+
+    def watch(student, pool, settings, *, grow, **kwargs):
+        def watched(step):
+            grown = grow(step)
+            if grown is not None:
+                seen.append((step, grown))
+            return grown
+
+        seen.append((0, pool))
+        true(student, pool, settings, grow=watched, **kwargs)
+
+    monkeypatch.setattr(pipeline, "distill", watch)
+    return seen
+
+
+@pytest.mark.parametrize("method", ["dense", "co-boosting"])
+def test_generated_images_join_the_pool_between_the_students_steps(clients, pools, method):  # noqa: F811
+    observer = Observer()
+    result = run(method, clients, observer=observer)
+    assert [step for step, _ in pools] == [0, 2, 8]  # 15 steps by 1 : 2 : 3
+    assert result.synthetic.images.shape == (24, 1, 8, 8)
+    assert set(result.synthetic.labels.tolist()) <= set(range(9))  # nobody has a 9
+    assert bool(result.split.high.all())
+    assert set(observer.seconds) == {"distill"}
+
+
+def test_dense_labels_all_images_so_far_with_the_ensemble(clients, pools):  # noqa: F811
+    result = run("dense", clients)
+    views, mix, noise = SETTINGS.distill.views, SETTINGS.distill.mix, SETTINGS.distill.noise
+    sizes = [round(number * 8 * (views + mix) + 25 * noise) for number in (1, 2, 3)]
+    assert [len(pool.patches) for _, pool in pools] == sizes
+    last = pools[-1][1]
+    assert torch.allclose(last.targets, result.ensemble(last.patches).probabilities, atol=1e-6)
+    grid = PatchGrid.of(result.ensemble.teachers[0], SOURCE.spec)
+    assert torch.equal(last.patches[:8], grid.to_patches(result.synthetic.images[:8]))
+
+
+def test_co_boosting_learns_weights_and_shows_as_many_images_as_the_student_takes(clients, pools):  # noqa: F811
+    alone = {"distill.noise": 0.0, "distill.mix": 0.0}
+    plain, result = run("dense", clients).ensemble, run("co-boosting", clients, **alone)
+    assert not torch.equal(plain.weights, result.ensemble.weights)
+    assert torch.allclose(result.ensemble.weights.sum(0), plain.weights.sum(0), atol=1e-5)
+    assert torch.equal(result.ensemble.weights == 0, plain.weights == 0)
+    assert [len(pool.patches) for _, pool in pools[3:]] == [2 * 16, 6 * 16, 7 * 16]
+    last = pools[-1][1]
+    assert torch.allclose(last.targets, result.ensemble(last.patches).probabilities, atol=1e-6)
+    grid = PatchGrid.of(plain.teachers[0], SOURCE.spec)
+    shown = {patches.numpy().tobytes() for patches in last.patches}
+    assert not shown & {patches.numpy().tobytes() for patches in grid.to_patches(result.synthetic.images)}
+
+
+def test_the_students_start_weighting_and_further_images_are_those_of_the_settings(clients):  # noqa: F811
+    for change in ({"distill.start": "fedavg"}, {"ensemble.weighting": "uniform"}, {"distill.noise": 0.0}):
+        for method in ("dense", "co-boosting"):
+            changed = run(method, clients, **change).state["head.weight"]
+            assert not torch.equal(changed, run(method, clients).state["head.weight"]), (method, change)

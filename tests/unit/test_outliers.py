@@ -12,9 +12,8 @@ from torch import Tensor
 from fedmitr_flwr.data import load_source
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.models import build_model, initial_state
-from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.outliers import examine, known_classes, outliers, standing
-from fedmitr_flwr.pipeline import ClientModel, make_ensemble
+from fedmitr_flwr.pipeline import ClientModel, PipelineInputs, make_ensemble
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.training import train_local
 
@@ -65,7 +64,7 @@ def noised(client: ClientModel) -> ClientModel:
 def weights(clients: list[ClientModel], guard: float = 0.5) -> Tensor:
     settings = SETTINGS.replace(**{"ensemble.outlier-guard": guard})
     initial = initial_state(settings, SOURCE.spec)
-    return make_ensemble(settings, SOURCE.spec, clients, initial, CPU, Observer())[0].weights
+    return make_ensemble(PipelineInputs(settings, SOURCE.spec, clients, initial))[0].weights
 
 
 def silent(rows: Tensor) -> list[int]:

@@ -10,8 +10,7 @@ from fedmitr_flwr.evaluate import evaluate
 from fedmitr_flwr.figures import save_synthetic, shown
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.models import build_model, initial_state
-from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.pipeline import ClientModel, run_pipeline
+from fedmitr_flwr.pipeline import ClientModel, PipelineInputs, run_pipeline
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.training import train_local
 from fedmitr_flwr.vit import forward_images
@@ -35,6 +34,11 @@ SETTINGS = Settings.from_run_config(
         "distill.batch-size": 16,
         "distill.mix": 1.0,
         "distill.noise": 1.0,
+        "generator.rounds": 3,
+        "generator.batch-size": 8,
+        "generator.iterations": 3,
+        "generator.latent": 8,
+        "generator.width": 4,
     }
 )
 SOURCE = load_source(SETTINGS.data)
@@ -57,8 +61,7 @@ def clients():
 def run(clients, seed=5, checkpoints=None, **changes):
     settings = SETTINGS.replace(**changes)
     initial = initial_state(settings, SOURCE.spec)
-    kept = {"observer": Observer(), "checkpoints": checkpoints}
-    return run_pipeline(settings, SOURCE.spec, clients, initial, seed=seed, device=CPU, **kept)
+    return run_pipeline(PipelineInputs(settings, SOURCE.spec, clients, initial, seed, checkpoints=checkpoints))
 
 
 class CutOffError(RuntimeError):
