@@ -163,7 +163,8 @@ def write_results(
     if result.synthetic is not None:
         save_synthetic(result.synthetic, spec, PatchGrid.of(result.ensemble.teachers[0], spec), run.path / SYNTHETIC)
     found = None if result.diagnostics is None else {**result.diagnostics.as_dict()}
-    run.write_json(METRICS, {**make_metrics(evaluation, clients, observer), "diagnostics": found})
+    metrics = make_metrics(evaluation, clients, observer, settings.run.memory_mb)
+    run.write_json(METRICS, {**metrics, "diagnostics": found})
     write_report(run, settings, spec, result, evaluation, keeper)
     for line in accuracy_table(evaluation, settings.run.evaluate_on):
         log.info("%s", line)
@@ -186,8 +187,10 @@ def write_report(
         log.debug("Traceback:", exc_info=True)
 
 
-def make_metrics(evaluation: Evaluation | None, clients: ClientCounts, observer: Observer) -> dict[str, Json]:
-    """Return the content of ``metrics.json``; accuracies are null without an evaluation."""
+def make_metrics(
+    evaluation: Evaluation | None, clients: ClientCounts, observer: Observer, budget_mb: int = 0
+) -> dict[str, Json]:
+    """Return the content of ``metrics.json``; accuracies are null without an evaluation, the budget without one."""
     names = ("local_mean", "fedavg", "ensemble", "global")
     return {
         "accuracy": dict(evaluation.accuracy()) if evaluation else dict.fromkeys(names),
@@ -195,6 +198,7 @@ def make_metrics(evaluation: Evaluation | None, clients: ClientCounts, observer:
         "clients": clients.as_dict(),
         "seconds": {stage: round(observer.seconds.get(stage, 0.0), 3) for stage in _STAGES},
         "peak_rss_mb": round(peak_rss_mb(), 1),
+        "memory_budget_mb": budget_mb or None,
     }
 
 
