@@ -1,20 +1,20 @@
 """What `ensemble.outlier-guard` saves when two of ten clients are bad, and what it costs when none is.
 
-    python -m benchmarks.outliers --seeds 31,32,33 --results benchmarks/results/outliers.jsonl
+    python -m benchmarks.outliers --seeds 31 --split test --results benchmarks/results/outliers.jsonl
 
 The first two clients of a partition are honest (`clean`), train on flipped labels, c in place of 9 - c (`flipped`), or
-add Gaussian noise of each tensor's own standard deviation to their weights (`noised`). Accuracies are on validation
-images; distillation is shorter than the demo's. Everything runs in one thread.
+add Gaussian noise of each tensor's own standard deviation to their weights (`noised`). Settings are the demo's, but for
+what the options change; `--ensemble-only` leaves the global model out. Everything runs in one thread.
 """
 
 from __future__ import annotations
 
 import json
-import platform
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Protocol
 
 import torch
 import typer
@@ -22,7 +22,9 @@ import typer
 from benchmarks.federation import Federation, train_federation
 from fedmitr_flwr.data import partition_indices
 from fedmitr_flwr.evaluate import evaluate
+from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.models import build_model
+from fedmitr_flwr.observe import Observer, Value
 from fedmitr_flwr.pipeline import ClientModel, make_ensemble, run_pipeline
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.training import train_local
@@ -35,53 +37,86 @@ def main(
     seeds: Annotated[str, typer.Option(help="partition seeds, separated by commas")] = "31,32,33",
     clients: Annotated[int, typer.Option(help="number of clients K")] = 10,
     guard: Annotated[float, typer.Option(help="ensemble.outlier-guard to compare with 0")] = 0.5,
-    steps: Annotated[int, typer.Option(help="distill.steps")] = 300,
-    noise: Annotated[float, typer.Option(help="distill.noise")] = 15.0,
+    steps: Annotated[int | None, typer.Option(help="distill.steps")] = None,
+    noise: Annotated[float | None, typer.Option(help="distill.noise")] = None,
+    split: Annotated[str, typer.Option(help="validation or test")] = "validation",
+    ensemble_only: Annotated[bool, typer.Option(help="measure the ensemble alone")] = False,
     cache: Annotated[Path, typer.Option(help="folder for trained uploads")] = Path("outputs/uploads-cache"),
     results: Annotated[Path | None, typer.Option(help="JSON lines file to append to")] = None,
 ) -> None:
     """Print one JSON line for each partition, kind of clients and guard."""
     torch.set_num_threads(1)
     for seed in (int(text) for text in seeds.split(",")):
-        settings = Settings().replace(
-            **{"partition.seed": seed, "distill.steps": steps, "distill.noise": noise, "ensemble.outlier-guard": 0.0}
-        )
+        changes = {"distill.steps": steps, "distill.noise": noise}
+        given = {key: value for key, value in changes.items() if value is not None}
+        settings = Settings().replace(**{"partition.seed": seed, "ensemble.outlier-guard": 0.0, **given})
         federation = train_federation(settings, clients, cache)
         flipped = {number: _flipped(settings, federation, clients, number) for number in BAD}
         noised = {number: _noised(federation.clients[number], number) for number in BAD}
         for kind, bad in (("clean", {}), ("flipped", flipped), ("noised", noised)):
             uploads = [bad.get(number, client) for number, client in enumerate(federation.clients)]
-            for row in _compared(settings, replace(federation, clients=uploads), guard):
-                line = json.dumps({"seed": seed, "clients": kind, **row, "machine": platform.machine()})
+            measure = partial(_ensemble_alone if ensemble_only else _accuracies, split=split)
+            for row in _compared(settings, replace(federation, clients=uploads), guard, measure):
+                line = json.dumps({"seed": seed, "clients": kind, "split": split, **row})
                 print(line, flush=True)
                 if results is not None:
                     with results.open("a") as file:
                         file.write(line + "\n")
 
 
-def _compared(settings: Settings, federation: Federation, guard: float) -> list[dict[str, object]]:
-    """Results without and with the guard; one run serves both when it takes nobody out."""
+class Measure(Protocol):
+    """Accuracies of what comes out of a federation's uploads."""
+
+    def __call__(self, settings: Settings, federation: Federation) -> dict[str, float]:
+        """By name, in 0..1."""
+
+
+def _compared(settings: Settings, federation: Federation, guard: float, measure: Measure) -> list[dict[str, object]]:
+    """Results without and with the guard; one run serves both when it lowers nobody."""
     guarded = settings.replace(**{"ensemble.outlier-guard": guard})
+    heard = Heard()
     start = time.process_time()
     plain, _ = make_ensemble(federation.inputs(settings))
     between = time.process_time()
-    judged, _ = make_ensemble(federation.inputs(guarded))
+    judged, _ = make_ensemble(federation.inputs(guarded, observer=heard))
     cost = time.process_time() - between - (between - start)
-    out = [number for number, row in enumerate(judged.weights) if float(row.sum()) == 0.0]
-    without = _accuracies(settings, federation)
+    without = measure(settings, federation)
     same = torch.equal(plain.weights, judged.weights)
-    found = without if same else _accuracies(guarded, federation)
+    found = without if same else measure(guarded, federation)
     examples = [client.num_examples for client in federation.clients]
     return [
         {"guard": 0.0, **without, "examples": examples},
-        {"guard": guard, **found, "taken_out": out, "guard_cpu_seconds": round(cost, 1), "same_weights": same},
+        {"guard": guard, **found, **heard.said, "guard_cpu_seconds": round(cost, 1), "same_weights": same},
     ]
 
 
-def _accuracies(settings: Settings, federation: Federation) -> dict[str, float]:
+class Heard(Observer):
+    """Keeps what the guard reports."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.said: dict[str, Value] = {}
+
+    def event(self, stage: str, **values: Value) -> None:
+        self.said.update(values)
+
+
+def _accuracies(settings: Settings, federation: Federation, *, split: str) -> dict[str, float]:
     result = run_pipeline(federation.inputs(settings))
-    found = evaluate(result, federation.source.validation, federation.spec, settings.model, CPU).accuracy()
+    images = getattr(federation.source, split)
+    found = evaluate(result, images, federation.spec, settings.model, CPU).accuracy()
     return {name: round(found[name], 4) for name in ("ensemble", "global")}
+
+
+def _ensemble_alone(settings: Settings, federation: Federation, *, split: str) -> dict[str, float]:
+    ensemble, _ = make_ensemble(settings, federation.spec, federation.clients, federation.initial, CPU)
+    images = getattr(federation.source, split)
+    grid = PatchGrid.of(ensemble.teachers[0], federation.spec)
+    right = 0
+    for rows in torch.arange(len(images)).split(256):
+        patches = grid.to_patches(federation.spec.normalise(images.images(rows)))
+        right += int((ensemble(patches).probabilities.argmax(1) == torch.from_numpy(images.labels)[rows]).sum())
+    return {"ensemble": round(right / len(images), 4)}
 
 
 def _flipped(settings: Settings, federation: Federation, clients: int, number: int) -> ClientModel:

@@ -1,9 +1,16 @@
-"""Teachers that contradict all others on synthetic images lose their say (ours; off by default).
+"""Teachers that contradict the others, or whose weights no training leads to, are heard less (ours; off by default).
 
-Each teacher is inverted alone, into images of classes that it claims to know, and all others say what these show.
-Clients see different classes, so that honest teachers disagree outside their own: a teacher is judged, and judges, only
-by classes that its evidence says it knows, and by others that know them too. One that does not share two classes with
-two others is not judged at all: nobody can contradict it.
+Two kinds of evidence, of which the worse counts:
+
+- **What they say.** Each teacher is inverted alone, into images of classes that it claims to know; random images join
+  them. For each class, every teacher ranks all images by how much they look like it. A teacher's ranking is compared
+  with that of the others who know the class, weighted by how much they know of it and by how far they are trusted
+  themselves. Trust and comparison are repeated, so that of two who disagree the one whom others support elsewhere keeps
+  its say. One class shared with one other is enough to be judged; who shares none is not judged.
+- **Where their weights lie.** Training from a common start moves honest clients about equally far, and partly into the
+  same direction.
+
+A teacher is compared with the typical one, not with a fixed bar: what clients see differs from run to run.
 
 What it can't see: an attacker that is right on synthetic images and wrong on real ones, and a majority of attackers
 that agree with each other.
@@ -13,7 +20,7 @@ Letters: K teachers, C classes, B images.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -22,33 +29,60 @@ from torch import Tensor
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.inversion import invert
+from fedmitr_flwr.noise import random_images
 from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.settings import InversionSettings, Settings
+from fedmitr_flwr.settings import Settings
 
 # Share of a client's examples from which on it knows a class; for how many of these, and how often, it is inverted.
 KNOWN_SHARE = 0.05
 MOST_CLASSES = 6
 IMAGES_PER_CLASS = 4
-# Of all teachers together, about: everybody's opinion of every image is in memory at once.
+RANDOM_IMAGES = 256
+# Inverted images of all teachers together, about: everybody's opinion of every image is in memory at once.
 MOST_IMAGES = 1024
-# Fewer others than these can't outvote a teacher: which of two that disagree is wrong can't be told.
-LEAST_PEERS = 2
+# Trust settles in two or three.
+ROUNDS = 5
+# An update this many times as long as the median one is no training of the same recipe.
+LONG_UPDATE = 3.0
+# Less trust than this is none: a small weight would still move the average of the weights.
+LEAST_TRUST = 0.1
 
 
-def without_outliers(
+def trust(
     evidence: Tensor,
     teachers: Sequence[VisionTransformer],
+    initial: Mapping[str, Tensor],
     grid: PatchGrid,
     settings: Settings,
     observer: Observer,
 ) -> Tensor:
-    """Return the ``(K, C)`` evidence, zero for teachers that contradict the others by `ensemble.outlier-guard`."""
-    agreement = examine(teachers, evidence, grid, settings.inversion, seed=settings.run.seed)
-    out = outliers(agreement, settings.ensemble.outlier_guard)
-    found = ", ".join(str(number) for number in out.nonzero().squeeze(1).tolist())
-    judged = int(standing(agreement).isfinite().sum())
-    observer.event("ensemble", judged=judged, outliers=found or "none")
-    return evidence * ~out[:, None]
+    """How far each teacher should be heard, by `ensemble.outlier-guard`.
+
+    Parameters
+    ----------
+    evidence
+        ``(K, C)`` as `weighting.evidence` returns it.
+    teachers
+        K frozen ViTs on one device.
+    initial
+        State dict of the common initialisation.
+    grid, settings
+        Geometry; inversion, random images, seed and the guard.
+    observer
+        Hears whose say is lowered.
+
+    Returns
+    -------
+    Tensor
+        ``(K,)`` fp64 on the CPU in 0..1; 1 for one that gives no reason for doubt, or cannot be judged.
+    """
+    guard = settings.ensemble.outlier_guard
+    agreement, said = trust_by_opinion(opinions(teachers, evidence, grid, settings), evidence, guard)
+    found = torch.minimum(said, trust_by_weights(teachers, initial, guard))
+    found = torch.where(found < LEAST_TRUST, 0.0, found)
+    lowered = ", ".join(f"{k} to {found[k]:.2f}" for k in (found < 1).nonzero().squeeze(1).tolist())
+    observer.event("ensemble", judged=int(agreement.isfinite().sum()), outliers=lowered or "none")
+    return found
 
 
 def known_classes(evidence: Tensor) -> Tensor:
@@ -56,91 +90,109 @@ def known_classes(evidence: Tensor) -> Tensor:
     return evidence > KNOWN_SHARE * evidence.sum(1, keepdim=True)
 
 
-def examine(
-    teachers: Sequence[VisionTransformer],
-    evidence: Tensor,
-    grid: PatchGrid,
-    settings: InversionSettings,
-    *,
-    seed: int,
-) -> Tensor:
-    """Compare what all teachers say of images that each of them was inverted into.
-
-    Parameters
-    ----------
-    teachers
-        K frozen ViTs on one device.
-    evidence
-        ``(K, C)`` as `weighting.evidence` returns it.
-    grid, settings
-        Geometry and inversion.
-    seed
-        Of the images.
+def opinions(
+    teachers: Sequence[VisionTransformer], evidence: Tensor, grid: PatchGrid, settings: Settings
+) -> Tensor:  # fmt: skip
+    """Let all teachers look at images that each of them was inverted into, and at random ones.
 
     Returns
     -------
     Tensor
-        ``(K, K)`` fp64 on the CPU, symmetric: the correlation of what two teachers say of all images about the classes
-        that both know. NaN where these are fewer than two, and on the diagonal.
+        ``(K, B, C)`` fp64 on the CPU: how much each image looks like each class to each teacher, with zero mean and
+        unit variance over the images.
     """
     K, C = evidence.shape
     device = next(teachers[0].parameters()).device
-    knows = known_classes(evidence).to(device)
+    knows = known_classes(evidence)
     images = []
     for k, teacher in enumerate(teachers):
-        classes = evidence[k].argsort(descending=True)[:MOST_CLASSES].to(device)
-        labels = classes[knows[k, classes]].repeat(IMAGES_PER_CLASS)[: max(2, MOST_IMAGES // K)]
-        alone = Ensemble([teacher], torch.ones(1, C, device=device))
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + k)
-        images.append(invert(alone, labels, grid, settings, generator=generator).images)
+        classes = evidence[k].argsort(descending=True)[:MOST_CLASSES]
+        labels = classes[knows[k, classes]].repeat(IMAGES_PER_CLASS)[: max(2, MOST_IMAGES // K)].to(device)
+        if len(labels):
+            alone = Ensemble([teacher], torch.ones(1, C, device=device))
+            generator = torch.Generator().manual_seed(settings.run.seed * 1_000_003 + k)
+            images.append(invert(alone, labels, grid, settings.inversion, generator=generator).images)
+    generator = torch.Generator().manual_seed(settings.run.seed)
+    images.append(random_images(settings.distill.noise_kind, RANDOM_IMAGES, grid, generator).to(device))
     everybody = Ensemble(teachers, torch.full((K, C), 1 / K, device=device))
     logits, _ = everybody.see(grid.to_patches(torch.cat(images)))
-    said = logits.double().log_softmax(-1)
-    agreement = torch.full((K, K), torch.nan, dtype=torch.float64)
-    for one in range(K):
-        for other in range(one):
-            common = knows[one] & knows[other]
-            if int(common.sum()) > 1:
-                found = _correlation(said[one][:, common], said[other][:, common])
-                agreement[one, other] = agreement[other, one] = found
-    return agreement
+    said = logits.double().log_softmax(-1).cpu()
+    said = said - said.mean(1, keepdim=True)
+    return said / said.std(1, keepdim=True).clamp_min(1e-9)
 
 
-def _correlation(one: Tensor, other: Tensor) -> float:
-    """Correlation of two ``(B, C')`` tables, each without its means over images and over classes.
-
-    How sure a teacher is of an image, and how much it likes a class, is its own affair: only what it says of this class
-    in this image, compared with others, can be contradicted.
-    """
-    tables = [table - table.mean(1, keepdim=True) for table in (one, other)]
-    first, second = (table - table.mean(0) for table in tables)
-    return float((first * second).sum() / (first.norm() * second.norm()).clamp_min(1e-30))
-
-
-def standing(agreement: Tensor) -> Tensor:
-    """What its peers think of each teacher: ``(K,)``, the median of its agreements; NaN for one with too few peers.
-
-    The median lets a minority of bad peers say nothing of a good teacher.
-    """
-    enough = agreement.isfinite().sum(1) >= LEAST_PEERS
-    return torch.where(enough, agreement.nanmedian(1).values, torch.nan)
-
-
-def outliers(agreement: Tensor, guard: float) -> Tensor:
-    """Which teachers contradict the others.
+def trust_by_opinion(said: Tensor, evidence: Tensor, guard: float) -> tuple[Tensor, Tensor]:
+    """Compare each teacher with the others, class by class.
 
     Parameters
     ----------
-    agreement
-        ``(K, K)`` of `examine`.
+    said
+        ``(K, B, C)`` of `opinions`.
+    evidence
+        ``(K, C)``.
     guard
-        Those whose standing is below this many times the median standing lose their say; 0 none.
+        A teacher is heard less if the others agree with it less than this many times as much as with the typical one.
 
     Returns
     -------
-    Tensor
-        ``(K,)`` bool; never more than half of those that could be judged.
+    agreement
+        ``(K,)`` correlation with the others' weighted opinion, mean over the classes by what the teacher knows of them;
+        NaN for one that shares no class with a trusted one.
+    trust
+        ``(K,)`` in 0..1.
     """
-    own = standing(agreement)
-    typical = own.nanmedian().clamp_min(0.0)
-    return (own < guard * typical) & own.isfinite()
+    knows = known_classes(evidence)
+    weights = evidence.double().clamp_min(0.0).sqrt() * knows
+    weights = weights / weights.sum(1, keepdim=True).clamp_min(1e-30)
+    trusted = torch.ones(len(said), dtype=torch.float64)
+    agreement = torch.full_like(trusted, torch.nan)
+    for _ in range(ROUNDS):
+        heard = weights * trusted[:, None]
+        everybody = torch.einsum("kc,kbc->bc", heard, said)
+        others = everybody - heard[:, None] * said  # (K, B, C)
+        counts = knows & (heard.sum(0) - heard > 1e-9)
+        correlation = (said * others).sum(1) / (said.norm(dim=1) * others.norm(dim=1)).clamp_min(1e-30)
+        share = weights * counts
+        agreement = (share * correlation).sum(1) / share.sum(1)
+        trusted = _lowered(agreement, guard)
+    return agreement, trusted
+
+
+def trust_by_weights(teachers: Sequence[VisionTransformer], initial: Mapping[str, Tensor], guard: float) -> Tensor:
+    """Compare how far, and into which direction, each teacher's weights moved: ``(K,)`` in 0..1.
+
+    The teachers are gone through twice, so that no more than two updates are in memory at a time.
+    """
+    lengths = torch.tensor([float(_update(teacher, initial).norm()) for teacher in teachers], dtype=torch.float64)
+    lengths = lengths.clamp_min(1e-12)
+    total: Tensor | float = 0.0
+    for teacher, length in zip(teachers, lengths.tolist(), strict=True):
+        total = total + _update(teacher, initial) / length
+    cosines = []
+    for teacher, length in zip(teachers, lengths.tolist(), strict=True):
+        own = _update(teacher, initial) / length
+        others = total - own
+        cosines.append(float(own @ others / others.norm().clamp_min(1e-12)))
+    direction = torch.tensor(cosines, dtype=torch.float64)
+    if len(teachers) == 1:
+        return torch.ones(1, dtype=torch.float64)
+    short = (LONG_UPDATE * lengths.median() / lengths).clamp(max=1.0).square()
+    return torch.minimum(short, _lowered(direction, guard))
+
+
+def _update(teacher: VisionTransformer, initial: Mapping[str, Tensor]) -> Tensor:
+    """All weights minus the common initialisation's, in one row on the CPU."""
+    state = teacher.state_dict()
+    parts = [state[name].cpu().float() - start for name, start in initial.items() if start.is_floating_point()]
+    return torch.cat([part.flatten() for part in parts])
+
+
+def _lowered(values: Tensor, guard: float) -> Tensor:
+    """Trust from agreements: 1 from `guard` times the typical one on, falling with its square below; 1 for NaN.
+
+    Where the typical one is not above 0, nobody can be told from anybody.
+    """
+    bar = guard * values.nanmedian()
+    if not bool(bar > 0):
+        return torch.ones_like(values)
+    return torch.where(values < bar, (values / bar).clamp(0.0, 1.0).square(), 1.0)

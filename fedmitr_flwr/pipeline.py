@@ -25,7 +25,7 @@ from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.inversion import SyntheticImages, invert
 from fedmitr_flwr.models import build_model
 from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.outliers import without_outliers
+from fedmitr_flwr.outliers import trust
 from fedmitr_flwr.progress import FINISHED_SHOWN, DistillProgress, InversionProgress
 from fedmitr_flwr.rebirth import invert_by_rebirth
 from fedmitr_flwr.relabel import LowTargets, relabel
@@ -194,9 +194,11 @@ def make_ensemble(inputs: PipelineInputs) -> tuple[Ensemble, Tensor]:
     histograms = torch.tensor(shared, dtype=torch.float64) if len(shared) == len(clients) else None
     head_updates = torch.stack([client.state["head.weight"] - inputs.initial["head.weight"] for client in clients])
     known_of = evidence(settings.ensemble.weighting, num_examples, histograms, head_updates)
+    heard = None
     if settings.ensemble.outlier_guard:
-        known_of = without_outliers(known_of, teachers, PatchGrid.of(blank, inputs.spec), settings, inputs.observer)
-    weights = class_weights(known_of, settings.ensemble.power)
+        grid = PatchGrid.of(blank, inputs.spec)
+        heard = trust(known_of, teachers, inputs.initial, grid, settings, inputs.observer)
+    weights = class_weights(known_of, settings.ensemble.power, heard)
     inputs.observer.snapshot("ensemble", evidence=known_of, weights=weights)
     known = (known_of.sum(0) > 0).nonzero().squeeze(1)
     return Ensemble(teachers, weights.to(device), limits), known.to(device)

@@ -5,10 +5,8 @@ from __future__ import annotations
 import logging
 import os
 import platform
-import shutil
 from dataclasses import dataclass
 from importlib.metadata import version
-from pathlib import Path
 
 import torch
 
@@ -81,43 +79,6 @@ def prepare(settings: Settings, num_partitions: int | None) -> Federation:
             partition_indices(source.train, settings.partition, num_partitions)
     build_model(settings.model, spec)
     return Federation(spec, held_out, device)
-
-
-def check_disk(settings: Settings, spec: ImageSpec, clients: int) -> None:
-    """Compare what a run is going to write with the space there is.
-
-    Parameters
-    ----------
-    settings, spec
-        Of the run.
-    clients
-        Number of clients that may upload.
-
-    Raises
-    ------
-    SettingsError
-        If it does not fit, with both figures.
-    """
-    run = settings.run
-    parameters = sum(value.numel() for value in build_model(settings.model, spec).state_dict().values())
-    upload = parameters * (4 if settings.train.upload_dtype == "fp32" else 2)
-    # Initialisation, and for each round the model; at the end the exported one and two states of model and optimiser.
-    models = 4 * parameters * (1 + run.rounds + 1 + 2 * 3)
-    images = 4 * settings.inversion.images * spec.channels * spec.image_size**2
-    needed = run.rounds * (clients * upload + images) + models
-    place = Path(run.output).expanduser().absolute()
-    there = 0
-    if run.resume:
-        there = sum(file.stat().st_size for file in Path(run.resume).rglob("*") if file.is_file())
-    while not place.exists():
-        place = place.parent
-    free = shutil.disk_usage(place).free
-    if needed - there > free:
-        allowed = (
-            f"{place} has {free / 1e6:,.0f} MB free, the run needs about {(needed - there) / 1e6:,.0f} MB: "
-            f"{clients} uploads of {upload / 1e6:,.1f} MB and its own checkpoints"
-        )
-        raise SettingsError(("run.output", run.output, allowed))
 
 
 def choose_device(name: str) -> torch.device:
@@ -202,7 +163,8 @@ def write_results(
     if result.synthetic is not None:
         save_synthetic(result.synthetic, spec, PatchGrid.of(result.ensemble.teachers[0], spec), run.path / SYNTHETIC)
     found = None if result.diagnostics is None else {**result.diagnostics.as_dict()}
-    run.write_json(METRICS, {**make_metrics(evaluation, clients, observer), "diagnostics": found})
+    metrics = make_metrics(evaluation, clients, observer, settings.run.memory_mb)
+    run.write_json(METRICS, {**metrics, "diagnostics": found})
     write_report(run, settings, spec, result, evaluation, keeper)
     for line in accuracy_table(evaluation, settings.run.evaluate_on):
         log.info("%s", line)
@@ -225,8 +187,10 @@ def write_report(
         log.debug("Traceback:", exc_info=True)
 
 
-def make_metrics(evaluation: Evaluation | None, clients: ClientCounts, observer: Observer) -> dict[str, Json]:
-    """Return the content of ``metrics.json``; accuracies are null without an evaluation."""
+def make_metrics(
+    evaluation: Evaluation | None, clients: ClientCounts, observer: Observer, budget_mb: int = 0
+) -> dict[str, Json]:
+    """Return the content of ``metrics.json``; accuracies are null without an evaluation, the budget without one."""
     names = ("local_mean", "fedavg", "ensemble", "global")
     return {
         "accuracy": dict(evaluation.accuracy()) if evaluation else dict.fromkeys(names),
@@ -234,6 +198,7 @@ def make_metrics(evaluation: Evaluation | None, clients: ClientCounts, observer:
         "clients": clients.as_dict(),
         "seconds": {stage: round(observer.seconds.get(stage, 0.0), 3) for stage in _STAGES},
         "peak_rss_mb": round(peak_rss_mb(), 1),
+        "memory_budget_mb": budget_mb or None,
     }
 
 

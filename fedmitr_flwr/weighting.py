@@ -13,7 +13,7 @@ from torch import Tensor
 Weighting = Literal["uniform", "examples", "histogram", "competence"]
 
 
-def class_weights(evidence: Tensor, power: float) -> Tensor:
+def class_weights(evidence: Tensor, power: float, trust: Tensor | None = None) -> Tensor:
     """Normalise evidence into weights.
 
     Parameters
@@ -22,11 +22,13 @@ def class_weights(evidence: Tensor, power: float) -> Tensor:
         ``(K, C)`` non-negative: how much each client knows of each class.
     power
         Exponent before the columns are normalised; 0 is uniform over the clients that know a class at all.
+    trust
+        ``(K,)`` in 0..1, not all 0: how far each client is heard (`outliers.trust`); None: all alike.
 
     Returns
     -------
     Tensor
-        ``(K, C)`` fp32, columns sum to one. A class that no client knows is weighted uniformly.
+        ``(K, C)`` fp32, columns sum to one. A class that no client knows is weighted by trust alone.
 
     Raises
     ------
@@ -37,7 +39,9 @@ def class_weights(evidence: Tensor, power: float) -> Tensor:
     if not bool(torch.isfinite(raw).all()) or bool((raw < 0).any()):
         raise ValueError("evidence for ensemble weights must be finite and not negative")
     raw = torch.where(raw > 0, raw.clamp_min(1e-30) ** power, torch.zeros_like(raw))
-    raw = torch.where(raw.sum(0) == 0, torch.ones_like(raw), raw)
+    heard = torch.ones(len(raw), 1).to(raw) if trust is None else trust.to(raw)[:, None]
+    raw = raw * heard
+    raw = torch.where(raw.sum(0) == 0, heard.expand_as(raw), raw)
     return (raw / raw.sum(0)).float()
 
 

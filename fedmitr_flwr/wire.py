@@ -13,6 +13,7 @@ import math
 import secrets
 import warnings
 from collections.abc import Mapping
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -113,7 +114,11 @@ def _declared(key: str, array: Array, *, bf16: bool) -> TensorLayout:
 def _decode(key: str, array: Array, *, bf16: bool) -> Tensor:
     """Decode one array in NumPy's npy format whose declared shape and dtype were found right."""
     expected = np.dtype(array.dtype)
-    shape, fortran_order, dtype, start = _npy_header(key, array.data)
+    plain = _plain_header(expected, tuple(array.shape))
+    if array.data.startswith(plain):
+        shape, fortran_order, dtype, start = tuple(array.shape), False, expected, len(plain)
+    else:
+        shape, fortran_order, dtype, start = _npy_header(key, array.data)
     if dtype != expected or shape != array.shape:
         raise UploadRefused(f"{key} declares {array.dtype} {array.shape}, but its bytes say {dtype} {str(shape)[:80]}")
     size = math.prod(shape) * expected.itemsize
@@ -123,6 +128,15 @@ def _decode(key: str, array: Array, *, bf16: bool) -> Tensor:
     values = flat.reshape(shape[::-1]).T if fortran_order else flat.reshape(shape)
     tensor = torch.from_numpy(np.require(values, requirements=["C", "ALIGNED"]))
     return tensor.view(torch.bfloat16) if bf16 and tensor.dtype == torch.uint16 else tensor
+
+
+@cache
+def _plain_header(dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> bytes:
+    """What NumPy itself writes before such an array: to compare is a hundred times faster than to parse."""
+    stream = io.BytesIO()
+    about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
+    np.lib.format.write_array_header_1_0(stream, about)
+    return stream.getvalue()
 
 
 def _npy_header(key: str, data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[np.generic], int]:

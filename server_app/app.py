@@ -13,15 +13,17 @@ from flwr.superlink.grid import InMemoryGrid
 
 from fedmitr_flwr.actors import close_pool, end_busy_actors, replace_dead_actors
 from fedmitr_flwr.baselines import METHODS
+from fedmitr_flwr.budget import check_disk
 from fedmitr_flwr.checkpoints import initial_or_stored
 from fedmitr_flwr.exchange import WindowedGrid
 from fedmitr_flwr.listeners import JsonLines, Keeper, boards
+from fedmitr_flwr.memory_plan import within_memory
 from fedmitr_flwr.models import initial_state
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.quorum import wait_for_nodes
 from fedmitr_flwr.resume import changes_in, is_complete, resumed_settings, simulation_config
 from fedmitr_flwr.rundir import CONFIG, EVENTS, INITIAL, RunDirectory, console_log, failures_logged
-from fedmitr_flwr.server import Federation, check_disk, describe_run, prepare, write_results
+from fedmitr_flwr.server import Federation, describe_run, prepare, write_results
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.stopping import stopped_with_flower
 from fedmitr_flwr.strategy import FedMITR
@@ -46,14 +48,14 @@ def main(grid: Grid, context: Context) -> None:
                 settings = resumed_settings(resumed, changes_in(settings, resumed))
             clients = _simulated_clients(grid, settings)
             federation = prepare(settings, clients)
-            check_disk(
-                settings, federation.spec, clients or max(settings.run.min_clients, len(list(grid.get_node_ids())))
-            )
+            number = clients or max(settings.run.min_clients, len(list(grid.get_node_ids())))
+            check_disk(settings, federation.spec, number)
+            planned = within_memory(settings, federation.spec, number, federation.device)
             run = (
                 RunDirectory.resume(resumed) if resumed else RunDirectory.create(settings.run.output, settings.run.name)
             )
         with stopped_with_flower(), run, run.logging(), failures_logged(), _workers(grid):
-            _run(grid, settings, federation, run, clients)
+            _run(grid, settings, planned, federation, run, clients)
         log.info("Results: %s", run.path)
 
 
@@ -70,13 +72,21 @@ def _workers(grid: Grid) -> Iterator[None]:
         close_pool()
 
 
-def _run(grid: Grid, settings: Settings, federation: Federation, run: RunDirectory, clients: int | None) -> None:
+def _run(
+    grid: Grid,
+    settings: Settings,
+    planned: Settings,
+    federation: Federation,
+    run: RunDirectory,
+    clients: int | None,
+) -> None:
+    """Run what was asked for under the limits that were planned; what is written down is what was asked for."""
     run.write_json(CONFIG, {**describe_run(settings, federation), "federation": simulation_config(clients)})
     initial = initial_or_stored(run.path / INITIAL, lambda: initial_state(settings, federation.spec))
     keeper = Keeper()
     observer = Observer(JsonLines(run.path / EVENTS), keeper, *boards(settings.run, run.path))
     strategy = FedMITR(
-        settings,
+        planned,
         federation.spec,
         run,
         device=federation.device,

@@ -112,6 +112,13 @@ class RunSettings(Stage):
         description="An upload is refused when its weights lie further from the common initialisation than this many "
         "times the initialisation's own L2 norm; 0: no limit.",
     )
+    memory_mb: int = Field(
+        0,
+        ge=0,
+        description="Memory that the ServerApp's process may take, in MiB; `inversion.teacher-memory-mb` and "
+        "`inversion.activation-memory-mb` are lowered until it is enough, and a run that cannot do with it is refused "
+        "before any client is asked. On a GPU only what the host holds counts. 0: no limit.",
+    )
     tensorboard: bool = Field(
         False,
         description="Also write losses, agreement and image grids for TensorBoard, into the run's `tensorboard` folder "

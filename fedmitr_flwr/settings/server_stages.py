@@ -26,9 +26,9 @@ class EnsembleSettings(Stage):
         0.0,
         ge=0.0,
         le=1.0,
-        description="A teacher loses its say when the others agree with it less than this many times as much as with "
-        "the typical one, on images that each teacher was inverted into and on classes that both know; 0: nobody is "
-        "judged. Where clients share few classes, few can be judged.",
+        description="A teacher is heard less when the others agree with it less than this many times as much as with "
+        "the typical one, on synthetic and random images and for the classes that both know, or when its weights "
+        "point away from theirs; 0: nobody is judged, 0.5 is sensible.",
     )
 
 

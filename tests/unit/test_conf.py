@@ -65,8 +65,34 @@ def test_every_federation_file_is_valid_and_holds_what_its_name_says(path: Path)
     assert isinstance(config["client-resources-num-cpus"], int)
 
 
-def test_the_federations_that_the_docs_promise_are_there():
-    assert {"3", "10", "50", "100", "200", "500", "1000", "10-gpu"} <= {path.stem for path in FEDERATIONS}
+@pytest.mark.parametrize("path", FEDERATIONS, ids=by_name)
+def test_the_resources_of_a_federation_are_ones_that_ray_can_give(path: Path):
+    given = tomllib.loads(path.read_text("utf-8"))
+    assert given.keys() == {"num-supernodes", "client-resources-num-cpus", "client-resources-num-gpus"}
+    for cores in (1, 2, 64):  # a file that names no machine must fit each
+        config = federation_config(path, cpus=cores)
+        assert 1 <= config["client-resources-num-cpus"] <= config["init-args-num-cpus"]
+    share = given["client-resources-num-gpus"]
+    assert 0.0 <= share <= 1.0
+    # Ray counts GPUs in ten-thousandths, and a share that does not divide a GPU leaves a part of it idle.
+    assert share == round(share, 4)
+    assert share == 0.0 or (1 / share).is_integer()
+
+
+@pytest.mark.parametrize("path", FEDERATIONS, ids=by_name)
+def test_the_comment_of_a_federation_says_what_it_holds(path: Path):
+    config, text = federation_config(path), comment(path)
+    assert text.startswith(f"# {config['num-supernodes']} simulated clients,")
+    assert text.count(f"conf/federation/{path.name}") == 2
+    share = config["client-resources-num-gpus"]
+    assert (f"{share} of a GPU each" if share else "one CPU core each, no GPU") in text
+    assert not share or f"{1 / share:.0f} on each GPU" in text
+
+
+def test_the_federations_that_the_docs_promise_are_there_each_with_a_gpu_variant():
+    names = {path.stem for path in FEDERATIONS}
+    assert {"3", "10", "50", "100", "200", "500", "1000"} <= names
+    assert {f"{name}-gpu" for name in names if "-" not in name} == {name for name in names if "-" in name}
 
 
 @pytest.mark.parametrize(

@@ -10,12 +10,12 @@ import torch
 from torch import Tensor
 
 from fedmitr_flwr.data import load_source
-from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.models import build_model, initial_state
-from fedmitr_flwr.outliers import examine, known_classes, outliers, standing
+from fedmitr_flwr.outliers import LEAST_TRUST, known_classes, trust_by_opinion, trust_by_weights
 from fedmitr_flwr.pipeline import ClientModel, PipelineInputs, make_ensemble
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.training import train_local
+from fedmitr_flwr.weighting import class_weights
 
 CPU = torch.device("cpu")
 SETTINGS = Settings().replace(
@@ -68,10 +68,28 @@ def weights(clients: list[ClientModel], guard: float = 0.5) -> Tensor:
 
 
 def silent(rows: Tensor) -> list[int]:
-    return (rows.sum(1) == 0).nonzero().squeeze(1).tolist()
+    return (rows.sum(1) < 0.02 * rows.sum()).nonzero().squeeze(1).tolist()
 
 
-def test_honest_teachers_that_know_different_classes_are_all_heard(honest: list[ClientModel]) -> None:
+def known(share: list[list[float]]) -> Tensor:
+    return torch.tensor(share, dtype=torch.float64)
+
+
+def rankings(classes: list[list[int]], contrary: tuple[int, ...] = (), num_classes: int = 3) -> tuple[Tensor, Tensor]:
+    """What teachers say who know some classes each, and their evidence; contrary ones turn the truth round."""
+    generator = torch.Generator().manual_seed(3)
+    truth = torch.randn(200, num_classes, generator=generator, dtype=torch.float64)
+    said, evidence = [], torch.zeros(len(classes), num_classes, dtype=torch.float64)
+    for k, own in enumerate(classes):
+        noise = torch.randn(200, num_classes, generator=generator, dtype=torch.float64)
+        said.append((-truth if k in contrary else truth) + 0.5 * noise)
+        evidence[k, own] = 10.0
+    stacked = torch.stack(said)
+    stacked = stacked - stacked.mean(1, keepdim=True)
+    return stacked / stacked.std(1, keepdim=True), evidence
+
+
+def test_honest_teachers_that_know_different_classes_keep_all_their_weight(honest: list[ClientModel]) -> None:
     assert torch.equal(weights(honest), weights(honest, guard=0.0))
 
 
@@ -83,23 +101,6 @@ def test_a_teacher_of_noise_loses_its_say(honest: list[ClientModel]) -> None:
     assert silent(weights([*honest[:4], noised(honest[4])])) == [4]
 
 
-def test_agreement_is_symmetric_repeats_and_is_high_among_honest_teachers(honest: list[ClientModel]) -> None:
-    models = []
-    for client in honest:
-        model = build_model(SETTINGS.model, SOURCE.spec).eval()
-        model.load_state_dict(client.state)
-        models.append(model)
-    known = torch.zeros(5, 10, dtype=torch.float64)
-    for number, classes in enumerate(CLASSES):
-        known[number, classes] = 1.0
-    grid = PatchGrid.of(models[0], SOURCE.spec)
-    first, second = (examine(models, known, grid, SETTINGS.inversion, seed=1) for _ in range(2))
-    assert torch.equal(first.nan_to_num(), second.nan_to_num())
-    assert torch.equal(first.nan_to_num(), first.T.nan_to_num())
-    assert bool(first.diagonal().isnan().all())
-    assert float(standing(first).min()) > 0.5
-
-
 def test_a_class_counts_as_known_from_a_twentieth_of_the_examples_on() -> None:
     assert known_classes(torch.tensor([[94.0, 6.0, 0.0], [99.0, 1.0, 0.0]])).tolist() == [
         [True, True, False],
@@ -107,18 +108,54 @@ def test_a_class_counts_as_known_from_a_twentieth_of_the_examples_on() -> None:
     ]
 
 
-def test_who_shares_classes_with_fewer_than_two_others_is_not_judged() -> None:
-    nan = torch.nan
-    agreement = torch.tensor(
-        [[nan, 0.9, 0.8, nan], [0.9, nan, 0.9, -0.5], [0.8, 0.9, nan, nan], [nan, -0.5, nan, nan]], dtype=torch.float64
-    )
-    assert standing(agreement)[3].isnan()
-    assert outliers(agreement, 0.5).tolist() == [False] * 4
+def test_one_shared_class_is_enough_to_be_judged_and_none_is_not() -> None:
+    said, evidence = rankings([[0], [0], [0], [0], [1]], contrary=(3, 4))
+    agreement, trust = trust_by_opinion(said, evidence, 0.5)
+    assert agreement.isnan().tolist() == [False] * 4 + [True]
+    assert trust.tolist() == [1.0, 1.0, 1.0, 0.0, 1.0]
 
 
-def test_a_minority_that_contradicts_does_not_pull_an_honest_teacher_down() -> None:
-    agreement = torch.full((7, 7), 0.9, dtype=torch.float64)
-    agreement[:2, 2:] = agreement[2:, :2] = -0.1
-    agreement[0, 1] = agreement[1, 0] = 1.0  # the two of them agree
-    agreement.fill_diagonal_(torch.nan)
-    assert outliers(agreement, 0.5).tolist() == [True, True, *[False] * 5]
+def test_of_two_who_contradict_each_other_the_one_with_other_support_is_believed() -> None:
+    said, evidence = rankings([[0, 1], [0], [1, 2], [1, 2], [2]], contrary=(1,))
+    assert trust_by_opinion(said, evidence, 0.5)[1].tolist() == [1.0, 0.0, 1.0, 1.0, 1.0]
+
+
+def test_a_minority_that_agrees_with_itself_does_not_pull_honest_teachers_down() -> None:
+    said, evidence = rankings([[0, 1, 2]] * 7, contrary=(0, 1))
+    assert trust_by_opinion(said, evidence, 0.5)[1].tolist() == [0.0, 0.0, *[1.0] * 5]
+
+
+def test_two_who_contradict_each_other_are_both_heard() -> None:
+    said, evidence = rankings([[0, 1], [0, 1]], contrary=(0,))
+    assert trust_by_opinion(said, evidence, 0.5)[1].tolist() == [1.0, 1.0]
+
+
+def test_less_agreement_means_less_say_and_not_none() -> None:
+    said, evidence = rankings([[0, 1, 2]] * 6)
+    generator = torch.Generator().manual_seed(4)
+    blurred = said[0] + 3.0 * torch.randn(said[0].shape, generator=generator, dtype=torch.float64)
+    said[0] = (blurred - blurred.mean(0)) / blurred.std(0)
+    trust = trust_by_opinion(said, evidence, 0.5)[1]
+    assert 0.05 < float(trust[0]) < 0.95
+    assert trust[1:].tolist() == [1.0] * 5
+
+
+def test_weights_that_no_training_leads_to_are_not_heard(honest: list[ClientModel]) -> None:
+    initial = initial_state(SETTINGS, SOURCE.spec)
+    models = []
+    for client in [*honest[:4], noised(honest[4])]:
+        model = build_model(SETTINGS.model, SOURCE.spec)
+        model.load_state_dict(client.state)
+        models.append(model)
+    trust = trust_by_weights(models, initial, 0.5)
+    assert trust[:4].tolist() == [1.0] * 4
+    assert float(trust[4]) < LEAST_TRUST
+
+
+def test_a_single_client_is_believed(honest: list[ClientModel]) -> None:
+    assert torch.equal(weights(honest[:1]), weights(honest[:1], guard=0.0))
+
+
+def test_trust_lowers_weights_and_leaves_a_class_that_nobody_knows_to_the_trusted() -> None:
+    found = class_weights(known([[4.0, 0.0], [4.0, 0.0], [4.0, 0.0]]), 0.5, torch.tensor([1.0, 0.5, 0.0]))
+    assert torch.allclose(found, torch.tensor([[2 / 3, 2 / 3], [1 / 3, 1 / 3], [0.0, 0.0]]))

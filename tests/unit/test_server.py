@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 
 import pytest
@@ -16,7 +15,6 @@ from fedmitr_flwr.rundir import RunDirectory
 from fedmitr_flwr.server import (
     Federation,
     accuracy_table,
-    check_disk,
     choose_device,
     describe_run,
     make_metrics,
@@ -49,6 +47,7 @@ def test_the_metrics_have_exactly_the_promised_keys() -> None:
         "per_class": {"global": (0.7, None)},
         "clients": {"asked": 5, "accepted": 2, "refused": 1, "failed": 1, "empty": 1},
         "seconds": {"clients": 1.235, "collect": 0, "invert": 2, "relabel": 0, "distill": 0, "evaluate": 0},
+        "memory_budget_mb": None,
     }
 
 
@@ -104,20 +103,6 @@ def test_settings_that_cannot_work_with_the_data_are_refused_before_a_client_sta
     }
     with pytest.raises(SettingsError, match=message):
         prepare(Settings().replace(**{**small, **changes}), clients)
-
-
-def test_a_disk_that_is_too_small_is_told_before_a_client_starts(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    settings = Settings().replace(**{"run.output": str(tmp_path / "not" / "yet")})
-    spec = ImageSpec(("cat", "dog"), 1, 28, (0.5,), (0.5,))
-    check_disk(settings, spec, 10)
-    monkeypatch.setattr(shutil, "disk_usage", lambda place: shutil._ntuple_diskusage(10**9, 0, 10**7))
-    check_disk(settings, spec, 1)
-    with pytest.raises(
-        SettingsError, match=r"run\.output = .*has 10 MB free, the run needs about .* 100 uploads of 0\.8 MB"
-    ):
-        check_disk(settings, spec, 100)
 
 
 def test_what_is_held_out_follows_the_settings() -> None:

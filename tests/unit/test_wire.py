@@ -13,6 +13,7 @@ from flwr.app import Array, ArrayRecord
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedmitr_flwr import wire
 from fedmitr_flwr.claims import UploadRefused
 from fedmitr_flwr.uploads import UploadStore
 from fedmitr_flwr.wire import UploadDtype, decode_state, decode_trusted, encode_state
@@ -65,6 +66,13 @@ def test_column_major_arrays_keep_their_values(store: UploadStore) -> None:
     record = encode_state(STATE)
     record["w"] = raw(npy(np.asfortranarray(STATE["w"].numpy())))
     assert torch.equal(decode_state(record, store, "fp32")["w"], STATE["w"])
+
+
+def test_a_header_as_numpy_writes_it_need_not_be_parsed(store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    record = encode_state(STATE)
+    monkeypatch.setattr(wire, "_npy_header", None)
+    decoded = decode_state(record, store, "fp32")
+    assert all(torch.equal(decoded[key], STATE[key]) for key in STATE)
 
 
 def test_decoding_empties_the_record_so_that_an_upload_is_in_memory_once(store: UploadStore) -> None:
