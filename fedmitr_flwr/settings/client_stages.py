@@ -65,7 +65,7 @@ class ModelSettings(Stage):
 
     name: str = Field("vit_tiny_patch16_224", min_length=1, description="timm name of a ViT with a [CLS] token.")
     options: str = Field(
-        "patch_size=4,embed_dim=64,depth=4,num_heads=4",
+        "patch_size=4,embed_dim=64,depth=4,num_heads=4,mlp_ratio=2",
         description="Keyword overrides for timm, `key=value` separated by commas. Image size, channels and classes "
         "come from the data.",
     )
