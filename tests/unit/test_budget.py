@@ -7,15 +7,13 @@ import shutil
 from pathlib import Path
 
 import pytest
-import torch
 
 from fedmitr_flwr.atomic import TEMPORARY_SUFFIX
 from fedmitr_flwr.budget import check_disk, disk_bytes
 from fedmitr_flwr.checkpoints import Checkpoints, initial_or_stored
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.models import initial_state
-from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.pipeline import ClientModel, run_pipeline
+from fedmitr_flwr.pipeline import ClientModel, PipelineInputs, run_pipeline
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError
 from fedmitr_flwr.uploads import UploadStore
 
@@ -38,7 +36,7 @@ def test_a_disk_that_is_too_small_is_told_with_both_figures_and_the_place(
     need = f"{disk_bytes(settings, SPEC, 100) / MB:,.0f}"
     text = str(refusal.value)
     assert f"run.output = {settings.run.output!r}" in text.replace('"', "'")
-    assert f"{tmp_path} has 10 MB free, the run needs about {need} MB: 100 uploads of 0.8 MB" in text
+    assert f"{tmp_path} has 10 MB free, the run needs about {need} MB: 100 uploads of 0.6 MB" in text
 
 
 def test_a_run_that_just_fits_is_let_through(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -106,8 +104,8 @@ def test_the_estimate_covers_what_a_run_has_on_the_disk_at_any_time(
         replace(source, target)
 
     monkeypatch.setattr(os, "replace", replaced)
-    kept = {"observer": Observer(), "checkpoints": Checkpoints(tmp_path / "checkpoints", 0.0)}
-    run_pipeline(settings, SPEC, clients, initial, seed=1, device=torch.device("cpu"), **kept)
+    checkpoints = Checkpoints(tmp_path / "checkpoints", 0.0)
+    run_pipeline(PipelineInputs(settings, SPEC, clients, initial, seed=1, checkpoints=checkpoints))
     exported = (tmp_path / "initial.safetensors").stat().st_size
     used = (max(sizes) + exported) / disk_bytes(settings, SPEC, 3)
     assert 0.6 < used <= 1.0

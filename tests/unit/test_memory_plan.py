@@ -32,8 +32,8 @@ import json, sys, torch
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.memory_plan import within_memory
 from fedmitr_flwr.models import initial_state
-from fedmitr_flwr.observe import Observer, peak_rss_mb
-from fedmitr_flwr.pipeline import ClientModel, run_pipeline
+from fedmitr_flwr.observe import peak_rss_mb
+from fedmitr_flwr.pipeline import ClientModel, PipelineInputs, run_pipeline
 from fedmitr_flwr.settings import Settings
 
 torch.set_num_threads(1)
@@ -52,7 +52,7 @@ class State(dict):  # made when it is asked for, as uploads are read from disk
 
 uploads = [ClientModel(State(number), 10, None) for number in range(clients)]
 start = peak_rss_mb()
-result = run_pipeline(planned, spec, uploads, initial, seed=1, device=cpu, observer=Observer())
+result = run_pipeline(PipelineInputs(planned, spec, uploads, initial, seed=1))
 kinds = sorted({str(teacher.head.weight.dtype) for teacher in result.ensemble.teachers})
 print(json.dumps({"took": peak_rss_mb() - start, "kinds": kinds}))
 """
