@@ -174,7 +174,8 @@ def test_file_and_keys_become_one_run_config_with_every_key(simulate: Simulate, 
     simulate("completed", "mine.toml", "--set", "train.epochs=9", "--set", "model.init=seeded", "-n", "4")
     argv = stage.told()["argv"]
     config = dict(flatten(stage.told()["config"]))
-    assert list(argv)[:3] == ["run", str(ROOT), "--stream"]
+    assert (argv[0], Path(argv[1]).name, argv[2]) == ("run", "app", "--stream")
+    assert argv[1] != str(ROOT)  # a copy without the environment
     assert config.keys() == Settings().flat().keys()
     assert (config["run.seed"], config["train.epochs"], config["train.augment"]) == (5, 9, "none")
     assert config["model.init"] == "seeded"
