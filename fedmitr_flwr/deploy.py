@@ -1,7 +1,8 @@
 """``fedmitr run``: a run in a deployed federation, followed to its end.
 
-The run is a plain ``flwr run APP SUPERLINK``. Taken away are its surprises: settings are checked before anything is
-sent, a file and single keys combine, the log comes back when the SuperLink does, and the exit code is the run's.
+The run is a plain ``flwr run APP SUPERLINK`` of a lean copy of the app. Taken away are its surprises: settings are
+checked before anything is sent, a file and single keys combine, the log comes back when the SuperLink does, and the
+exit code is the run's.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from pathlib import Path
 from fedmitr_flwr.private_flower import bin_dir
 from fedmitr_flwr.settings import Settings, SettingsError
 from fedmitr_flwr.settings.docs import to_toml
+from fedmitr_flwr.staging import stage_app
 
 _STARTED = re.compile(r"Successfully started run (\d+)")
 _NOISE = ("Starting logstream for run_id", "Listing all runs")
@@ -58,7 +60,8 @@ class Deployment:
         with tempfile.TemporaryDirectory(prefix="fedmitr-") as folder:
             file = Path(folder) / "run.toml"
             file.write_text(to_toml(settings.flat()), "utf-8")
-            output = self._ask("run", str(app), self.superlink, "--run-config", str(file))
+            lean = stage_app(app, Path(folder) / "app")
+            output = self._ask("run", str(lean), self.superlink, "--run-config", str(file))
         found = _STARTED.search(output)
         if found is None:
             said = _in_a_line(output)

@@ -23,6 +23,7 @@ from pathlib import Path
 folder, command = Path({folder!r}), sys.argv[1]
 if command == "run":
     shutil.copy(sys.argv[sys.argv.index("--run-config") + 1], folder / "run.toml")
+    shutil.copy(Path(sys.argv[2]) / "pyproject.toml", folder / "app.toml")
 with (folder / "calls").open("a") as calls:
     calls.write(json.dumps(sys.argv[1:]) + "\\n")
 answers = json.loads((folder / "answers.json").read_text())
@@ -65,7 +66,9 @@ def test_a_completed_run_ends_with_0_and_got_its_settings(flower: Path):
     assert sent["run"]["seed"] == 7
     assert sent["data"]["source"] == "digits"
     assert sent["run"]["output"] == "runs"  # the server's, so it isn't made absolute here
-    assert json.loads((flower / "calls").read_text().splitlines()[0])[:3] == ["run", str(ROOT), "federation"]
+    command, _, federation = json.loads((flower / "calls").read_text().splitlines()[0])[:3]
+    assert (command, federation) == ("run", "federation")
+    assert (flower / "app.toml").read_text() == (ROOT / "pyproject.toml").read_text()
 
 
 @pytest.mark.parametrize("status", ["finished:failed", "finished:stopped"])
