@@ -13,7 +13,6 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from itertools import islice
 from typing import Any
 
 from flwr.app import Message
@@ -22,6 +21,7 @@ from flwr.serverapp import Grid
 from flwr.superlink.grid import InMemoryGrid
 
 from fedmitr_flwr.broadcast import share_arrays
+from fedmitr_flwr.pulls import Pulls
 from fedmitr_flwr.settings import RunSettings
 
 log = logging.getLogger("fedmitr.exchange")
@@ -38,9 +38,9 @@ _LOST = frozenset(
     }
 )
 
-# Seconds between looks for replies, and how many messages to ask for in one go (so many replies may be in memory).
-_IN_PROCESS = (0.05, 1)
-_NETWORK = (1.0, 4)
+# Seconds between looks for replies.
+_IN_PROCESS = 0.05
+_NETWORK = 1.0
 
 
 @dataclass
@@ -83,7 +83,8 @@ class WindowedGrid(Grid):
         self._settings = settings
         self._on_deadline = on_deadline
         self._simulated = isinstance(grid, InMemoryGrid)
-        self._pause, self._batch = _IN_PROCESS if self._simulated else _NETWORK
+        self._pause = _IN_PROCESS if self._simulated else _NETWORK
+        self._pulls = Pulls(grid)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Send messages and yield their replies as they come.
@@ -112,7 +113,7 @@ class WindowedGrid(Grid):
         while waiting or flying or away:
             self._refill(waiting, flying, away, window)
             answered = False
-            for reply in self._pull(flying):
+            for reply in self._pull(flying, end):
                 asked = flying.pop(reply.metadata.reply_to_message_id, None)
                 if asked is None:
                     continue
@@ -147,11 +148,13 @@ class WindowedGrid(Grid):
                 asked.give_up = asked.give_up or time.monotonic() + self._settings.wait_nodes_seconds
                 away.append(asked)
 
-    def _pull(self, flying: dict[str, _Asked]) -> Iterator[Message]:
-        """Look once for every message; replies that are there come one small batch at a time."""
-        names = iter(list(flying))
-        while batch := list(islice(names, self._batch)):
-            yield from self._grid.pull_messages(batch)
+    def _pull(self, flying: dict[str, _Asked], end: float) -> Iterator[Message]:
+        """Look once for every message; replies come one at a time."""
+        if self._simulated:
+            for name in list(flying):
+                yield from self._grid.pull_messages([name])
+        else:
+            yield from self._pulls.look(list(flying), end)
 
     def _put_aside(self, asked: _Asked, reply: Message, away: list[_Asked]) -> None:
         log.warning("\t├──! node %d was lost (code %d), asking it again", asked.node, reply.error.code)

@@ -19,7 +19,7 @@ from tests.pages import ROOT, documented
 
 pytestmark = [pytest.mark.deployment, pytest.mark.timeout(3000)]
 SITES = ("site-0", "site-1", "site-2")
-LONG = ("train.min-steps=600", "run.min-clients=2", "run.min-fraction=0.6", "run.deadline-seconds=300")
+LONG = ("train.min-steps=600", "run.min-clients=2", "run.min-fraction=0.6", "run.deadline-seconds=120")
 # Says for each address what a POST to it gives: a status, or the kind of error.
 PROBE = """
 import ssl, sys, urllib.error, urllib.request

@@ -137,7 +137,7 @@ def install(monkeypatch: pytest.MonkeyPatch) -> None:
     """Put the fakes in the place of training, waiting and Flower's processes."""
     monkeypatch.setattr(client_module, "train_client", fake_training)
     monkeypatch.setattr(quorum, "_POLL_SECONDS", 0.001)
-    monkeypatch.setattr(exchange, "_NETWORK", (0.001, 4))
+    monkeypatch.setattr(exchange, "_NETWORK", 0.001)
     for name in ("_task_id", "_run_id", "_node_id"):  # Flower sets them in its processes
         monkeypatch.setattr(TaskIdentity, name, 1)
 

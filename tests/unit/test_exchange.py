@@ -75,7 +75,7 @@ class Nodes(Grid):
 
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(exchange, "_NETWORK", (0.001, 4))
+    monkeypatch.setattr(exchange, "_NETWORK", 0.001)
     for name in ("_task_id", "_run_id", "_node_id"):  # Flower sets them in its processes
         monkeypatch.setattr(TaskIdentity, name, 1)
 
