@@ -130,16 +130,24 @@ class PrivateFlower:
         """Every running process that belongs to this Flower home."""
         return processes_of(self.home)
 
+    def server_apps(self) -> list[psutil.Process]:
+        """The process of a simulation's ServerApp, if it runs."""
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(psutil.Error):
+                if any(part.endswith("flwr-simulation") for part in process.cmdline()[:3]):
+                    found.append(process)
+        return found
+
     def kill_server_app(self) -> None:
         """Kill the ServerApp of a simulation before anything else ends.
 
         It keeps what is finished on disk at all times; if it saw its clients end, it would take them for failed and go
         on without them.
         """
-        for process in self.processes():
+        for process in self.server_apps():
             with contextlib.suppress(psutil.Error):
-                if any(part.endswith("flwr-simulation") for part in process.cmdline()[:3]):
-                    process.kill()
+                process.kill()
 
     def end_processes(self) -> None:
         """End all processes of this home, first politely, and return when none is left.

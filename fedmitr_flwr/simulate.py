@@ -10,15 +10,11 @@ from __future__ import annotations
 import contextlib
 import json
 import re
-import signal
-import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
-from typing import Self
 
 from fedmitr_flwr.atomic import write_json
 from fedmitr_flwr.private_flower import PrivateFlower
@@ -27,10 +23,10 @@ from fedmitr_flwr.run_files import FederationValue, federation_toml
 from fedmitr_flwr.rundir import STATUS, fresh_name
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.settings.docs import to_toml
+from fedmitr_flwr.signals import Interrupted, Signals
 from fedmitr_flwr.staging import stage_app
 
 Echo = Callable[[str], None]
-_Handler = Callable[[int, FrameType | None], object] | int | None
 
 _STARTED = re.compile(r"Successfully started run (\d+)")
 _NO_SUPERLINK = "Failed to start local SuperLink"
@@ -70,14 +66,6 @@ class RunOutcome:
     directory: Path | None
 
 
-class Interrupted(BaseException):
-    """A signal asked to end the run."""
-
-    def __init__(self, number: int) -> None:
-        self.number = number
-        super().__init__(signal.Signals(number).name)
-
-
 def simulate(
     app: Path,
     settings: Settings,
@@ -108,7 +96,7 @@ def simulate(
     directory = Path(settings.run.output) / settings.run.name
     status = _StatusFile(directory / STATUS)
     log = _Log(echo, verbose=verbose, quiet=quiet)
-    with _Signals() as signals, PrivateFlower() as flower:
+    with Signals() as signals, PrivateFlower() as flower:
         try:
             with signals.raised():
                 error = _run(flower, app, settings, federation, log, status)
@@ -149,7 +137,11 @@ def _run(
         flower.renew()
     if run_id is None:
         return f"Flower did not start the run (flwr run ended with code {code}): {log.last()}"
-    return _verdict(status, *_flower_status(flower, run_id))
+    _outlive_superlink(flower, status, log)
+    state, error = status.read()
+    if state in ("failed", "interrupted"):
+        return error or "the ServerApp failed"
+    return "" if state == "completed" else _why_unfinished(*_flower_status(flower, run_id))
 
 
 def _follow(flower: PrivateFlower, command: list[str], log: _Log) -> tuple[int, str | None]:
@@ -182,18 +174,26 @@ def _flower_status(flower: PrivateFlower, run_id: str, patience: float = 20.0) -
         time.sleep(0.5)
 
 
-def _verdict(file: _StatusFile, status: str, details: str) -> str:
-    """Compare what Flower and the ServerApp say; return why the run failed, or an empty string."""
-    state, error = file.read()
-    if state in ("failed", "interrupted"):
-        return error or "the ServerApp failed"
-    if status != "finished:completed":
-        told = details.removeprefix("Simulation failed with exception: ")
-        return f"Flower says {status}" if told in ("", "N/A") else told
-    if state != "completed":
+def _outlive_superlink(flower: PrivateFlower, status: _StatusFile, log: _Log) -> None:
+    """Wait for a ServerApp that is still at work although its log has ended.
+
+    The SuperLink of a simulation passes the log on and no more: clients and ServerApp do without it.
+    """
+    told = False
+    while status.read()[0] == "running" and flower.server_apps():
+        if not told:
+            log.line("The SuperLink is gone; the run goes on without it, and its log is in log.txt alone")
+            told = True
+        time.sleep(0.5)
+
+
+def _why_unfinished(status: str, details: str) -> str:
+    """Say why a run failed whose ServerApp left no word of it, from what Flower says."""
+    if status == "finished:completed":
         # Flower counts a ServerApp that leaves early, or that all clients failed, as completed.
         return "the ServerApp ended before the run was completed"
-    return ""
+    told = details.removeprefix("Simulation failed with exception: ")
+    return f"Flower says {status}" if told in ("", "N/A") else told
 
 
 class _StatusFile:
@@ -228,43 +228,6 @@ class _StatusFile:
             return str(status.get("state", "")), str(status.get("error") or "")
         except (OSError, ValueError, AttributeError):
             return "", ""
-
-
-class _Signals:
-    """Make the first SIGINT, SIGTERM or SIGHUP an `Interrupted`, and keep all of them from disturbing the cleanup."""
-
-    def __init__(self) -> None:
-        self._number: int | None = None
-        self._raising = False
-        self._before: dict[int, _Handler] = {}
-
-    def __enter__(self) -> Self:
-        # Elsewhere Python takes no handlers; the caller's main thread deals with signals then.
-        if threading.current_thread() is threading.main_thread():
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-                self._before[number] = signal.signal(number, self._handle)
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    @contextlib.contextmanager
-    def raised(self) -> Iterator[None]:
-        """Let a signal interrupt this block, also one that came before it."""
-        self._raising = True
-        try:
-            if self._number is not None:
-                raise Interrupted(self._number)
-            yield
-        finally:
-            self._raising = False
-
-    def _handle(self, number: int, _frame: FrameType | None) -> None:
-        if self._number is None:
-            self._number = number
-            if self._raising:
-                raise Interrupted(number)
 
 
 class _Log:

@@ -60,7 +60,7 @@ if scenario in ("below-quorum", "crashed"):
     print("Traceback (most recent call last):", flush=True)
 if scenario != "early-exit":
     run.mkdir(parents=True, exist_ok=True)
-    states = {{"below-quorum": "failed", "killed": "running", "hangs": "running", "crashed": "running"}}
+    states = {{"below-quorum": "failed", **dict.fromkeys(("killed", "hangs", "crashed", "stopped"), "running")}}
     status = dict(state=states.get(scenario, "completed"), error="too few" if scenario == "below-quorum" else None)
     (run / "status.json").write_text(json.dumps(status))
 if scenario == "hangs":
