@@ -40,7 +40,7 @@ def test_every_settings_file_begins_with_its_command_and_what_it_reproduces(path
     text = comment(path)
     assert f"fedmitr simulate conf/{path.name}" in text
     assert re.search(r"Reproduces:|Sets up:", text)
-    assert re.search(r"README|not measured yet|mean nothing", text, flags=re.IGNORECASE)
+    assert re.search(r"README|measured with|not measured yet|mean nothing", text, flags=re.IGNORECASE)
 
 
 @pytest.mark.parametrize("path", [*RUNS, *FEDERATIONS], ids=by_name)
