@@ -44,6 +44,7 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--size", choices=PARAMETERS, default="deit-tiny", help="parameters of an upload")
     out.add_argument("--window", type=int, default=0, help="run.window")
     out.add_argument("--output", type=Path, default=None, help="where uploads go; default: a temporary folder")
+    out.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="settings of a whole run")
     out.add_argument("--order", default="bare,ours", help="which variants to run, in which order")
     out.add_argument("--variant", choices=STAGES, default=None, help=argparse.SUPPRESS)
     return out
@@ -204,12 +205,14 @@ def whole_run(arguments: argparse.Namespace) -> dict[str, Any]:
     output = arguments.output or Path(tempfile.mkdtemp(prefix="fedmitr-scale-"))
     command = ["fedmitr", "simulate", "conf/demo.toml", "--clients", str(arguments.clients), "--output", str(output)]
     command += ["--set", "run.name=scale", "--set", "partition.alpha=0.3", "--set", f"run.window={arguments.window}"]
+    command += [part for setting in arguments.set for part in ("--set", setting)]
     start = time.perf_counter()
     subprocess.run(command, check=True, stdout=sys.stderr)
     seconds = time.perf_counter() - start
     metrics = json.loads((output / "scale" / "metrics.json").read_text())
     return {
         "clients": arguments.clients,
+        "set": arguments.set,
         "accepted": metrics["clients"]["accepted"],
         "server_peak_rss_mb": metrics["peak_rss_mb"],
         "seconds": round(seconds, 1),
