@@ -3,10 +3,11 @@
     python -m benchmarks.scale --clients 200 --collect-only     # random uploads of 5.7 million parameters
     python -m benchmarks.scale --clients 200                    # a whole run on MNIST-5k, Dirichlet(0.3)
 
-The clients are simulated by Flower on Ray and answer with the initialisation plus noise. Each variant runs in a
-process of its own, which is the ServerApp's process of a simulation. `bare_flower_seconds` is the same simulation
-with the same window whose server takes each reply and drops it. Times are of the exchange alone, without the
-start of Ray and after a first message to each worker; peaks are of the whole process. The last line is JSON.
+The clients are simulated by Flower on Ray and answer with the initialisation plus noise, at once or after
+`--client-seconds` of work. Each variant runs in a process of its own, which is the ServerApp's process of a simulation.
+`bare_flower_seconds` is the same simulation with the same window whose server takes each reply and drops it. Times are
+of the exchange alone, without the start of Ray and after a first message to each worker; peaks are of the whole
+process. The last line is JSON.
 """
 
 from __future__ import annotations
@@ -42,6 +43,9 @@ def parser() -> argparse.ArgumentParser:
     out.add_argument("--clients", type=int, default=200)
     out.add_argument("--collect-only", action="store_true", help="random uploads instead of training")
     out.add_argument("--size", choices=PARAMETERS, default="deit-tiny", help="parameters of an upload")
+    out.add_argument(
+        "--client-seconds", type=float, default=0.0, help="CPU time that a client takes for its upload, at least"
+    )
     out.add_argument("--window", type=int, default=0, help="run.window")
     out.add_argument("--output", type=Path, default=None, help="where uploads go; default: a temporary folder")
     out.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="settings of a whole run")
@@ -73,6 +77,7 @@ def summary(arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) -
         "disk_mb": ours.get("disk_mb"),
         "parameters": PARAMETERS[arguments.size],
         "window": ours.get("window", bare.get("window")),
+        "client_seconds": arguments.client_seconds,
         "cpus": os.cpu_count(),
     }
 
@@ -114,6 +119,7 @@ def exchange(arguments: argparse.Namespace) -> dict[str, Any]:
         import numpy as np
         from flwr.app import Array
 
+        begun = time.process_time()
         partition = int(context.node_config["partition-id"])
         noise = np.random.default_rng(partition)
         arrays = {
@@ -123,6 +129,8 @@ def exchange(arguments: argparse.Namespace) -> dict[str, Any]:
         config = message.content.config_records["config"]
         about = {"digest": config["digest"], "client": f"partition-{partition}", "dtype": "fp32"}
         numbers = {"num-examples": partition + 1, "loss": 0.5, "accuracy": 0.5}
+        while time.process_time() - begun < arguments.client_seconds:
+            pass
         content = {"arrays": ArrayRecord(arrays), "config": ConfigRecord(about), "metrics": MetricRecord(numbers)}
         return Message(RecordDict(content), reply_to=message)
 
