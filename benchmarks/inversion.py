@@ -38,8 +38,9 @@ from benchmarks.peak_memory import PeakMemory
 from benchmarks.reference import PlainInversion
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import InversionBatch, most_attended
+from fedmitr_flwr.inversion import InversionBatch
 from fedmitr_flwr.precision import compute_dtype
+from fedmitr_flwr.schedule import most_attended
 from fedmitr_flwr.settings import InversionSettings
 from fedmitr_flwr.vit import grid_size, patch_size
 

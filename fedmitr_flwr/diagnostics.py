@@ -12,7 +12,8 @@ from torch import Tensor
 
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import SyntheticImages, patches_left
+from fedmitr_flwr.inversion import SyntheticImages
+from fedmitr_flwr.schedule import patches_left
 from fedmitr_flwr.settings import InversionSettings
 from fedmitr_flwr.stage_costs import stage_costs
 

@@ -13,8 +13,8 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import most_attended, patches_left
 from fedmitr_flwr.packed import architecture_of
+from fedmitr_flwr.schedule import most_attended, patches_left
 from fedmitr_flwr.settings import InversionSettings, Settings
 from fedmitr_flwr.vit import forward_patches
 

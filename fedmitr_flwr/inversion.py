@@ -13,7 +13,6 @@ Letters: B images, C classes, P patches of the full grid, L patches kept, E = ch
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -27,10 +26,8 @@ from fedmitr_flwr.noise import random_images
 from fedmitr_flwr.pixel_adam import PixelAdam, take
 from fedmitr_flwr.precision import compute_dtype
 from fedmitr_flwr.prior import Prior
+from fedmitr_flwr.schedule import Choice, most_attended
 from fedmitr_flwr.settings import InversionSettings
-
-Choice = Callable[[Tensor], Tensor]
-"""Of the ``(B, L)`` attention, the places ``(B, L')``, sorted, of the patches that go on."""
 
 CHECK = 100
 """Iterations between two looks at whether the loss is finite, for which a GPU would have to be waited for."""
@@ -256,46 +253,6 @@ def starting_images(count: int, grid: PatchGrid, settings: InversionSettings, ge
         return random_images(settings.start, count, grid, generator)
     white = torch.randn(count, grid.channels, grid.image_size, grid.image_size, generator=generator)
     return white * settings.start_std
-
-
-def most_attended(attention: Tensor, fraction: float) -> Tensor:
-    """Places of the patches that stay when `fraction` of them with the least attention stops.
-
-    Parameters
-    ----------
-    attention
-        ``(B, L)``.
-    fraction
-        Between 0 and 1; ``floor(L (1 - fraction))`` patches stay, at least one (SMI: 46 of 196 after four times 0.3).
-
-    Returns
-    -------
-    Tensor
-        ``(B, L')`` int64 places into L, sorted; of equal attention the earlier place stays.
-
-    Raises
-    ------
-    ValueError
-        If `fraction` is below 0, or 1 and above, which no patch would survive.
-    """
-    if not 0.0 <= fraction < 1.0:
-        raise ValueError(f"{fraction:g} of the patches can't stop: a fraction lies between 0 and 1, 1 excluded")
-    stay = _stay(attention.shape[1], fraction)
-    order = attention.sort(dim=1, descending=True, stable=True).indices
-    return order[:, :stay].sort(dim=1).values
-
-
-def patches_left(patches: int, settings: InversionSettings) -> int:
-    """How many of the full grid's patches an image has; never fewer than one, but by rebirth if there are too few."""
-    if settings.method == "rebirth":
-        return patches // (len(settings.stops) + 1)
-    for fraction in settings.fractions:
-        patches = _stay(patches, fraction)
-    return patches
-
-
-def _stay(L: int, fraction: float) -> int:
-    return max(1, math.floor(L * (1 - fraction) + 1e-9))
 
 
 def scatter(canvas: Tensor, kept: Tensor, pixels: Tensor) -> Tensor:

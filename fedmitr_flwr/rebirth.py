@@ -20,7 +20,8 @@ from torch import Tensor
 
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import InversionBatch, SyntheticImages, optimise, patches_left, starting_images
+from fedmitr_flwr.inversion import InversionBatch, SyntheticImages, optimise, starting_images
+from fedmitr_flwr.schedule import patches_left
 from fedmitr_flwr.settings import InversionSettings, SettingsError
 
 

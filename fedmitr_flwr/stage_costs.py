@@ -12,13 +12,14 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from fedmitr_flwr import inversion
+from fedmitr_flwr import schedule
 from fedmitr_flwr.engine import activation_bytes
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.flops import pass_flops
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import InversionBatch, most_attended
+from fedmitr_flwr.inversion import InversionBatch
 from fedmitr_flwr.precision import compute_dtype
+from fedmitr_flwr.schedule import most_attended
 from fedmitr_flwr.settings import InversionSettings
 
 
@@ -66,7 +67,7 @@ def stage_costs(
         patches = batch.kept.shape[1]
         alone.release()  # buffers only grow while a run goes on
         with FlopCounterMode(display=False) as counter:
-            batch.step(choose=partial(inversion.most_attended, fraction=fraction) if fraction else None)
+            batch.step(choose=partial(schedule.most_attended, fraction=fraction) if fraction else None)
         seen.append((patches, counter.get_total_flops(), alone.activation_bytes))
     alone.release()
     P = L = grid.num_patches

@@ -60,9 +60,7 @@ def test_each_stage_computes_exactly_what_its_patches_cost():
 
 
 def test_stopped_patches_that_are_still_computed_are_named(monkeypatch):
-    monkeypatch.setattr(
-        "fedmitr_flwr.inversion.most_attended", lambda seen, fraction: torch.arange(seen.shape[1])[None]
-    )
+    monkeypatch.setattr("fedmitr_flwr.schedule.most_attended", lambda seen, fraction: torch.arange(seen.shape[1])[None])
     found = look()
     assert found.flops_excess > 1.5
     assert any("computes" in line and "still in the graph" in line for line in found.warnings())

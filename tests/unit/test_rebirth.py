@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from fedmitr_flwr.flops import kept_schedule
-from fedmitr_flwr.inversion import patches_left, starting_images
+from fedmitr_flwr.inversion import starting_images
 from fedmitr_flwr.rebirth import invert_by_rebirth
+from fedmitr_flwr.schedule import patches_left
 from fedmitr_flwr.settings import InversionSettings, Settings, SettingsError
 from tests.unit.test_inversion import LABELS
 from tests.unit.test_inversion import run as invert
