@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -60,6 +61,42 @@ class SyntheticImages:
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
+@dataclass(frozen=True)
+class Watch:
+    """Who looks on while a batch is inverted.
+
+    Attributes
+    ----------
+    on_iteration
+        Called with the iteration, from 0, and the ``(B,)`` detached cross-entropies, still on the device.
+    on_stop
+        Called at each stop with the iteration, the ``(B, ch, S, S)`` images as they are then, and the ``(B, L)``
+        patches that go on.
+    """
+
+    on_iteration: Callable[[int, Tensor], None] | None = None
+    on_stop: Callable[[int, Tensor, Tensor], None] | None = None
+
+
+NOBODY = Watch()
+
+
+class InversionMethod(Protocol):
+    """A way of inverting: `invert`, or another of the same signature."""
+
+    def __call__(
+        self,
+        ensemble: Ensemble,
+        labels: Tensor,
+        grid: PatchGrid,
+        settings: InversionSettings,
+        *,
+        generator: torch.Generator,
+        watch: Watch = NOBODY,
+    ) -> SyntheticImages:
+        """Invert the ensemble; see `invert`."""
+
+
 class InversionDivergedError(RuntimeError):
     """Loss or pixels stopped being finite; the message names the iteration.
 
@@ -84,8 +121,7 @@ def invert(
     settings: InversionSettings,
     *,
     generator: torch.Generator,
-    on_iteration: Callable[[int, Tensor], None] | None = None,
-    on_stop: Callable[[int, Tensor, Tensor], None] | None = None,
+    watch: Watch = NOBODY,
 ) -> SyntheticImages:
     """Invert the ensemble into one image for each label.
 
@@ -101,11 +137,8 @@ def invert(
         Iterations, stop schedule, optimiser, priors.
     generator
         CPU generator of the starting noise and the jitter.
-    on_iteration
-        Called with the iteration, from 0, and the ``(B,)`` detached cross-entropies, still on the device.
-    on_stop
-        Called at each stop with the iteration, the ``(B, ch, S, S)`` images as they are then, and the ``(B, L)``
-        patches that go on.
+    watch
+        Who looks on.
 
     Raises
     ------
@@ -116,7 +149,7 @@ def invert(
     batch = InversionBatch(ensemble, labels, start, None, grid, settings)
     fractions = zip(settings.stops, settings.fractions, strict=True)
     stops = {stop: partial(most_attended, fraction=fraction) for stop, fraction in fractions}
-    optimise(batch, stops, settings, generator, on_iteration, on_stop)
+    optimise(batch, stops, settings, generator, watch)
     return batch.result()
 
 
@@ -125,18 +158,17 @@ def optimise(
     stops: Mapping[int, Choice],
     settings: InversionSettings,
     generator: torch.Generator,
-    on_iteration: Callable[[int, Tensor], None] | None = None,
-    on_stop: Callable[[int, Tensor, Tensor], None] | None = None,
+    watch: Watch = NOBODY,
 ) -> None:
     """Run all iterations of a batch; `stops` chooses at some of them which patches go on, the rest as `invert`."""
     try:
         for iteration in range(settings.iterations):
             shift = _random_shift(settings.jitter, generator)
             loss = batch.step(shift, stops.get(iteration))
-            if on_iteration is not None:
-                on_iteration(iteration, loss)
-            if on_stop is not None and iteration in stops:
-                on_stop(iteration, batch.result().images, batch.kept)
+            if watch.on_iteration is not None:
+                watch.on_iteration(iteration, loss)
+            if watch.on_stop is not None and iteration in stops:
+                watch.on_stop(iteration, batch.result().images, batch.kept)
             if (iteration + 1) % CHECK == 0 or iteration in stops:
                 batch.check_finite()
         batch.check_finite()

@@ -22,7 +22,7 @@ from fedmitr_flwr.diagnostics import Diagnostics, diagnose
 from fedmitr_flwr.distill import Pool, distill, make_pool
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import SyntheticImages, invert
+from fedmitr_flwr.inversion import NOBODY, InversionMethod, SyntheticImages, invert
 from fedmitr_flwr.models import build_model
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.outliers import trust
@@ -32,6 +32,9 @@ from fedmitr_flwr.relabel import LowTargets, relabel
 from fedmitr_flwr.settings import DistillSettings, Settings
 from fedmitr_flwr.teachers import MemoryLimits, PagedTeachers, load_teachers
 from fedmitr_flwr.weighting import class_weights, evidence
+
+INVERSION: dict[str, InversionMethod] = {"sparse": invert, "rebirth": invert_by_rebirth}
+"""By `inversion.method`."""
 
 
 @dataclass(frozen=True)
@@ -208,14 +211,14 @@ def invert_all(ensemble: Ensemble, classes: Tensor, grid: PatchGrid, inputs: Pip
     """Stage 1 in batches; labels run through `classes` in turn, each batch has its own seed."""
     settings, observer, checkpoints = inputs.settings.inversion, inputs.observer, inputs.checkpoints
     labels = classes[torch.arange(settings.runs, device=classes.device) % len(classes)]
-    method = invert_by_rebirth if settings.method == "rebirth" else invert
+    method = INVERSION[settings.method]
     parts = []
     progress = InversionProgress(observer, settings, len(classes)) if observer.watched else None
     for number, batch in enumerate(labels.split(settings.batch_size)):
         generator = torch.Generator().manual_seed(inputs.seed * 1_000_003 + number)
         few = ensemble.draw(settings.teachers_per_batch, batch, generator)
-        watch = progress.of_batch(number) if progress else {}
-        make = partial(method, few, batch, grid, settings, generator=generator, **watch)
+        watch = progress.of_batch(number) if progress else NOBODY
+        make = partial(method, few, batch, grid, settings, generator=generator, watch=watch)
         parts.append(make() if checkpoints is None else checkpoints.batch(number, make, inputs.device))
         done = sum(len(part.labels) for part in parts)
         observer.event(

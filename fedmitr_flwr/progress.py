@@ -6,14 +6,12 @@ Letters: B images, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import TypedDict
-
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from fedmitr_flwr.distill import LossTerms, Pool
+from fedmitr_flwr.inversion import Watch
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.settings import InversionSettings
 from fedmitr_flwr.vit import forward_patches
@@ -24,13 +22,6 @@ SHOWN_CLASSES = 20  # whose first image is shown at each stop
 FINISHED_SHOWN = 100
 DISTILL_REPORTS = 200
 PROBED_IMAGES = 64
-
-
-class Hooks(TypedDict, total=False):
-    """The callbacks of `inversion.invert`."""
-
-    on_iteration: Callable[[int, Tensor], None]
-    on_stop: Callable[[int, Tensor, Tensor], None]
 
 
 class InversionProgress:
@@ -52,7 +43,7 @@ class InversionProgress:
         self.shown = min(classes, SHOWN_CLASSES)
         self.batches = -(-settings.runs // settings.batch_size)
 
-    def of_batch(self, number: int) -> Hooks:
+    def of_batch(self, number: int) -> Watch:
         """Callbacks for the batch `number`, counted from 0."""
         iterations, total = self.settings.iterations, self.settings.iterations * self.batches
         every = max(1, iterations // (REPORTS if number < 10 else LATER_REPORTS))
@@ -79,7 +70,7 @@ class InversionProgress:
                 where = torch.tensor(iteration)
                 self.observer.snapshot("stop", iteration=where, row=number_of, images=images[rows], kept=kept[rows])
 
-        return {"on_iteration": on_iteration, "on_stop": on_stop}
+        return Watch(on_iteration, on_stop)
 
 
 class DistillProgress:

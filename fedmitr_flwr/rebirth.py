@@ -13,14 +13,14 @@ Letters: B runs, P patches of the full grid, L patches of an image.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor
 
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import InversionBatch, SyntheticImages, optimise, starting_images
+from fedmitr_flwr.inversion import NOBODY, InversionBatch, SyntheticImages, Watch, optimise, starting_images
 from fedmitr_flwr.schedule import patches_left
 from fedmitr_flwr.settings import InversionSettings, SettingsError
 
@@ -32,8 +32,7 @@ def invert_by_rebirth(
     settings: InversionSettings,
     *,
     generator: torch.Generator,
-    on_iteration: Callable[[int, Tensor], None] | None = None,
-    on_stop: Callable[[int, Tensor, Tensor], None] | None = None,
+    watch: Watch = NOBODY,
 ) -> SyntheticImages:
     """Invert the ensemble into n + 1 images for each label; parameters as `inversion.invert`.
 
@@ -70,10 +69,11 @@ def invert_by_rebirth(
     def note(iteration: int, loss: Tensor) -> None:
         if iteration in settings.stops:
             losses.append(loss)
-        if on_iteration is not None:
-            on_iteration(iteration, loss)
+        if watch.on_iteration is not None:
+            watch.on_iteration(iteration, loss)
 
-    optimise(batch, dict.fromkeys(settings.stops, leave), settings, generator, note, on_stop)
+    noting = replace(watch, on_iteration=note)
+    optimise(batch, dict.fromkeys(settings.stops, leave), settings, generator, noting)
     done = batch.result()
     parts = [
         SyntheticImages(_only(done.images, noise, kept, grid), labels, kept, loss)

@@ -17,7 +17,7 @@ from fedmitr_flwr.checkpoint import load_checkpoint
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import SyntheticImages, invert
+from fedmitr_flwr.inversion import SyntheticImages, Watch, invert
 from fedmitr_flwr.settings import InversionSettings, SettingsError
 from fedmitr_flwr.vit import check_supported
 
@@ -111,5 +111,5 @@ def invert_model(
                 on_iteration(before + iteration, loss)
 
         generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        parts.append(invert(ensemble, batch, grid, settings, generator=generator, on_iteration=count))
+        parts.append(invert(ensemble, batch, grid, settings, generator=generator, watch=Watch(count)))
     return SyntheticImages.join(parts)

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedmitr_flwr.flops import kept_schedule
-from fedmitr_flwr.inversion import starting_images
+from fedmitr_flwr.inversion import Watch, starting_images
 from fedmitr_flwr.rebirth import invert_by_rebirth
 from fedmitr_flwr.schedule import patches_left
 from fedmitr_flwr.settings import InversionSettings, Settings, SettingsError
@@ -46,7 +46,7 @@ def test_patches_that_left_keep_their_pixels_and_the_most_attended_leave_first()
     def look(iteration, images, kept):
         seen.append((images, kept))
 
-    got = run(on_stop=look)
+    got = run(watch=Watch(on_stop=look))
     images, kept = seen[0]
     left = mask(got.kept[:6])
     assert torch.equal(mask(kept), ~left)
@@ -58,7 +58,7 @@ def test_patches_that_left_keep_their_pixels_and_the_most_attended_leave_first()
 
 def test_losses_are_those_of_the_iterations_at_which_images_left():
     losses = []
-    got = run(on_iteration=lambda iteration, loss: losses.append(loss))
+    got = run(watch=Watch(lambda iteration, loss: losses.append(loss)))
     assert torch.equal(got.loss, torch.cat([losses[3], losses[5], losses[7]]))
 
 
@@ -85,7 +85,7 @@ def test_rebirth_without_stops_is_an_error():
 
 def test_schedule_of_the_arithmetic_is_that_of_the_run():
     sizes = []
-    run(on_stop=lambda iteration, images, kept: sizes.append(kept.shape[1]))
+    run(watch=Watch(on_stop=lambda iteration, images, kept: sizes.append(kept.shape[1])))
     spans = kept_schedule(SETTINGS, 16)
     assert spans == [(4, 16), (2, 11), (2, 5)]
     assert sizes == [size for _, size in spans[1:]]
