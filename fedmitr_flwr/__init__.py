@@ -13,7 +13,6 @@ if TYPE_CHECKING:
     from fedmitr_flwr.data import ImageSet, ImageSpec, load_source
     from fedmitr_flwr.evaluate import Evaluation, evaluate
     from fedmitr_flwr.export import save_timm
-    from fedmitr_flwr.inversion import SyntheticImages
     from fedmitr_flwr.models import build_model, initial_state
     from fedmitr_flwr.observe import Event, Listener, Observer
     from fedmitr_flwr.pipeline import ClientModel, PipelineInputs, PipelineResult, run_pipeline
@@ -22,6 +21,7 @@ if TYPE_CHECKING:
     from fedmitr_flwr.settings import InversionSettings, Settings, SettingsError
     from fedmitr_flwr.single import invert_model
     from fedmitr_flwr.strategy import FedMITR
+    from fedmitr_flwr.synthetic import SyntheticImages
     from fedmitr_flwr.training import train_local
 
 __version__ = "0.1.0"
@@ -33,7 +33,7 @@ _HOMES = {
     "Evaluation": "evaluate",
     "evaluate": "evaluate",
     "save_timm": "export",
-    "SyntheticImages": "inversion",
+    "SyntheticImages": "synthetic",
     "build_model": "models",
     "initial_state": "models",
     "Event": "observe",

@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from fedmitr_flwr.atomic import atomic_path
-from fedmitr_flwr.inversion import SyntheticImages
+from fedmitr_flwr.synthetic import SyntheticImages
 from fedmitr_flwr.tensor_files import write_tensors
 
 log = logging.getLogger("fedmitr.checkpoints")

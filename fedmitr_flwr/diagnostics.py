@@ -12,10 +12,10 @@ from torch import Tensor
 
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import SyntheticImages
 from fedmitr_flwr.schedule import patches_left
 from fedmitr_flwr.settings import InversionSettings
 from fedmitr_flwr.stage_costs import stage_costs
+from fedmitr_flwr.synthetic import SyntheticImages
 
 LOOKED_AT = 256
 """Images looked at, at most: each costs K forward passes."""

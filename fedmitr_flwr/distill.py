@@ -26,10 +26,10 @@ from fedmitr_flwr.augment import augment
 from fedmitr_flwr.density import PatchSplit, subsets
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import SyntheticImages
 from fedmitr_flwr.noise import random_images
 from fedmitr_flwr.relabel import LowTargets, soften
 from fedmitr_flwr.settings import DistillSettings, TrainSettings
+from fedmitr_flwr.synthetic import SyntheticImages
 from fedmitr_flwr.training import make_optimizer
 from fedmitr_flwr.vit import forward_patches
 

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import SyntheticImages
+from fedmitr_flwr.synthetic import SyntheticImages
 
 
 def save_synthetic(synthetic: SyntheticImages, spec: ImageSpec, grid: PatchGrid, path: Path, columns: int = 12) -> None:

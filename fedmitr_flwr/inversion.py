@@ -13,8 +13,8 @@ Letters: B images, C classes, P patches of the full grid, L patches kept, E = ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, fields
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
 
@@ -29,36 +29,10 @@ from fedmitr_flwr.precision import compute_dtype
 from fedmitr_flwr.prior import Prior
 from fedmitr_flwr.schedule import Choice, most_attended
 from fedmitr_flwr.settings import InversionSettings
+from fedmitr_flwr.synthetic import SyntheticImages
 
 CHECK = 100
 """Iterations between two looks at whether the loss is finite, for which a GPU would have to be waited for."""
-
-
-@dataclass(frozen=True)
-class SyntheticImages:
-    """What inversion made.
-
-    Attributes
-    ----------
-    images
-        ``(B, ch, S, S)`` fp32, normalised, within the valid range.
-    labels
-        ``(B,)`` int64, the class that each image was inverted for.
-    kept
-        ``(B, L)`` int64, sorted: the patches that were inverted to the end.
-    loss
-        ``(B,)`` fp32, CE(A(x), y) at the last iteration before its update.
-    """
-
-    images: Tensor
-    labels: Tensor
-    kept: Tensor
-    loss: Tensor
-
-    @classmethod
-    def join(cls, parts: Sequence[SyntheticImages]) -> SyntheticImages:
-        """One after the other; all must have kept as many patches."""
-        return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))
 
 
 @dataclass(frozen=True)

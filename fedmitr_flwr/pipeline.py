@@ -22,7 +22,7 @@ from fedmitr_flwr.diagnostics import Diagnostics, diagnose
 from fedmitr_flwr.distill import Pool, distill, make_pool
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import NOBODY, InversionMethod, SyntheticImages, invert
+from fedmitr_flwr.inversion import NOBODY, InversionMethod, invert
 from fedmitr_flwr.models import build_model
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.outliers import trust
@@ -30,6 +30,7 @@ from fedmitr_flwr.progress import FINISHED_SHOWN, DistillProgress, InversionProg
 from fedmitr_flwr.rebirth import invert_by_rebirth
 from fedmitr_flwr.relabel import LowTargets, relabel
 from fedmitr_flwr.settings import DistillSettings, Settings
+from fedmitr_flwr.synthetic import SyntheticImages
 from fedmitr_flwr.teachers import MemoryLimits, PagedTeachers, load_teachers
 from fedmitr_flwr.weighting import class_weights, evidence
 

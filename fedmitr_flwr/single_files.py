@@ -12,10 +12,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 from fedmitr_flwr.atomic import atomic_path
 from fedmitr_flwr.data import ImageSpec
-from fedmitr_flwr.inversion import SyntheticImages
 from fedmitr_flwr.models import FROM_DATA, parse_options
 from fedmitr_flwr.settings import SettingsError
 from fedmitr_flwr.single import load_weights
+from fedmitr_flwr.synthetic import SyntheticImages
 from fedmitr_flwr.vit import check_supported
 
 

@@ -37,11 +37,11 @@ from fedmitr_flwr.baselines.common import untrained_result
 from fedmitr_flwr.density import PatchSplit
 from fedmitr_flwr.distill import Pool, gather
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import SyntheticImages
 from fedmitr_flwr.models import build_model
 from fedmitr_flwr.pipeline import PipelineInputs, PipelineResult, distilled, make_ensemble, student_start
 from fedmitr_flwr.relabel import soften
 from fedmitr_flwr.settings import GeneratorSettings
+from fedmitr_flwr.synthetic import SyntheticImages
 from fedmitr_flwr.vit import forward_patches
 
 

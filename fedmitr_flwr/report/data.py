@@ -20,11 +20,11 @@ from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.evaluate import Evaluation
 from fedmitr_flwr.flops import stage_flops
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import SyntheticImages
 from fedmitr_flwr.listeners import Keeper
 from fedmitr_flwr.pipeline import PipelineResult
 from fedmitr_flwr.rundir import REPORT_DATA, REPORT_PICTURES
 from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.synthetic import SyntheticImages
 
 FORMAT = 1
 MOST_PICTURES = 240

@@ -4,9 +4,10 @@ import torch
 from fedmitr_flwr.diagnostics import diagnose, diversity
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.flops import pass_flops
-from fedmitr_flwr.inversion import SyntheticImages, invert
+from fedmitr_flwr.inversion import invert
 from fedmitr_flwr.settings import InversionSettings
 from fedmitr_flwr.stage_costs import stage_costs
+from fedmitr_flwr.synthetic import SyntheticImages
 from tests.unit.tiny import CLASSES, tiny_ensemble, tiny_grid, tiny_vit
 
 SETTINGS = InversionSettings(iterations=60, stops="10,20", fractions="0.3,0.3")

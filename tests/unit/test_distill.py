@@ -5,10 +5,10 @@ import torch
 
 from fedmitr_flwr.density import PatchSplit
 from fedmitr_flwr.distill import Pool, distill, kl_divergence, loss_terms, make_pool, mix_patches
-from fedmitr_flwr.inversion import SyntheticImages
 from fedmitr_flwr.noise import random_images
 from fedmitr_flwr.relabel import LowTargets, relabel
 from fedmitr_flwr.settings import DistillSettings, NoiseKind, RelabelSettings
+from fedmitr_flwr.synthetic import SyntheticImages
 from tests.unit.tiny import CLASSES, plain_ensemble, plain_subset_logits, tiny_ensemble, tiny_grid, tiny_vit
 
 B = 6
