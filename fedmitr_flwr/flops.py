@@ -5,13 +5,17 @@ Letters: K teachers, P patches of the full grid, L patches kept.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from itertools import pairwise
 from typing import cast
 
 import torch
 from timm.layers.mlp import Mlp
 from timm.models.vision_transformer import Block, VisionTransformer
+from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
+from fedmitr_flwr.centring import growth
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.packed import architecture_of
 from fedmitr_flwr.schedule import most_attended, patches_left
@@ -73,9 +77,21 @@ def pass_flops(model: VisionTransformer, grid: PatchGrid, patches: int) -> int:
     return total
 
 
-def kept_schedule(settings: InversionSettings, patches: int) -> list[tuple[int, int]]:
-    """``(iterations, L)`` of each span between two stops; the iteration of a stop still sees the patches before it."""
-    spans, start, kept = [], 0, patches
+def kept_schedule(
+    settings: InversionSettings, patches: int, grown: Mapping[int, Tensor] | None = None
+) -> list[tuple[int, int]]:
+    """``(iterations, L)`` of each span between two stops; the iteration of a stop still sees the patches before it.
+
+    Parameters
+    ----------
+    patches
+        P.
+    grown
+        Of `centring.growth`, the patches that are there from an iteration on; None: all from the start.
+    """
+    steps = sorted((grown or {}).items())
+    spans = [(after - before, len(there)) for (before, there), (after, _) in pairwise(steps)]
+    start, kept = steps[-1][0] if steps else 0, patches
     size = patches_left(patches, settings)
     for number, (stop, fraction) in enumerate(zip(settings.stops, settings.fractions, strict=True), 1):
         spans.append((stop + 1 - start, kept))
@@ -94,11 +110,11 @@ def stage_flops(settings: Settings, model: VisionTransformer, grid: PatchGrid, t
     of each step; the low-density term is left out.
     """
     P, inversion, distill = grid.num_patches, settings.inversion, settings.distill
-    spans = kept_schedule(inversion, P)
+    spans = kept_schedule(inversion, P, growth(grid, inversion.centring))
     cost = {L: count_flops(model, grid, L, pixel_gradient=True) for L in {L for _, L in spans} | {P}}
     forward = count_flops(model, grid, P)
     images = inversion.runs * inversion.images_per_run
-    each = inversion.runs * teachers
+    each = inversion.runs * inversion.copies * teachers
     pool = images * (distill.views + distill.mix + distill.noise)
     return {
         "invert": float(each * sum(length * cost[L] for length, L in spans)),

@@ -13,7 +13,7 @@ Letters: B images, C classes, P patches of the full grid, L patches kept, E = ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Protocol
@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from fedmitr_flwr.centring import growth
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.noise import random_images
@@ -30,6 +31,7 @@ from fedmitr_flwr.prior import Prior
 from fedmitr_flwr.schedule import Choice, most_attended
 from fedmitr_flwr.settings import InversionSettings
 from fedmitr_flwr.synthetic import SyntheticImages
+from fedmitr_flwr.views import View
 
 CHECK = 100
 """Iterations between two looks at whether the loss is finite, for which a GPU would have to be waited for."""
@@ -135,10 +137,12 @@ def optimise(
     watch: Watch = NOBODY,
 ) -> None:
     """Run all iterations of a batch; `stops` chooses at some of them which patches go on, the rest as `invert`."""
+    grown = growth(batch.grid, settings.centring)
     try:
         for iteration in range(settings.iterations):
-            shift = _random_shift(settings.jitter, generator)
-            loss = batch.step(shift, stops.get(iteration))
+            if iteration in grown:
+                batch.restart(grown[iteration])
+            loss = batch.step(batch.views(generator), stops.get(iteration))
             if watch.on_iteration is not None:
                 watch.on_iteration(iteration, loss)
             if watch.on_stop is not None and iteration in stops:
@@ -185,25 +189,40 @@ class InversionBatch:
             raise ValueError(
                 f"kept names patches {int(kept.min())} to {int(kept.max())}, the grid has 0 to {grid.num_patches - 1}"
             )
-        self._ensemble, self._labels, self._grid, self._settings = ensemble, labels, grid, settings
+        self._ensemble, self._labels, self.grid, self._settings = ensemble, labels, grid, settings
         device = labels.device
         self._dtype = compute_dtype(settings.precision, ensemble.teachers[0].embed_dim, device)
         self._low, self._high = grid.bounds(device)
         self._canvas = torch.minimum(torch.maximum(grid.to_patches(start), self._low), self._high)  # (B, P, E)
         self.kept = torch.arange(grid.num_patches, device=device).repeat(len(labels), 1) if kept is None else kept
-        self._adam = PixelAdam(take(self._canvas, self.kept), settings)
-        self._prior = Prior(self._canvas, self.kept, grid, settings)
+        self._begin()
         self._loss = torch.zeros(len(labels), device=device)
         self._iteration, self._broken = 0, torch.tensor(-1, device=device)
         self._last_good = self.result()
 
-    def step(self, shift: tuple[int, int] = (0, 0), choose: Choice | None = None) -> Tensor:
+    def _begin(self) -> None:
+        """Give the kept patches an optimiser and a prior."""
+        self._adam = PixelAdam(take(self._canvas, self.kept), self._settings)
+        self._prior = Prior(self._canvas, self.kept, self.grid, self._settings)
+
+    def restart(self, kept: Tensor) -> None:
+        """Go on from the pixels as they are with other patches, ``(L,)`` int64 of each image, and a fresh optimiser."""
+        self._canvas = scatter(self._canvas, self.kept, self._adam.pixels)
+        self.kept = kept.to(self._labels.device).repeat(len(self._labels), 1)
+        self._begin()
+
+    def views(self, generator: torch.Generator) -> list[View]:
+        """Draw the looks of an iteration, as the settings ask for."""
+        count, device = len(self._labels), self._labels.device
+        return [View.draw(count, self.grid, self._settings, generator, device) for _ in range(self._settings.copies)]
+
+    def step(self, views: Sequence[View] = (View(),), choose: Choice | None = None) -> Tensor:
         """One iteration; nothing in it waits for the device.
 
         Parameters
         ----------
-        shift
-            Rows and columns of patches by which the ensemble sees the image cyclically shifted.
+        views
+            How the ensemble sees the images; of several, losses, gradients and attention are averaged.
         choose
             Chooses, by their attention, which patches go on; the others leave before the update.
 
@@ -212,21 +231,26 @@ class InversionBatch:
         Tensor
             ``(B,)`` detached cross-entropies before the update.
         """
-        index = self._grid.shifted(self.kept, shift)
-        out = self._ensemble.loss_gradient(self._adam.pixels, index, self._labels, self._dtype)
-        self._loss, gradient = out.loss, out.gradient
-        broken = ~torch.isfinite(out.loss).all() & (self._broken < 0)
+        looks = zip(*(self._look(view) for view in views), strict=True)
+        self._loss, gradient, attention = (torch.stack(part).mean(0) if len(part) > 1 else part[0] for part in looks)
+        broken = ~torch.isfinite(self._loss).all() & (self._broken < 0)
         self._broken = torch.where(broken, self._iteration, self._broken)
         self._iteration += 1
         if choose is not None:
             self._canvas = scatter(self._canvas, self.kept, self._adam.pixels)
-            stay = choose(out.attention)
+            stay = choose(attention)
             self.kept, gradient = self.kept.gather(1, stay), take(gradient, stay)
             self._adam.keep(stay)
-            self._prior = Prior(self._canvas, self.kept, self._grid, self._settings)
+            self._prior = Prior(self._canvas, self.kept, self.grid, self._settings)
         self._prior.add_gradient(self._adam.pixels, gradient)
         self._adam.step(gradient, self._low, self._high)
         return self._loss
+
+    def _look(self, view: View) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses ``(B,)``, gradients ``(B, L, E)`` and attention ``(B, L)`` in one view."""
+        seen, index = view.of(self._adam.pixels), self.grid.shifted(self.kept, view.shift)
+        out = self._ensemble.loss_gradient(seen, index, self._labels, self._dtype)
+        return out.loss, view.pull_back(out.gradient), out.attention
 
     def release(self) -> None:
         """Give back the memory of the teachers' activations."""
@@ -234,7 +258,7 @@ class InversionBatch:
 
     def result(self) -> SyntheticImages:
         """The images as they are now, in new tensors."""
-        images = self._grid.to_images(scatter(self._canvas, self.kept, self._adam.pixels))
+        images = self.grid.to_images(scatter(self._canvas, self.kept, self._adam.pixels))
         return SyntheticImages(images, self._labels, self.kept, self._loss)
 
     def check_finite(self) -> None:
@@ -264,10 +288,3 @@ def starting_images(count: int, grid: PatchGrid, settings: InversionSettings, ge
 def scatter(canvas: Tensor, kept: Tensor, pixels: Tensor) -> Tensor:
     """Put ``(B, L, E)`` kept patches into a copy of the ``(B, P, E)`` canvas."""
     return canvas.scatter(1, kept[..., None].expand_as(pixels), pixels)
-
-
-def _random_shift(reach: int, generator: torch.Generator) -> tuple[int, int]:
-    if reach == 0:
-        return 0, 0
-    rows, columns = torch.randint(-reach, reach + 1, (2,), generator=generator).tolist()
-    return rows, columns

@@ -25,7 +25,7 @@ class SyntheticImages:
     kept
         ``(B, L)`` int64, sorted: the patches that were inverted to the end.
     loss
-        ``(B,)`` fp32, CE(A(x), y) at the last iteration before its update.
+        ``(B,)`` fp32, CE(A(x), y) at the last iteration before its update, as the ensemble saw the image there.
     """
 
     images: Tensor

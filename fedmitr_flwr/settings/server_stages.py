@@ -60,6 +60,28 @@ class InversionSettings(Stage):
     jitter: int = Field(
         0, ge=0, le=64, description="Largest random shift in whole patches at dense iterations; 0: none."
     )
+    color_shift: float = Field(
+        0.0,
+        ge=0.0,
+        le=3.0,
+        description="ColorShift of Plug-In Inversion: in each iteration the ensemble sees each channel of each image "
+        "less a random mean of up to this, and divided by exp of a random number of up to this; the paper has 1. "
+        "0: none.",
+    )
+    copies: int = Field(
+        1,
+        ge=1,
+        le=1024,
+        description="Looks at each image in an iteration, under different jitter and colours, whose gradients are "
+        "averaged. An iteration takes as many times as long; the paper of Plug-In Inversion has 32.",
+    )
+    centring: int = Field(
+        0,
+        ge=0,
+        le=1_000_000,
+        description="Iterations in which an image grows from its central patches, ring by ring, to the whole grid, as "
+        "in Plug-In Inversion; the first stop can't come before. 0: the whole grid from the start.",
+    )
     start: Literal["white", "fields", "contours"] = Field(
         "fields",
         description="Starting noise: `white` (Gaussian, around the normalisation mean), or as `distill.noise-kind`.",
@@ -102,6 +124,15 @@ class InversionSettings(Stage):
             problems.append(("inversion.fractions", self.fractions, allowed))
         if any(not 0.0 < r < 1.0 for r in self.fractions):
             problems.append(("inversion.fractions", self.fractions, "must lie between 0 and 1, both excluded"))
+        if self.centring >= self.iterations:
+            allowed = f"must lie below inversion.iterations = {self.iterations}"
+            problems.append(("inversion.centring", self.centring, allowed))
+        elif self.stops and self.centring > self.stops[0]:
+            allowed = f"must not exceed the first of inversion.stops, {self.stops[0]}: a stop needs the whole grid"
+            problems.append(("inversion.centring", self.centring, allowed))
+        if self.copies > 1 and self.jitter == 0 and self.color_shift == 0:
+            allowed = "must be 1 without inversion.jitter and inversion.color-shift: all copies would be the same"
+            problems.append(("inversion.copies", self.copies, allowed))
         if self.method == "rebirth" and not self.stops:
             problems.append(("inversion.method", "rebirth", "needs inversion.stops"))
         if problems:
