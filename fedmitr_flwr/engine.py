@@ -64,10 +64,13 @@ class Pass:
         ``(T, B, C)`` fp32.
     attention
         ``(T, B, L)`` attention of [CLS] to the patches in the last block, mean over heads.
+    features
+        ``(T, B, D)`` fp32 [CLS] token as it leaves the last block, before the last norm.
     """
 
     logits: Tensor
     attention: Tensor
+    features: Tensor
     tokens: int
     saved: list[_Saved]
     last: _SavedLast
@@ -99,10 +102,11 @@ def forward(pack: Pack, patches: Tensor, index: Tensor | None, scratch: Arena, k
             saved.append(parts)
     last, logits = _last_forward(pack, x, B)
     attention = last.weights.view(T, B, pack.architecture.heads, pack.rows, -1)[:, :, :, 0].float().mean(2)
-    return Pass(logits, attention[..., pack.prefix.shape[1] :], x.shape[1] // B, saved, last)
+    features = last.rows.view(T, B, pack.rows, -1)[:, :, 0]
+    return Pass(logits, attention[..., pack.prefix.shape[1] :], features, x.shape[1] // B, saved, last)
 
 
-def backward(pack: Pack, done: Pass, gradient: Tensor, scratch: Arena) -> Tensor:
+def backward(pack: Pack, done: Pass, gradient: Tensor, scratch: Arena, of_features: Tensor | None = None) -> Tensor:
     """Gradient for the pixels of ``(gradient * logits).sum()``, summed over the pack's teachers.
 
     Parameters
@@ -111,6 +115,8 @@ def backward(pack: Pack, done: Pass, gradient: Tensor, scratch: Arena) -> Tensor
         A forward pass with `keep`.
     gradient
         ``(T, B, C)`` fp32.
+    of_features
+        ``(T, B, D)`` fp32; adds ``(of_features * features).sum()``, on the same way back. None: 0.
 
     Returns
     -------
@@ -118,7 +124,7 @@ def backward(pack: Pack, done: Pass, gradient: Tensor, scratch: Arena) -> Tensor
         ``(B, L, E)`` fp32.
     """
     T, B, _ = gradient.shape
-    g = _last_backward(pack, done.last, gradient)
+    g = _last_backward(pack, done.last, gradient, of_features)
     for block, saved in zip(reversed(pack.blocks[:-1]), reversed(done.saved), strict=True):
         g = _block_backward(pack, block, saved, g, B, scratch)
     D, prefix = g.shape[-1], pack.prefix.shape[1]
@@ -232,13 +238,15 @@ def _last_forward(pack: Pack, x: Tensor, B: int) -> tuple[_SavedLast, Tensor]:
     return _SavedLast(x, norm1, normed, keys, weights, middle, norm2, hidden, rows, norm), logits
 
 
-def _last_backward(pack: Pack, saved: _SavedLast, gradient: Tensor) -> Tensor:
+def _last_backward(pack: Pack, saved: _SavedLast, gradient: Tensor, of_features: Tensor | None) -> Tensor:
     """``(T, M, D)`` fp32 gradient of the last block's input, in a new tensor."""
     block, (T, B, _), dtype = pack.blocks[-1], gradient.shape, pack.dtype
     H, Q, D = pack.architecture.heads, pack.rows, _width(pack)
     d, N = D // H, saved.normed.shape[1]
     g = torch.bmm(gradient.to(dtype), pack.head).float().view(T, B * Q, D)
     g = layer_norm_backward(g, saved.rows, saved.norm)
+    if of_features is not None:
+        g.view(T, B, Q, D)[:, :, 0] += of_features
     active = torch.bmm(g.to(dtype), block.fc2)
     active = torch.ops.aten.gelu_backward(active, saved.hidden, approximate=pack.architecture.approximate)
     g = g + layer_norm_backward(torch.bmm(active, block.fc1).float(), saved.middle, saved.norm2)

@@ -19,6 +19,7 @@ from torch import Tensor
 from fedmitr_flwr.groups import Group, Step, group_teachers
 from fedmitr_flwr.kernels import Arena
 from fedmitr_flwr.teachers import MemoryLimits, PagedTeachers
+from fedmitr_flwr.terms import Seen, Term
 from fedmitr_flwr.vit import forward_patches
 
 LABEL_ROWS = 1600
@@ -158,11 +159,17 @@ class Ensemble:
         for start in range(0, B, size):
             part = slice(start, start + size)
             for step in self._steps(patches[part], None if index is None else index[part], torch.float32):
-                logits[step.members, part], attention[step.members, part] = step.forward(self._scratch, None)
+                out = step.forward(self._scratch, None)
+                logits[step.members, part], attention[step.members, part] = out.logits, out.attention
         return logits, attention
 
     def loss_gradient(
-        self, patches: Tensor, index: Tensor | None, labels: Tensor, dtype: torch.dtype = torch.float32
+        self,
+        patches: Tensor,
+        index: Tensor | None,
+        labels: Tensor,
+        dtype: torch.dtype = torch.float32,
+        terms: Sequence[Term] = (),
     ) -> LossGradient:
         """``-log A_y`` and its exact gradient for the pixels, with memory that is bounded whatever K is.
 
@@ -177,24 +184,40 @@ class Ensemble:
             ``(B,)`` int64.
         dtype
             What the teachers compute in, fp32 or bf16; loss and gradient are summed in fp32.
+        terms
+            Added to the sum of the losses before the gradient is taken, in the same pass; `LossGradient.loss` is
+            without them.
         """
         with torch.no_grad():
             steps = self._steps(patches, index, dtype)
             arenas = self._arenas(steps)
             logits = patches.new_empty(len(self.teachers), len(patches), self.weights.shape[1])
             seen = patches.new_empty(len(self.teachers), *patches.shape[:2])
+            features = []
             for step, arena in zip(steps, arenas, strict=True):
-                logits[step.members], seen[step.members] = step.forward(self._scratch, arena)
+                out = step.forward(self._scratch, arena)
+                logits[step.members], seen[step.members] = out.logits, out.attention
+                features += [out.features] if terms else []
         logits.requires_grad_(True)
         with torch.enable_grad():
             probabilities = self.combine(logits)
             loss = -probabilities.gather(1, labels[:, None]).squeeze(1).clamp_min(1e-12).log()
-            (upstream,) = torch.autograd.grad(loss.sum(), logits)
+            total, leaves = loss.sum(), [logits]
+            if terms:
+                leaves += [leaf.detach().requires_grad_(True) for leaf in (patches, *features)]
+                shares = [self.weights[step.members][:, labels] for step in steps]
+                look = Seen(leaves[1], index, labels, probabilities, leaves[2:], shares)
+                total = total + sum(term(look) for term in terms)
+            upstream, *more = torch.autograd.grad(total, leaves, allow_unused=True)
+        nothing: list[Tensor | None] = [None] * (1 + len(steps))
+        direct, *of_features = more or nothing
         probabilities = probabilities.detach()
         with torch.no_grad():
-            gradient = steps[0].backward(self._scratch, upstream[steps[0].members])
-            for step in steps[1:]:
-                gradient += step.backward(self._scratch, upstream[step.members])
+            gradient = steps[0].backward(self._scratch, upstream[steps[0].members], of_features[0])
+            for step, of in zip(steps[1:], of_features[1:], strict=True):
+                gradient += step.backward(self._scratch, upstream[step.members], of)
+            if direct is not None:
+                gradient += direct
         return LossGradient(loss.detach(), gradient, self._share(probabilities, seen, labels), probabilities)
 
     def combine(self, logits: Tensor) -> Tensor:

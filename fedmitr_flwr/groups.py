@@ -33,17 +33,36 @@ models leave the cache between two images anyway.
 """
 
 
+@dataclass(frozen=True)
+class StepOutput:
+    """What some teachers say of a batch.
+
+    Attributes
+    ----------
+    logits
+        ``(T, B, C)`` fp32.
+    attention
+        ``(T, B, L)`` as in `engine.Pass`.
+    features
+        ``(T, B, D)`` fp32, likewise.
+    """
+
+    logits: Tensor
+    attention: Tensor
+    features: Tensor
+
+
 class Step(Protocol):
     """Some teachers on one batch."""
 
     members: list[int]
 
-    def forward(self, scratch: Arena, keep: Arena | None) -> tuple[Tensor, Tensor]:
-        """Logits ``(T, B, C)`` and attention ``(T, B, L)``; with `keep` the activations stay there for `backward`."""
+    def forward(self, scratch: Arena, keep: Arena | None) -> StepOutput:
+        """Run forward; with `keep` the activations stay there for `backward`."""
         ...
 
-    def backward(self, scratch: Arena, upstream: Tensor) -> Tensor:
-        """``(B, L, E)`` gradient for the pixels, given ``(T, B, C)`` for the logits.
+    def backward(self, scratch: Arena, of_logits: Tensor, of_features: Tensor | None) -> Tensor:
+        """``(B, L, E)`` gradient for the pixels, given those for the logits and, if there is one, for the features.
 
         Without activations the forward pass is repeated.
         """
@@ -125,17 +144,17 @@ class _PackedStep:
         self._group, self._part, self._patches, self._index = group, part, patches, index
         self._done: Pass | None = None
 
-    def forward(self, scratch: Arena, keep: Arena | None) -> tuple[Tensor, Tensor]:
+    def forward(self, scratch: Arena, keep: Arena | None) -> StepOutput:
         done = forward(self._group.pack(self._part), self._patches, self._index, scratch, keep)
         self._done = None if keep is None else done
-        return done.logits, done.attention
+        return StepOutput(done.logits, done.attention, done.features)
 
-    def backward(self, scratch: Arena, upstream: Tensor) -> Tensor:
+    def backward(self, scratch: Arena, of_logits: Tensor, of_features: Tensor | None) -> Tensor:
         done, self._done = self._done, None
         pack = self._group.pack(self._part)
         if done is None:
             done = forward(pack, self._patches, self._index, scratch, scratch)
-        return backward(pack, done, upstream, scratch)
+        return backward(pack, done, of_logits, scratch, of_features)
 
     def bytes(self) -> int:
         return self._group.bytes(self._part, *self._patches.shape[:2])
@@ -157,16 +176,19 @@ class _ModuleStep:
         self.members = [member]
         self._teachers, self._patches, self._index = teachers, patches, index
 
-    def forward(self, scratch: Arena, keep: Arena | None) -> tuple[Tensor, Tensor]:
+    def forward(self, scratch: Arena, keep: Arena | None) -> StepOutput:
         out = forward_patches(self._teachers[self.members[0]], self._patches, self._index, attention=True)
         assert out.attention is not None
-        return out.logits.float()[None], out.attention[None]
+        return StepOutput(out.logits.float()[None], out.attention[None], out.features.float()[None])
 
-    def backward(self, scratch: Arena, upstream: Tensor) -> Tensor:
+    def backward(self, scratch: Arena, of_logits: Tensor, of_features: Tensor | None) -> Tensor:
         with torch.enable_grad():
             patches = self._patches.detach().requires_grad_(True)
-            logits = forward_patches(self._teachers[self.members[0]], patches, self._index).logits.float()
-            return torch.autograd.grad(logits, patches, upstream[0])[0]
+            out = forward_patches(self._teachers[self.members[0]], patches, self._index)
+            outputs, upstream = [out.logits.float()], [of_logits[0]]
+            if of_features is not None:
+                outputs, upstream = [*outputs, out.features.float()], [*upstream, of_features[0]]
+            return torch.autograd.grad(outputs, patches, upstream)[0]
 
     def bytes(self) -> int:
         return 0

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from fedmitr_flwr.centring import growth
+from fedmitr_flwr.diversity import terms_of
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.noise import random_images
@@ -31,6 +32,7 @@ from fedmitr_flwr.prior import Prior
 from fedmitr_flwr.schedule import Choice, most_attended
 from fedmitr_flwr.settings import InversionSettings
 from fedmitr_flwr.synthetic import SyntheticImages
+from fedmitr_flwr.terms import Term
 from fedmitr_flwr.views import View
 
 CHECK = 100
@@ -69,6 +71,7 @@ class InversionMethod(Protocol):
         *,
         generator: torch.Generator,
         watch: Watch = NOBODY,
+        terms: Sequence[Term] = (),
     ) -> SyntheticImages:
         """Invert the ensemble; see `invert`."""
 
@@ -98,6 +101,7 @@ def invert(
     *,
     generator: torch.Generator,
     watch: Watch = NOBODY,
+    terms: Sequence[Term] = (),
 ) -> SyntheticImages:
     """Invert the ensemble into one image for each label.
 
@@ -115,6 +119,8 @@ def invert(
         CPU generator of the starting noise and the jitter.
     watch
         Who looks on.
+    terms
+        Of the loss, beside those that the settings ask for.
 
     Raises
     ------
@@ -122,7 +128,7 @@ def invert(
         If pixels or loss are not finite; found at stops, at the end and every `CHECK` iterations.
     """
     start = starting_images(len(labels), grid, settings, generator).to(labels.device)
-    batch = InversionBatch(ensemble, labels, start, None, grid, settings)
+    batch = InversionBatch(ensemble, labels, start, None, grid, settings, terms)
     fractions = zip(settings.stops, settings.fractions, strict=True)
     stops = {stop: partial(most_attended, fraction=fraction) for stop, fraction in fractions}
     optimise(batch, stops, settings, generator, watch)
@@ -167,6 +173,8 @@ class InversionBatch:
         ``(B, ch, S, S)`` images, which are clipped to the valid range.
     kept
         ``(B, L)`` int64, sorted; None: all patches.
+    terms
+        Of the loss, beside those that the settings ask for.
 
     Raises
     ------
@@ -182,6 +190,7 @@ class InversionBatch:
         kept: Tensor | None,
         grid: PatchGrid,
         settings: InversionSettings,
+        terms: Sequence[Term] = (),
     ) -> None:
         if kept is not None and kept.shape[1] == 0:
             raise ValueError("kept names no patch: an image needs at least one to be inverted")
@@ -190,6 +199,7 @@ class InversionBatch:
                 f"kept names patches {int(kept.min())} to {int(kept.max())}, the grid has 0 to {grid.num_patches - 1}"
             )
         self._ensemble, self._labels, self.grid, self._settings = ensemble, labels, grid, settings
+        self._terms = (*terms_of(settings), *terms)
         device = labels.device
         self._dtype = compute_dtype(settings.precision, ensemble.teachers[0].embed_dim, device)
         self._low, self._high = grid.bounds(device)
@@ -249,7 +259,7 @@ class InversionBatch:
     def _look(self, view: View) -> tuple[Tensor, Tensor, Tensor]:
         """Losses ``(B,)``, gradients ``(B, L, E)`` and attention ``(B, L)`` in one view."""
         seen, index = view.of(self._adam.pixels), self.grid.shifted(self.kept, view.shift)
-        out = self._ensemble.loss_gradient(seen, index, self._labels, self._dtype)
+        out = self._ensemble.loss_gradient(seen, index, self._labels, self._dtype, self._terms)
         return out.loss, view.pull_back(out.gradient), out.attention
 
     def release(self) -> None:

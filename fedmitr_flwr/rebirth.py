@@ -13,6 +13,7 @@ Letters: B runs, P patches of the full grid, L patches of an image.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -24,6 +25,7 @@ from fedmitr_flwr.inversion import NOBODY, InversionBatch, Watch, optimise, star
 from fedmitr_flwr.schedule import patches_left
 from fedmitr_flwr.settings import InversionSettings, SettingsError
 from fedmitr_flwr.synthetic import SyntheticImages
+from fedmitr_flwr.terms import Term
 
 
 def invert_by_rebirth(
@@ -34,6 +36,7 @@ def invert_by_rebirth(
     *,
     generator: torch.Generator,
     watch: Watch = NOBODY,
+    terms: Sequence[Term] = (),
 ) -> SyntheticImages:
     """Invert the ensemble into n + 1 images for each label; parameters as `inversion.invert`.
 
@@ -55,7 +58,7 @@ def invert_by_rebirth(
         allowed = f"must be fewer than the {grid.num_patches} patches of an image"
         raise SettingsError(("inversion.stops", settings.stops, allowed))
     start = starting_images(len(labels), grid, settings, generator).to(labels.device)
-    batch = InversionBatch(ensemble, labels, start, None, grid, settings)
+    batch = InversionBatch(ensemble, labels, start, None, grid, settings, terms)
     noise = batch.result().images
     groups: list[Tensor] = []
     losses: list[Tensor] = []

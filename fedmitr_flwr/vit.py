@@ -52,10 +52,13 @@ class TokenOutput:
         (B, L) attention of the [CLS] token to the patches in the last block, mean over heads, as
         the softmax gave it: with the shares of [CLS] and of the other prefix tokens a row sums to
         one. In the autograd graph. None unless asked for.
+    features
+        (B, D) [CLS] token as it leaves the last block, before the last norm. In the autograd graph.
     """
 
     logits: Tensor
     attention: Tensor | None
+    features: Tensor
 
 
 def check_supported(model: nn.Module) -> None:
@@ -241,7 +244,8 @@ def forward_patches(
     distilled = isinstance(model, VisionTransformerDistilled)
     rows, weights = _last_block(cast(Block, model.blocks[-1]), tokens, queries=2 if distilled else 1)
     patch_weights = weights[:, :, 0, model.num_prefix_tokens :].mean(dim=1) if attention else None
-    return TokenOutput(logits=model.forward_head(model.norm(rows)), attention=patch_weights)
+    logits = model.forward_head(model.norm(rows))
+    return TokenOutput(logits=logits, attention=patch_weights, features=rows[:, 0])
 
 
 def _embed(model: VisionTransformer, patches: Tensor, index: Tensor | None) -> Tensor:

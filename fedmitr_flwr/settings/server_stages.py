@@ -75,6 +75,20 @@ class InversionSettings(Stage):
         description="Looks at each image in an iteration, under different jitter and colours, whose gradients are "
         "averaged. An iteration takes as many times as long; the paper of Plug-In Inversion has 32.",
     )
+    diversity: float = Field(
+        0.0,
+        ge=0.0,
+        le=1000.0,
+        description="Weight of a contrastive term that makes the images of a batch differ in what the teachers see in "
+        "them (CMI; its authors have 0.8): the larger `inversion.batch-size`, the more there are to differ from. "
+        "0: off.",
+    )
+    diversity_temperature: float = Field(
+        0.1,
+        ge=0.01,
+        le=10.0,
+        description="Temperature of the similarities in that term; the lower, the more the nearest image counts.",
+    )
     centring: int = Field(
         0,
         ge=0,
