@@ -19,13 +19,14 @@ from fedmitr_flwr.checkpoints import Checkpoints
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.density import PatchSplit, split_patches
 from fedmitr_flwr.diagnostics import Diagnostics, diagnose
-from fedmitr_flwr.distill import Pool, distill, make_pool
+from fedmitr_flwr.distill import distill
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.inversion import NOBODY, InversionMethod, invert
 from fedmitr_flwr.models import build_model
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.outliers import trust
+from fedmitr_flwr.pool import Pool, make_pool
 from fedmitr_flwr.progress import FINISHED_SHOWN, DistillProgress, InversionProgress
 from fedmitr_flwr.rebirth import invert_by_rebirth
 from fedmitr_flwr.relabel import LowTargets, relabel

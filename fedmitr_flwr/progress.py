@@ -10,9 +10,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from fedmitr_flwr.distill import LossTerms, Pool
+from fedmitr_flwr.distill import LossTerms
 from fedmitr_flwr.inversion import Watch
 from fedmitr_flwr.observe import Observer
+from fedmitr_flwr.pool import Pool
 from fedmitr_flwr.settings import InversionSettings
 from fedmitr_flwr.vit import forward_patches
 

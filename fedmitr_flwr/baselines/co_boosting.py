@@ -23,10 +23,10 @@ import torch
 from torch import Tensor
 
 from fedmitr_flwr.baselines.generated import InTurn, cross_entropy, divergence
-from fedmitr_flwr.distill import Pool, label_patches, unnamed_pool
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.pipeline import PipelineInputs, PipelineResult
+from fedmitr_flwr.pool import Pool, label_patches, unnamed_pool
 from fedmitr_flwr.relabel import soften
 
 DECAY = 0.99

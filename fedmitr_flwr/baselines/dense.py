@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from fedmitr_flwr.baselines.generated import InTurn, cross_entropy, divergence
-from fedmitr_flwr.distill import Pool, label_patches, unnamed_pool
 from fedmitr_flwr.pipeline import PipelineInputs, PipelineResult
+from fedmitr_flwr.pool import Pool, label_patches, unnamed_pool
 
 
 def dense(inputs: PipelineInputs) -> PipelineResult:

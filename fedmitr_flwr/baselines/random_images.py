@@ -11,11 +11,11 @@ from dataclasses import replace
 import torch
 
 from fedmitr_flwr.baselines.common import untrained_result
-from fedmitr_flwr.distill import label_patches, unnamed_pool
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.models import build_model
 from fedmitr_flwr.noise import random_images
 from fedmitr_flwr.pipeline import PipelineInputs, PipelineResult, distilled, student_start
+from fedmitr_flwr.pool import label_patches, unnamed_pool
 
 
 def ensemble_on_random_images(inputs: PipelineInputs) -> PipelineResult:

@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from fedmitr_flwr.density import PatchSplit
-from fedmitr_flwr.distill import Pool, distill, kl_divergence, loss_terms, make_pool, mix_patches
+from fedmitr_flwr.distill import distill, kl_divergence, loss_terms
 from fedmitr_flwr.noise import random_images
+from fedmitr_flwr.pool import Pool, make_pool, mix_patches
 from fedmitr_flwr.relabel import LowTargets, relabel
 from fedmitr_flwr.settings import DistillSettings, NoiseKind, RelabelSettings
 from fedmitr_flwr.synthetic import SyntheticImages
