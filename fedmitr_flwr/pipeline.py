@@ -17,26 +17,22 @@ from torch import Tensor
 from fedmitr_flwr.averaging import fedavg, merged
 from fedmitr_flwr.checkpoints import Checkpoints
 from fedmitr_flwr.data import ImageSpec
-from fedmitr_flwr.density import PatchSplit, split_patches
+from fedmitr_flwr.density import PatchSplit
 from fedmitr_flwr.diagnostics import Diagnostics, diagnose
 from fedmitr_flwr.distill import distill
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import NOBODY, InversionMethod, invert
+from fedmitr_flwr.inversion import NOBODY
 from fedmitr_flwr.models import build_model
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.outliers import trust
 from fedmitr_flwr.pool import Pool, make_pool
 from fedmitr_flwr.progress import FINISHED_SHOWN, DistillProgress, InversionProgress
-from fedmitr_flwr.rebirth import invert_by_rebirth
-from fedmitr_flwr.relabel import LowTargets, relabel
 from fedmitr_flwr.settings import DistillSettings, Settings
+from fedmitr_flwr.synthesis import invert_batch, split_and_relabel
 from fedmitr_flwr.synthetic import SyntheticImages
 from fedmitr_flwr.teachers import MemoryLimits, PagedTeachers, load_teachers
 from fedmitr_flwr.weighting import class_weights, evidence
-
-INVERSION: dict[str, InversionMethod] = {"sparse": invert, "rebirth": invert_by_rebirth}
-"""By `inversion.method`."""
 
 
 @dataclass(frozen=True)
@@ -213,14 +209,11 @@ def invert_all(ensemble: Ensemble, classes: Tensor, grid: PatchGrid, inputs: Pip
     """Stage 1 in batches; labels run through `classes` in turn, each batch has its own seed."""
     settings, observer, checkpoints = inputs.settings.inversion, inputs.observer, inputs.checkpoints
     labels = classes[torch.arange(settings.runs, device=classes.device) % len(classes)]
-    method = INVERSION[settings.method]
     parts = []
     progress = InversionProgress(observer, settings, len(classes)) if observer.watched else None
     for number, batch in enumerate(labels.split(settings.batch_size)):
-        generator = torch.Generator().manual_seed(inputs.seed * 1_000_003 + number)
-        few = ensemble.draw(settings.teachers_per_batch, batch, generator)
         watch = progress.of_batch(number) if progress else NOBODY
-        make = partial(method, few, batch, grid, settings, generator=generator, watch=watch)
+        make = partial(invert_batch, ensemble, batch, grid, settings, number=number, seed=inputs.seed, watch=watch)
         parts.append(make() if checkpoints is None else checkpoints.batch(number, make, inputs.device))
         done = sum(len(part.labels) for part in parts)
         observer.event(
@@ -230,28 +223,6 @@ def invert_all(ensemble: Ensemble, classes: Tensor, grid: PatchGrid, inputs: Pip
     shown = synthetic.labels.argsort(stable=True)[:FINISHED_SHOWN]
     observer.snapshot("finished", images=synthetic.images[shown], labels=synthetic.labels[shown])
     return synthetic
-
-
-@torch.no_grad()
-def split_and_relabel(
-    ensemble: Ensemble,
-    synthetic: SyntheticImages,
-    grid: PatchGrid,
-    settings: Settings,
-    observer: Observer | None = None,
-) -> tuple[PatchSplit, LowTargets]:
-    """Stages 2 and 3. The attention over the full grid is taken anew on the finished images."""
-    patches = grid.to_patches(synthetic.images)
-    attention, seen = [], []
-    for part, labels in zip(patches.split(256), synthetic.labels.split(256), strict=True):
-        out = ensemble(part, attention=True, labels=labels)
-        assert out.attention is not None
-        attention.append(out.attention)
-        seen.append(out.probabilities)
-    split = split_patches(synthetic.kept, torch.cat(attention), settings.density)
-    if observer is not None:
-        observer.snapshot("density", attention=torch.cat(attention), probabilities=torch.cat(seen))
-    return split, relabel(ensemble, patches, split, settings.relabel)
 
 
 def student_start(inputs: PipelineInputs, ensemble: Ensemble, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
