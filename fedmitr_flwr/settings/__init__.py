@@ -6,13 +6,13 @@ demo. ``pyproject.toml`` repeats them because Flower accepts only keys that stan
 """
 
 from fedmitr_flwr.settings.client_stages import DataSettings, ModelSettings, PartitionSettings, TrainSettings
+from fedmitr_flwr.settings.generator import GeneratorSettings
 from fedmitr_flwr.settings.run import Method, RunSettings, Settings, flat_fields
 from fedmitr_flwr.settings.run_config import RunConfigValue, SettingsError
 from fedmitr_flwr.settings.server_stages import (
     DensitySettings,
     DistillSettings,
     EnsembleSettings,
-    GeneratorSettings,
     InversionSettings,
     NoiseKind,
     RelabelSettings,

@@ -9,12 +9,12 @@ from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
 from fedmitr_flwr.settings.client_stages import DataSettings, ModelSettings, PartitionSettings, TrainSettings
+from fedmitr_flwr.settings.generator import GeneratorSettings
 from fedmitr_flwr.settings.run_config import RunConfigValue, SettingsError, Stage, kebab, problems_of, unknown_hint
 from fedmitr_flwr.settings.server_stages import (
     DensitySettings,
     DistillSettings,
     EnsembleSettings,
-    GeneratorSettings,
     InversionSettings,
     RelabelSettings,
 )
