@@ -107,18 +107,21 @@ def stage_flops(settings: Settings, model: VisionTransformer, grid: PatchGrid, t
 
     Inversion counts forward and pixel gradients of all K teachers; ``invert_dense`` is what it would take without
     stopping any patch. Distillation counts K labels for each image of the pool once, and three forwards for each image
-    of each step; the low-density term is left out.
+    of each step, and the inversion of hard images; the low-density term is left out.
     """
     P, inversion, distill = grid.num_patches, settings.inversion, settings.distill
     spans = kept_schedule(inversion, P, growth(grid, inversion.centring))
     cost = {L: count_flops(model, grid, L, pixel_gradient=True) for L in {L for _, L in spans} | {P}}
     forward = count_flops(model, grid, P)
     images = inversion.runs * inversion.images_per_run
-    each = inversion.runs * inversion.copies * teachers
-    pool = images * (distill.views + distill.mix + distill.noise)
+    run = inversion.copies * sum(length * cost[L] for length, L in spans)
+    hard = distill.adversarial_rounds * -(-distill.adversarial_images // inversion.images_per_run)
+    pool = images * (distill.views + distill.mix + distill.noise) + hard * inversion.images_per_run * distill.views
     return {
-        "invert": float(each * sum(length * cost[L] for length, L in spans)),
-        "invert_dense": float(each * inversion.iterations * cost[P]),
+        "invert": float(inversion.runs * teachers * run),
+        "invert_dense": float(inversion.runs * teachers * inversion.copies * inversion.iterations * cost[P]),
         "relabel": float(2 * images * teachers * forward),
-        "distill": float(forward * (pool * teachers + 3 * distill.steps * distill.batch_size)),
+        "distill": float(
+            forward * (pool * teachers + 3 * distill.steps * distill.batch_size) + hard * (teachers + 1) * run
+        ),
     }

@@ -54,7 +54,7 @@ class MemoryPlan:
     activations
         Between the forward and the backward pass of inversion, under `activation_limit`.
     distillation
-        Pool and student.
+        Pool and student, and the activations again where hard images are inverted beside them.
     teacher_limit, activation_limit
         For `inversion.teacher-memory-mb` and `inversion.activation-memory-mb`.
     """
@@ -98,7 +98,7 @@ def within_memory(settings: Settings, spec: ImageSpec, clients: int, device: tor
             f"the server needs about {plan.peak:,} MiB with {clients} clients: {PROCESS_MB} for its libraries; "
             f"then {plan.collection} for uploads under way, or {plan.teachers} for the teachers with "
             f"{plan.activations} for their activations (inversion.batch-size) or {plan.distillation} for distillation "
-            "(inversion.images times distill.views + mix + noise, distill.batch-size)"
+            "(inversion.images times distill.views + mix + noise, distill.adversarial-images, distill.batch-size)"
         )
         raise SettingsError(("run.memory-mb", budget, allowed))
     log.info("Memory: about %d MiB planned of %d", plan.peak, budget)
@@ -128,13 +128,16 @@ def plan_memory(settings: Settings, spec: ImageSpec, clients: int, device: torch
     largest = 4 * max(value.numel() for value in model.state_dict().values())
     distillation = _distillation_mb(settings, model, spec, weights) + _mb((clients + 2) * largest)
     every, fewest = _activations_mb(settings, model, spec, clients)
-    room = settings.run.memory_mb - PROCESS_MB - max(fewest, distillation)
+    # Hard images are inverted beside the pool.
+    beside = distillation if settings.distill.adversarial_rounds > 0 else 0
+    room = settings.run.memory_mb - PROCESS_MB - max(fewest + beside, distillation)
     teacher_limit = min(asked.teacher_memory_mb, max(0, room))
     teachers = _teachers_mb(model, clients, teacher_limit)
     room = settings.run.memory_mb - PROCESS_MB - teachers
     # What passes work in comes on top of what they keep.
-    activation_limit = min(asked.activation_memory_mb, max(0, room - fewest))
+    activation_limit = min(asked.activation_memory_mb, max(0, room - fewest - beside))
     activations = fewest + every if every <= activation_limit else fewest
+    distillation += activations if beside else 0
     return MemoryPlan(collection, teachers, activations, distillation, teacher_limit, activation_limit)
 
 
@@ -173,7 +176,8 @@ def _distillation_mb(settings: Settings, model: VisionTransformer, spec: ImageSp
     if settings.run.method in UNTRAINED:
         return _mb(2 * weights)
     plane = 4 * spec.image_size**2
-    images = settings.inversion.images * (distill.views + distill.mix + distill.noise)
+    hard = distill.adversarial_rounds * distill.adversarial_images * distill.views
+    images = settings.inversion.images * (distill.views + distill.mix + distill.noise) + hard
     pool = images * plane * max(_POOL_COPIES * spec.channels, _POOL_PLANES)
     # Weights, gradient and two moments; the last three with the weights once more in a checkpoint on its way.
     student = 8 * weights

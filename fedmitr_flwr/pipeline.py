@@ -14,6 +14,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from fedmitr_flwr.adversarial import HardImages
 from fedmitr_flwr.averaging import fedavg, merged
 from fedmitr_flwr.checkpoints import Checkpoints
 from fedmitr_flwr.data import ImageSpec
@@ -168,7 +169,11 @@ def run_pipeline(inputs: PipelineInputs) -> PipelineResult:
             generator = torch.Generator().manual_seed(inputs.seed)
             pool = make_pool(ensemble, synthetic, split, targets, grid, settings.distill, generator=generator)
             observer.event("distill", labelled_images=len(pool.labels))
-            state = distilled(inputs, model, pool, settings.distill, generator)
+            harder = HardImages(
+                ensemble, model, known, grid, settings, pool, seed=inputs.seed, generator=generator, observer=observer
+            )
+            grow = harder if settings.distill.adversarial_rounds > 0 else None
+            state = distilled(inputs, model, pool, settings.distill, generator, grow)
         if checkpoints is not None:
             checkpoints.save_model(state)
     return PipelineResult(state, average, ensemble, synthetic, split, found, dict(observer.seconds))

@@ -11,6 +11,7 @@ Letters: B images, C classes, P patches of the full grid, N images of the pool.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -49,6 +50,22 @@ class Pool:
     targets: Tensor
     split: PatchSplit
     low_targets: LowTargets
+
+    def join(self, other: Pool) -> Pool:
+        """Both pools as one: the synthetic images of both as they were inverted, then what else both hold."""
+        pools = (self, other)
+
+        def joined(name: Literal["patches", "labels", "targets"]) -> Tensor:
+            still = [getattr(pool, name)[: len(pool.split.high)] for pool in pools]
+            more = [getattr(pool, name)[len(pool.split.high) :] for pool in pools]
+            return torch.cat([*still, *more])
+
+        split = PatchSplit(torch.cat([pool.split.high for pool in pools]))
+        low = LowTargets(
+            torch.cat([pool.low_targets.probabilities for pool in pools]),
+            torch.cat([pool.low_targets.present for pool in pools]),
+        )
+        return Pool(joined("patches"), joined("labels"), joined("targets"), split, low)
 
 
 @torch.no_grad()

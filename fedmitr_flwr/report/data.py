@@ -122,6 +122,8 @@ def _flops(settings: Settings, result: PipelineResult, grid: PatchGrid) -> dict[
     """Arithmetic of the stages that the method has; none of a generator's, which is not counted."""
     if settings.run.method in GENERATED:
         return {}
+    if result.synthetic is None:  # nor are there hard ones
+        settings = settings.replace(**{"distill.adversarial-rounds": 0})
     found = stage_flops(settings, result.ensemble.teachers[0], grid, len(result.ensemble.teachers))
     left_out = {"distill"} if settings.run.method in UNTRAINED else set()
     if result.synthetic is None:

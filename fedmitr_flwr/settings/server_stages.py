@@ -239,8 +239,34 @@ class DistillSettings(Stage):
         "0: none. The pool of all images stays in memory: 0.6 MB for each at 224 px in colour.",
     )
 
+    adversarial_rounds: int = Field(
+        0,
+        ge=0,
+        le=10_000,
+        description="Times that further images are inverted while the student learns, on which it and the ensemble "
+        "disagree (Adaptive DeepInversion); spread evenly over the steps. They stay in the pool. 0: none. With rounds "
+        "no state of distillation is kept, and a run that is cut off there distils anew. Without effect on methods "
+        "that invert nothing.",
+    )
+    adversarial_images: int = Field(
+        40, ge=1, le=10_000_000, description="Images of a round, as `inversion` makes them."
+    )
+    adversarial_weight: float = Field(
+        1.0,
+        ge=0.0,
+        le=1000.0,
+        description="Weight of the disagreement (Jensen-Shannon divergence, at most 0.69) against the cross-entropy in "
+        "their inversion; too high, and they look like nothing to either. 0: they are images like all others.",
+    )
+
     @model_validator(mode="after")
-    def _something_to_learn(self) -> Self:
+    def _consistent(self) -> Self:
+        problems: list[tuple[str, object, str]] = []
         if self.kl_weight == self.ce_weight == self.low_weight == 0.0:
-            raise SettingsError(("distill.kl-weight", 0.0, "kl-weight, ce-weight and low-weight must not all be 0"))
+            problems.append(("distill.kl-weight", 0.0, "kl-weight, ce-weight and low-weight must not all be 0"))
+        if self.adversarial_rounds >= self.steps:
+            allowed = f"must lie below distill.steps = {self.steps}: each is followed by a step at least"
+            problems.append(("distill.adversarial-rounds", self.adversarial_rounds, allowed))
+        if problems:
+            raise SettingsError(*problems)
         return self
