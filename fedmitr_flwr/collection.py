@@ -17,7 +17,7 @@ from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDic
 from flwr.serverapp import Grid
 
 from fedmitr_flwr.atomic import write_json
-from fedmitr_flwr.claims import UploadRefused
+from fedmitr_flwr.claims import UploadRefused, check_name
 from fedmitr_flwr.digest import short
 from fedmitr_flwr.memory import release_memory
 from fedmitr_flwr.observe import Observer
@@ -153,8 +153,9 @@ class Collection:
         digest = config.get("digest")
         if digest != self.digest:
             raise UploadRefused(f"made by other code: {short(str(digest))}, the server runs {short(self.digest)}")
+        # The roster first: whether the real site was faster has no say in the reason that its operator reads.
+        self.roster.check(node, check_name(config.get("client")))
         client = self.store.check_client(config.get("client"))
-        self.roster.check(node, client)
         num_examples = metrics.get("num-examples")
         if arrays is None:
             if num_examples == 0:

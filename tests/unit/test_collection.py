@@ -213,6 +213,18 @@ def test_a_broken_reply_costs_only_itself(
     assert all(torch.equal(models[0][key], models[1][key]) for key in INITIAL)
 
 
+@pytest.mark.parametrize("impostor", [100, 101])
+def test_an_upload_under_another_sites_name_is_refused_for_that_whoever_is_first(
+    run: RunDirectory, caplog: pytest.LogCaptureFixture, impostor: int
+) -> None:
+    roster = f"partition-0={201 - impostor},site={impostor}"
+    strategy, pipeline = make(run, **{"run.roster": roster, "run.window": 1})
+    start(strategy, FakeGrid([hostile("config", client="partition-0")] * 2))
+    assert f"upload of node {impostor} refused: claims to be partition-0, but node {impostor} is site" in caplog.text
+    assert counts(strategy)["accepted"] == 1
+    assert [model.num_examples for model in pipeline.clients[0]] == [102 - impostor]
+
+
 def test_a_reply_that_breaks_the_validation_itself_costs_only_itself(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
