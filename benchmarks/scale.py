@@ -71,6 +71,8 @@ def summary(arguments: argparse.Namespace, results: dict[str, dict[str, Any]]) -
         "server_peak_rss_mb": ours.get("peak_rss_mb"),
         "seconds": ours.get("seconds"),
         "bare_flower_seconds": bare.get("seconds"),
+        "server_cpu_seconds": ours.get("server_cpu_seconds"),
+        "bare_flower_server_cpu_seconds": bare.get("server_cpu_seconds"),
         "bare_flower_peak_rss_mb": bare.get("peak_rss_mb"),
         "rss_after_imports_mb": ours.get("rss_after_imports_mb"),
         "validate_and_write_seconds": ours.get("collect_seconds"),
@@ -148,7 +150,7 @@ def exchange(arguments: argparse.Namespace) -> dict[str, Any]:
             directory = RunDirectory.create(folder, "scale")
             strategy = FedMITR(settings, spec, directory, device=torch.device("cpu"), observer=Observer())
             messages = list(strategy.configure_train(1, encode_state(blank(arguments.size)), ConfigRecord(), grid))
-            start = time.perf_counter()
+            start, begun = time.perf_counter(), time.process_time()
             if arguments.variant == "ours":
                 replies = WindowedGrid(grid, settings.run, end_busy_actors).send_and_receive(messages, timeout=3600.0)
                 _, counts = strategy.collect(1, replies)
@@ -157,6 +159,7 @@ def exchange(arguments: argparse.Namespace) -> dict[str, Any]:
             else:
                 result["accepted"] = sum(1 for _ in bare_flower(grid, messages, window))
             result["seconds"] = round(time.perf_counter() - start, 2)
+            result["server_cpu_seconds"] = round(time.process_time() - begun, 2)
             result["memory"] = memory()
             files = [path.stat().st_size for path in directory.path.rglob("*.safetensors")]
             result["disk_mb"] = round(sum(files) / 2**20, 1)

@@ -174,7 +174,7 @@ class Collection:
 
 def close_collection(path: Path, counts: ClientCounts, uploads: Sequence[Upload]) -> None:
     """Write down that a round's collection is over, and what it has: nobody is asked again."""
-    write_json(path, {"clients": counts.as_dict(), "uploads": _hashes(uploads)})
+    write_json(path, {"clients": counts.as_dict(), "uploads": _checksums(uploads)})
 
 
 def closed_collection(path: Path, uploads: Sequence[Upload]) -> ClientCounts | None:
@@ -188,7 +188,7 @@ def closed_collection(path: Path, uploads: Sequence[Upload]) -> ClientCounts | N
     if not path.exists():
         return None
     closed = json.loads(path.read_text("utf-8"))
-    if closed["uploads"] != _hashes(uploads):
+    if closed["uploads"] != _checksums(uploads):
         raise ValueError(f"the uploads beside {path} are not those that were collected; put them back, or start anew")
     return ClientCounts(**closed["clients"])
 
@@ -216,8 +216,8 @@ def nodes_without(have: Container[str], nodes: Sequence[int], grid: Grid, patien
     return [node for node in nodes if node not in done]
 
 
-def _hashes(uploads: Sequence[Upload]) -> dict[str, str]:
-    return {upload.client: upload.sha256 for upload in uploads}
+def _checksums(uploads: Sequence[Upload]) -> dict[str, str]:
+    return {upload.client: upload.checksum for upload in uploads}
 
 
 def failure_reason(text: str) -> str:

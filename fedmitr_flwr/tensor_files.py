@@ -1,17 +1,18 @@
-"""Weights on disk: safetensors files, written whole or not at all, and a hash of their content."""
+"""Weights on disk: safetensors files, written whole or not at all, and a checksum of their content."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
+import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
 from fedmitr_flwr.atomic import atomic_path
+from fedmitr_flwr.uncached import open_uncached
 
 # Names of the safetensors format.
 _NAMES = {
@@ -42,7 +43,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         header[key] = {"dtype": _NAMES[value.dtype], "shape": list(value.shape), "data_offsets": [start, end]}
     text = json.dumps(header, separators=(",", ":")).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_path(path) as temporary, temporary.open("wb") as file:
+    with atomic_path(path) as temporary, open_uncached(temporary) as file:
         file.write(len(text).to_bytes(8, "little") + text)
         for _, value in ordered:
             file.write(_bytes(value))
@@ -78,9 +79,13 @@ class StoredState(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def hash_tensors(state: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 over names, dtypes, shapes and values, whatever the order of the keys."""
-    digest = hashlib.sha256()
+def checksum(state: Mapping[str, Tensor]) -> str:
+    """Return a checksum over names, dtypes, shapes and values, whatever the order of the keys.
+
+    XXH3 with 128 bits, ten times faster than SHA-256. It finds every accident; it is no proof against somebody who can
+    write to the files, who could write another checksum too.
+    """
+    digest = xxhash.xxh3_128()
     for key in sorted(state):
         value = state[key]
         digest.update(json.dumps([key, str(value.dtype), list(value.shape)]).encode())

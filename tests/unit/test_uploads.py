@@ -14,7 +14,7 @@ from torch import Tensor
 
 from fedmitr_flwr import uploads
 from fedmitr_flwr.claims import UploadRefused, natural_key
-from fedmitr_flwr.tensor_files import hash_tensors
+from fedmitr_flwr.tensor_files import checksum
 from fedmitr_flwr.uploads import UploadStore
 
 GOOD = {"num_examples": 7, "loss": 0.5, "accuracy": 0.75, "histogram": [3, 0, 4]}
@@ -88,7 +88,7 @@ def test_the_file_alone_tells_what_the_upload_was(store: UploadStore) -> None:
             "histogram": "[3, 0, 4]",
             "loss": "0.5",
             "accuracy": "0.75",
-            "sha256": hash_tensors(weights(1)),
+            "checksum": checksum(weights(1)),
         }
 
 
@@ -189,7 +189,7 @@ def test_the_order_of_arrival_has_no_say(tmp_path: Path) -> None:
         store = UploadStore(tmp_path / str(turn), weights(), 3)
         for name in arrival:
             store.accept(name, weights(names.index(name)), **GOOD)
-        orders.append([(upload.client, upload.sha256) for upload in store.uploads()])
+        orders.append([(upload.client, upload.checksum) for upload in store.uploads()])
     assert orders[0] == orders[1]
     assert [name for name, _ in orders[0]] == ["Köln", "partition-1", "partition-02", "partition-2", "partition-10"]
 
@@ -232,14 +232,14 @@ def test_a_file_that_changed_after_its_acceptance_is_not_used(store: UploadStore
 def test_the_hash_sees_names_shapes_types_and_values_but_not_the_order() -> None:
     base = {"a": torch.zeros(2, 3), "b": torch.ones(1)}
     same = {"b": torch.ones(1), "a": torch.zeros(3, 2).T}
-    assert hash_tensors(base) == hash_tensors(same)
+    assert checksum(base) == checksum(same)
     others = [
         {"a": torch.zeros(3, 2), "b": torch.ones(1)},
         {"a": torch.zeros(2, 3), "c": torch.ones(1)},
         {"a": torch.zeros(2, 3), "b": torch.zeros(1)},
         {"a": torch.zeros(2, 3, dtype=torch.int32), "b": torch.ones(1)},
     ]
-    assert len({hash_tensors(state) for state in [base, *others]}) == 5
+    assert len({checksum(state) for state in [base, *others]}) == 5
 
 
 def test_weights_far_from_the_common_initialisation_are_refused(tmp_path: Path) -> None:
@@ -252,3 +252,15 @@ def test_weights_far_from_the_common_initialisation_are_refused(tmp_path: Path) 
         ):
             store.accept("far", state, **GOOD)
     UploadStore(tmp_path / "b", weights(), 3).accept("far", farthest, **GOOD)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_distance_counts_where_the_length_alone_does_not_settle_it(tmp_path: Path, dtype: torch.dtype) -> None:
+    # Twice as long as the initialisation: in its direction this is one norm away from it, against it three.
+    store = UploadStore(tmp_path, weights(), 3, max_update_norm=2.0)
+    same, opposite = ({key: (scale * value).to(dtype) for key, value in weights().items()} for scale in (2.0, -2.0))
+    for state in (same, opposite):
+        state["steps"] = torch.tensor(5)
+    store.accept("same", same, **GOOD)
+    with pytest.raises(UploadRefused, match="from the common initialisation"):
+        store.accept("opposite", opposite, **GOOD)
