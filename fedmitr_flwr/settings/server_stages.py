@@ -8,7 +8,7 @@ from pydantic import Field, model_validator
 
 from fedmitr_flwr.settings.run_config import FloatList, IntList, SettingsError, Stage
 
-NoiseKind = Literal["fields", "contours"]
+NoiseKind = Literal["fields", "contours", "shapes"]
 
 
 class EnsembleSettings(Stage):
@@ -96,7 +96,7 @@ class InversionSettings(Stage):
         description="Iterations in which an image grows from its central patches, ring by ring, to the whole grid, as "
         "in Plug-In Inversion; the first stop can't come before. 0: the whole grid from the start.",
     )
-    start: Literal["white", "fields", "contours"] = Field(
+    start: Literal["white", "fields", "contours", "shapes"] = Field(
         "fields",
         description="Starting noise: `white` (Gaussian, around the normalisation mean), or as `distill.noise-kind`.",
     )
@@ -104,7 +104,7 @@ class InversionSettings(Stage):
     precision: Literal["auto", "fp32", "bf16"] = Field(
         "auto",
         description="What the teachers compute in; loss, pixels and updates are always fp32. `auto`: bf16 where the "
-        "device multiplies bf16 matrices in hardware (CUDA, AMX) and the model is wider than 128, else fp32.",
+        "device is fast at bf16 products (CUDA, AMX, AMD from Zen 4 on) and the model is wider than 128, else fp32.",
     )
     teachers_per_batch: int = Field(
         0,
@@ -229,7 +229,8 @@ class DistillSettings(Stage):
     noise_kind: NoiseKind = Field(
         "contours",
         description="`fields`: noise of random coarseness, contrast and mean, for any images; `contours`: bright "
-        "random lines on a dark ground, for writing and drawings.",
+        "random lines on a dark ground, for writing; `shapes`: coloured shapes on a plain ground, for pictures of "
+        "things.",
     )
     noise: float = Field(
         50.0,

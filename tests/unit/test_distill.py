@@ -124,6 +124,17 @@ def test_random_images_lie_in_the_valid_range_and_repeat_with_their_seed(kind: N
     assert float(a.max()) <= 2.0
 
 
+def test_shapes_are_painted_on_plain_grounds_of_which_half_are_white():
+    images = random_images("shapes", 300, tiny_grid(3), torch.Generator().manual_seed(4))
+    corners = torch.stack([images[:, :, y, x] for y in (0, -1) for x in (0, -1)], 1)  # (300, 4, 3)
+    plain = (corners == corners[:, :1]).all(2).sum(1) >= 2
+    white = (corners == 2.0).all(2).sum(1) >= 2
+    assert float(plain.float().mean()) > 0.8
+    assert 0.35 < float(white.float().mean()) < 0.65
+    colours = torch.tensor([len(image.flatten(1).round(decimals=2).unique(dim=1).T) for image in images])
+    assert int(colours.min()) > 1
+
+
 def test_distillation_lowers_the_loss_and_repeats_bit_for_bit():
     settings = DistillSettings(steps=40, batch_size=4, learning_rate=3e-3, views=2, mix=1.0, noise=1.0)
     made, states = pool(settings), []
