@@ -37,6 +37,7 @@ from fedmitr_flwr.settings import EnsembleSettings, Method, RunConfigValue, Sett
 
 ROOT = Path(__file__).resolve().parents[1]
 SKEWS = ("0.05", "0.1", "0.3", "0.5", "iid")
+WITHOUT_GENERATORS = ",".join(name for name in get_args(Method) if name not in GENERATED)
 NO_INVERSION = ("fedavg", "head-aggregation", "random-images")
 Row = dict[str, Any]
 
@@ -48,9 +49,9 @@ def main(
         str, typer.Option(help="partition seeds; 42 and 43 were seen while settings were chosen")
     ] = "44,45,46",
     distill_seeds: Annotated[int, typer.Option(help="seeds of the server's stages for each partition")] = 2,
-    methods: Annotated[str, typer.Option(help="of run.method; generators take hours on a CPU, name them")] = ",".join(
-        method for method in get_args(Method) if method not in GENERATED
-    ),
+    methods: Annotated[
+        str, typer.Option(help="of run.method; generators take hours on a CPU, name them")
+    ] = WITHOUT_GENERATORS,
     clients: Annotated[int, typer.Option(help="number of clients K")] = 10,
     change: Annotated[list[str] | None, typer.Option(help="key=value for all methods, for ablations")] = None,
     quick: Annotated[bool, typer.Option(help="one partition seed, one distillation seed, Dirichlet(0.1)")] = False,
@@ -207,7 +208,7 @@ def summarise(rows: list[Row]) -> dict[str, Row]:
 
 def mean_of(rows: list[Row], method: str) -> float:
     """Mean accuracy of a method in percent, over partition and distillation seeds."""
-    return round(100 * statistics.mean(row["global"] for row in rows if row["method"] == method), 2)
+    return round(100 * statistics.mean(float(row["global"]) for row in rows if row["method"] == method), 2)
 
 
 def show(rows: list[Row]) -> None:

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, cast
 
 import timm
 import torch
@@ -39,13 +39,14 @@ from benchmarks.reference import PlainInversion
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.inversion import InversionBatch
-from fedmitr_flwr.precision import compute_dtype
+from fedmitr_flwr.precision import Precision, compute_dtype
 from fedmitr_flwr.schedule import most_attended
 from fedmitr_flwr.settings import InversionSettings
 from fedmitr_flwr.vit import grid_size, patch_size
 
 ITERATIONS, STOPS, FRACTION = 4000, (50, 100, 200, 300), 0.3
 QUICK_REPEATS, RESULTS = 5, Path("benchmarks/results")
+BOTH: tuple[Precision, ...] = ("fp32", "bf16")
 
 
 @dataclass(frozen=True)
@@ -54,13 +55,14 @@ class Case:
 
     name: str
     model: str
-    options: dict[str, int]
+    options: dict[str, Any]
     images: int
     teachers: int = 1
 
     def build(self, count: int) -> list[VisionTransformer]:
         torch.manual_seed(0)
-        return [timm.create_model(self.model, **self.options).eval() for _ in range(count)]
+        models = [timm.create_model(self.model, **self.options).eval() for _ in range(count)]
+        return cast(list[VisionTransformer], models)
 
 
 TINY = Case("tiny", "deit_tiny_patch16_224", {}, 16)
@@ -101,7 +103,7 @@ class Bench:
         plain = PlainInversion(self.teachers, self.weights, self.images, self.labels, kept, self.grid, settings, dtype)
         return plain.step
 
-    def ours(self, stage: int, precision: str, ensemble: Ensemble) -> Callable[[], Tensor]:
+    def ours(self, stage: int, precision: Precision, ensemble: Ensemble) -> Callable[[], Tensor]:
         """One iteration of our engine."""
         settings = InversionSettings(tv_weight=0.05, learning_rate=0.25, precision=precision)
         batch = InversionBatch(ensemble, self.labels, self.images, self.kept[stage], self.grid, settings)
@@ -136,7 +138,7 @@ def measure(
     case: Case,
     stages: Sequence[int],
     reference: Sequence[int],
-    precisions: Sequence[str],
+    precisions: Sequence[Precision],
     repeats: int,
     *,
     reference_bf16: bool = False,
@@ -159,12 +161,12 @@ def ratios(tiny: dict[str, list[float]], base: dict[str, list[float]]) -> dict[s
     """The values of the last line."""
     last = len(STOPS)
     found = {}
-    for precision in ("fp32", "bf16"):
+    for precision in BOTH:
         for name, seconds in (("tiny", tiny), ("base", base)):
             middle = {key: statistics.median(values) for key, values in seconds.items()}
             found[f"{name}_{precision}"] = middle[f"reference {last}"] / middle[f"{precision} {last}"]
     middle = {key: statistics.median(values) for key, values in tiny.items()}
-    for precision in ("fp32", "bf16"):
+    for precision in BOTH:
         ours = schedule([middle[f"{precision} {stage}"] for stage in range(last + 1)])
         found[f"schedule_tiny_{precision}_vs_dense"] = ITERATIONS * middle["reference 0"] / ours
     return {key: round(value, 2) for key, value in found.items()}
@@ -183,7 +185,7 @@ def extra_peak_mb(case: Case, variant: str, stage: int) -> dict[str, float]:
     if variant == "reference":
         step = bench.reference(stage)
     else:
-        step = bench.ours(stage, variant, Ensemble(bench.teachers, bench.weights))
+        step = bench.ours(stage, cast(Precision, variant), Ensemble(bench.teachers, bench.weights))
     peak = PeakMemory()
     step()
     return {
@@ -234,12 +236,12 @@ def main(
 ) -> None:
     """Measure and print."""
     torch.set_num_threads(threads or os.cpu_count() or 1)
-    every, both, last = range(len(STOPS) + 1), ("fp32", "bf16"), len(STOPS)
+    every, last = range(len(STOPS) + 1), len(STOPS)
     if quick:
-        tiny = measure(TINY, every[:-1], (0,), both, max(1, repeats // 2)) | measure(
-            TINY, (last,), (last,), both, repeats
+        tiny = measure(TINY, every[:-1], (0,), BOTH, max(1, repeats // 2)) | measure(
+            TINY, (last,), (last,), BOTH, repeats
         )
-        print(json.dumps(ratios(tiny, measure(BASE, (last,), (last,), both, repeats))))
+        print(json.dumps(ratios(tiny, measure(BASE, (last,), (last,), BOTH, repeats))))
     elif memory:
         print(json.dumps(extra_peak_mb(next(case for case in FULL if case.name == memory), variant, stage)))
     else:

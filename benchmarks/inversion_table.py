@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.inversion import ITERATIONS, STOPS, Bench, Case, hardware, measure, memory_of, schedule
+from benchmarks.inversion import BOTH, ITERATIONS, STOPS, Bench, Case, hardware, measure, memory_of, schedule
 from fedmitr_flwr.flops import pass_flops
 
 EVERY, LAST = range(len(STOPS) + 1), len(STOPS)
@@ -80,7 +80,7 @@ def measure_case(case: Case, repeats: int, *, bf16: bool) -> dict[str, Any]:
     stage up to 50. bf16 is measured of single teachers where the processor has instructions for it.
     """
     compared = EVERY if case.teachers <= 10 else (LAST,) if case.teachers <= 50 else ()
-    precisions = ("fp32", "bf16") if bf16 and case.teachers == 1 else ("fp32",)
+    precisions = BOTH if bf16 and case.teachers == 1 else BOTH[:1]
     seconds = measure(
         case,
         EVERY,

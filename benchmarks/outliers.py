@@ -109,7 +109,7 @@ def _accuracies(settings: Settings, federation: Federation, *, split: str) -> di
 
 
 def _ensemble_alone(settings: Settings, federation: Federation, *, split: str) -> dict[str, float]:
-    ensemble, _ = make_ensemble(settings, federation.spec, federation.clients, federation.initial, CPU)
+    ensemble, _ = make_ensemble(federation.inputs(settings))
     images = getattr(federation.source, split)
     grid = PatchGrid.of(ensemble.teachers[0], federation.spec)
     right = 0

@@ -25,7 +25,7 @@ class PeakMemory:
     @property
     def extra(self) -> float:
         """Of the highest since the start."""
-        return self.highest - self._before / 2**20
+        return float(self.highest - self._before / 2**20)
 
     @property
     def highest(self) -> float:

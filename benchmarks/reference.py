@@ -11,9 +11,10 @@ Letters: B images, K teachers, C classes, P patches of the full grid, L patches 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
-from timm.models.vision_transformer import VisionTransformer
+from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 
 from fedmitr_flwr.grid import PatchGrid
@@ -65,7 +66,7 @@ class PlainInversion:
         for teacher in teachers:
             teacher.eval().requires_grad_(True)
             for block in teacher.blocks:
-                block.attn.fused_attn = False
+                setattr(cast(Block, block).attn, "fused_attn", False)  # noqa: B010 - timm declares it final
 
     def logits(self, teacher: VisionTransformer) -> Tensor:
         """``(B, C)`` logits of a teacher from [CLS] and the kept patches."""

@@ -96,10 +96,9 @@ def exchange(arguments: argparse.Namespace) -> dict[str, Any]:
     from fedmitr_flwr.actors import close_pool, end_busy_actors, replace_dead_actors
     from fedmitr_flwr.data import ImageSpec
     from fedmitr_flwr.exchange import WindowedGrid
-    from fedmitr_flwr.observe import Observer
+    from fedmitr_flwr.observe import Observer, peak_rss_mb
     from fedmitr_flwr.quorum import wait_for_nodes
     from fedmitr_flwr.rundir import RunDirectory, console_log
-    from fedmitr_flwr.server import peak_rss_mb
     from fedmitr_flwr.settings import Settings
     from fedmitr_flwr.strategy import FedMITR
     from fedmitr_flwr.wire import encode_state
@@ -130,11 +129,11 @@ def exchange(arguments: argparse.Namespace) -> dict[str, Any]:
         }
         config = message.content.config_records["config"]
         about = {"digest": config["digest"], "client": f"partition-{partition}", "dtype": "fp32"}
-        numbers = {"num-examples": partition + 1, "loss": 0.5, "accuracy": 0.5}
+        numbers = MetricRecord({"num-examples": partition + 1, "loss": 0.5, "accuracy": 0.5})
         while time.process_time() - begun < arguments.client_seconds:
             pass
-        content = {"arrays": ArrayRecord(arrays), "config": ConfigRecord(about), "metrics": MetricRecord(numbers)}
-        return Message(RecordDict(content), reply_to=message)
+        content = RecordDict({"arrays": ArrayRecord(arrays), "config": ConfigRecord(about), "metrics": numbers})
+        return Message(content, reply_to=message)
 
     server = ServerApp()
 
@@ -165,8 +164,15 @@ def exchange(arguments: argparse.Namespace) -> dict[str, Any]:
             result["disk_mb"] = round(sum(files) / 2**20, 1)
         close_pool()
 
-    backend = {"client_resources": {"num_cpus": 1, "num_gpus": 0.0}, "init_args": {"logging_level": "ERROR"}}
-    run_simulation(server, client, arguments.clients, backend_config=backend)
+    run_simulation(
+        server,
+        client,
+        arguments.clients,
+        backend_config={
+            "client_resources": {"num_cpus": 1, "num_gpus": 0.0},
+            "init_args": {"logging_level": "ERROR"},
+        },
+    )
     return {**result, "window": window, "peak_rss_mb": round(peak_rss_mb(), 1)}
 
 
@@ -191,7 +197,14 @@ def blank(size: str) -> dict[str, Any]:
     """A state dict with as many parameters and tensors as the model has."""
     import timm
 
-    options = {"img_size": 28, "patch_size": 4, "in_chans": 1, "embed_dim": 64, "depth": 4, "num_heads": 4}
+    options: dict[str, Any] = {
+        "img_size": 28,
+        "patch_size": 4,
+        "in_chans": 1,
+        "embed_dim": 64,
+        "depth": 4,
+        "num_heads": 4,
+    }
     if size == "demo":
         model = timm.create_model("vit_tiny_patch16_224", num_classes=10, **options)
     else:
@@ -208,7 +221,7 @@ def memory() -> dict[str, int]:
 def rss_mb() -> float:
     import psutil
 
-    return round(psutil.Process().memory_info().rss / 2**20, 1)
+    return round(float(psutil.Process().memory_info().rss) / 2**20, 1)
 
 
 def whole_run(arguments: argparse.Namespace) -> dict[str, Any]:
