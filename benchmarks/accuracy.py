@@ -6,12 +6,13 @@
     python -m benchmarks.accuracy --check 7            # one partition seed at Dirichlet(0.1) anew, the same keys
 
 Clients are trained once for each partition and cached; each finished run is one line of
-`benchmarks/results/accuracy-DATA.jsonl`, and is not run again while the code is the same. Settings are those of the
-demo for digits, and of conf/emoji10.toml for emoji10 (`--data npz:PATH`).
+`benchmarks/results/accuracy-DATA.jsonl`, and is not run again while what computes it is the same. Settings are those
+of the demo for digits, and of conf/emoji10.toml for emoji10 (`--data npz:PATH`).
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import platform
@@ -28,9 +29,9 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.federation import Federation, train_federation
+from benchmarks.fingerprint import fingerprint
 from benchmarks.recipes import parse_value
 from fedmitr_flwr.baselines import GENERATED, METHODS
-from fedmitr_flwr.digest import code_digest, short
 from fedmitr_flwr.evaluate import evaluate
 from fedmitr_flwr.pipeline import PipelineResult, make_ensemble
 from fedmitr_flwr.settings import EnsembleSettings, Method, RunConfigValue, Settings
@@ -113,7 +114,8 @@ def run_partition(
                 "distill_seed": distill_seed,
                 "method": method,
                 "changes": changes,
-                "code": short(code_digest()),
+                "recipe": recipe(base, changes),
+                "code": fingerprint(),
             }
             found = [row for row in known if about.items() <= row.items()]
             if found:
@@ -168,10 +170,17 @@ def settings_for(data: str, skew: str, seed: int, changes: dict[str, str]) -> Se
     return Settings.from_run_config({**config, **{key: parse_value(text) for key, text in changes.items()}})
 
 
+def recipe(settings: Settings, changes: dict[str, str]) -> str:
+    """Eight digits over the settings, but those that rows name themselves."""
+    named = ("partition.", "data.source", "run.method", *changes)
+    kept = {key: value for key, value in settings.flat().items() if not key.startswith(named)}
+    return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
+
+
 def main_rows(rows: list[Row]) -> list[Row]:
-    """Return the rows of the main table: ten clients, nothing changed, the code of the newest line."""
+    """Return the rows of the main table: ten clients, nothing changed, the code and settings of the newest line."""
     main = [row for row in rows if row["clients"] == 10 and not row["changes"]]
-    return [row for row in main if row["code"] == main[-1]["code"]]
+    return [row for row in main if all(row[key] == main[-1][key] for key in ("code", "recipe"))]
 
 
 def summarise(rows: list[Row]) -> dict[str, Row]:
