@@ -1,0 +1,65 @@
+"""The summary and the picture say what the stored lines say."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from benchmarks.accuracy import main_rows, recipe, settings_for, summarise
+from benchmarks.accuracy_figure import budgets, draw
+
+ENSEMBLES = {"uniform": 0.80, "competence": 0.90}
+
+
+def row(method: str, accuracy: float, **about: Any) -> dict[str, Any]:
+    base = {"skew": "0.1", "clients": 10, "seed": 44, "changes": {}, "code": "new", "recipe": "r", "fedavg": 0.60}
+    return {**base, "method": method, "global": accuracy, "cpu_seconds": 100.0, "ensembles": ENSEMBLES, **about}
+
+
+ROWS = [
+    row("fedmitr", 0.50, code="old"),
+    row("fedmitr", 0.84),
+    row("fedmitr", 0.86),
+    row("fedmitr", 0.89, seed=45),
+    row("random-images", 0.82),
+    row("dense-inversion", 0.83),
+    row("fedavg", 0.60, cpu_seconds=0.0),
+    row("fedmitr", 0.99, changes={"distill.steps": "9"}, cpu_seconds=50.0),
+    row("fedmitr", 0.10, clients=50),
+]
+
+
+def test_the_summary_is_of_the_main_rows_of_the_newest_code():
+    found = summarise(main_rows([*ROWS, row("hard-labels", 0.70)]))
+    assert found.keys() == {"0.1"}
+    expected = {
+        "global": 86.33,
+        "global_std": 2.83,
+        "fedavg": 60.0,
+        "ensemble": 90.0,
+        "best_baseline": 83.0,
+        "best_baseline_name": "dense-inversion",
+        "best_baseline_no_inversion": 82.0,
+        "dense_same_extras": 83.0,
+        "no_histogram": 86.33,
+        "seeds": 2,
+    }
+    assert found["0.1"] == expected
+
+
+def test_the_picture_has_a_point_for_each_budget(tmp_path: Path):
+    rows = [row for row in ROWS if row["code"] == "new" and row["clients"] == 10]
+    assert budgets([row for row in rows if row["method"] == "fedmitr"]) == [
+        (50.0, 99.0, 0.0),
+        (100.0, pytest.approx(87.0), pytest.approx(2.83, abs=0.01)),
+    ]
+    draw(rows, "a title", tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_the_recipe_is_what_rows_do_not_name_themselves():
+    base = settings_for("mnist-5k", "0.1", 44, {})
+    assert recipe(base, {}) == recipe(settings_for("mnist-5k", "iid", 45, {}), {})
+    changed = settings_for("mnist-5k", "0.1", 44, {"distill.steps": "9"})
+    assert recipe(changed, {}) != recipe(base, {})
+    assert recipe(changed, {"distill.steps": "9"}) == recipe(base, {"distill.steps": "9"})
