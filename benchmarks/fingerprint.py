@@ -15,6 +15,10 @@ from pathlib import Path
 
 ROOTS = ("fedmitr_flwr.baselines", "fedmitr_flwr.data", "fedmitr_flwr.evaluate", "benchmarks.federation")
 OWN = ("fedmitr_flwr", "benchmarks")
+ASIDE = {
+    f"fedmitr_flwr.{name}" for name in ("atomic", "checkpoints", "observe", "progress", "tensor_files", "uncached")
+}
+"""Modules that keep results or tell of them."""
 
 
 @cache
@@ -33,7 +37,7 @@ def reachable() -> dict[str, ast.Module]:
     while waiting:
         name = waiting.pop()
         path = _path(name)
-        if name in found or path is None or name in OWN:  # the packages themselves offer everything to users
+        if name in found or path is None or name in ASIDE or name in OWN:  # a package itself offers everything to users
             continue
         found[name] = ast.parse(path.read_text("utf-8"))
         waiting += [name.rpartition(".")[0], *_imports(found[name])]

@@ -21,7 +21,7 @@ _FREE: list[mmap.mmap] = []  # buffers to use again: fresh memory costs more tha
 
 
 class UncachedFile:
-    """A new file to write from its begin to its end.
+    """An empty file to write from its begin to its end.
 
     Parameters
     ----------
@@ -84,22 +84,19 @@ class UncachedFile:
 
 @contextmanager
 def open_uncached(path: Path) -> Iterator[UncachedFile]:
-    """Make a file and give it to write to; it is complete, not synced, when the block has ended.
+    """Make a file, or empty one, and give it to write to; it is complete, not synced, when the block has ended.
 
     Raises
     ------
-    FileExistsError
-        If it is there already.
     OSError
         If it cannot be made or written.
     """
-    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
         descriptor = os.open(path, flags | _DIRECT, 0o666)
     except OSError as error:
         if error.errno != errno.EINVAL:
             raise
-        path.unlink(missing_ok=True)  # some file systems make the file and then refuse the flag
         descriptor = os.open(path, flags, 0o666)
     try:
         file = UncachedFile(descriptor)

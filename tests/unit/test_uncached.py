@@ -28,6 +28,11 @@ def test_a_file_holds_what_was_written(tmp_path: Path, size: int) -> None:
     assert written(tmp_path / "file", data) == data
 
 
+def test_what_a_killed_process_left_under_the_name_is_overwritten(tmp_path: Path) -> None:
+    written(tmp_path / "file", os.urandom(100_000))
+    assert written(tmp_path / "file", b"short") == b"short"
+
+
 @pytest.fixture(params=["flag refused", "first write refused", "later write refused"])
 def reluctant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A file system that wants nothing of direct writes, and says so at one moment or another."""
@@ -63,11 +68,6 @@ def test_writes_that_take_only_a_part_are_continued(tmp_path: Path, monkeypatch:
 
 
 def test_other_errors_are_the_callers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "file"
-    written(path, b"first")
-    with pytest.raises(FileExistsError):
-        written(path, b"second")
-
     def full(descriptor: int, data: memoryview) -> int:
         raise OSError(errno.ENOSPC, "No space left on device")
 
