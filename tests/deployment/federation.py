@@ -167,12 +167,12 @@ class Federation:
             process.wait()
 
     def wait_training(self, site: str, seconds: float = 300) -> None:
-        """Wait until a site's ClientApp process has used some CPU time beyond its imports."""
+        """Wait until a site's ClientApp process, which Flower starts for a message, has used some CPU time."""
 
         def training() -> bool:
             children = psutil.Process(self.lab.processes[f"supernode-{site}"].pid).children(recursive=True)
             clients = [child for child in children if any("flwr-clientapp" in part for part in child.cmdline())]
-            return any(sum(child.cpu_times()[:2]) > 8 for child in clients)
+            return any(sum(child.cpu_times()[:2]) > 5 for child in clients)
 
         wait_for(training, seconds, f"training at {site}")
 

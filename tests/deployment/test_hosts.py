@@ -20,7 +20,7 @@ pytestmark = [
     pytest.mark.usefixtures("whole"),
 ]
 # So long that something can happen in the middle: more than 10 s of one core for each site.
-LONG = ("train.min-steps=600", "run.min-clients=2", "run.min-fraction=0.6")
+LONG = ("train.min-steps=1500", "run.min-clients=2", "run.min-fraction=0.6")
 
 
 def test_the_same_result_as_in_simulation(federation: Federation, simulated: dict[str, Any]):
