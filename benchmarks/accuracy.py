@@ -172,8 +172,9 @@ def settings_for(data: str, skew: str, seed: int, changes: dict[str, str]) -> Se
 
 def recipe(settings: Settings, changes: dict[str, str]) -> str:
     """Eight digits over the settings, but those that rows name themselves."""
-    named = ("partition.", "data.source", "run.method", *changes)
-    kept = {key: value for key, value in settings.flat().items() if not key.startswith(named)}
+    named = ("partition.", "data.source", "run.method")
+    flat = settings.flat().items()
+    kept = {key: value for key, value in flat if key not in changes and not key.startswith(named)}
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import statistics
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from matplotlib.figure import Figure
 
-from benchmarks.accuracy import ROOT, read
+from benchmarks.accuracy import ROOT, Row, read
 
-Row = dict[str, Any]
 RESULTS = ROOT / "benchmarks" / "results"
 
 

@@ -249,8 +249,7 @@ class UploadStore:
 
     def _check_values(self, state: Mapping[str, Tensor]) -> None:
         """Refuse NaN, Inf, and weights too far from the common initialisation to come from training."""
-        # From the origin first: weights near it lie near the initialisation too, and the norm of 23 MB costs a quarter
-        # of that of their difference. If it is finite, all values are.
+        # Short weights lie near the initialisation; their norm costs a quarter of a difference's and shows NaN and Inf.
         size = math.sqrt(sum(float(vector_norm(state[key], dtype=torch.float32)) ** 2 for key in self._floating))
         if size + self._start <= (self._max_distance if self.max_update_norm else math.inf) and math.isfinite(size):
             return
