@@ -31,8 +31,11 @@ from rich.table import Table
 from benchmarks.federation import Federation, train_federation
 from benchmarks.fingerprint import fingerprint
 from benchmarks.recipes import parse_value
-from fedmitr_flwr.baselines import GENERATED, METHODS
+from fedmitr_flwr.baselines import GENERATED, METHODS, UNTRAINED, effective_settings
 from fedmitr_flwr.evaluate import evaluate
+from fedmitr_flwr.flops import count_flops, stage_flops
+from fedmitr_flwr.grid import PatchGrid
+from fedmitr_flwr.models import build_model
 from fedmitr_flwr.pipeline import PipelineResult, make_ensemble
 from fedmitr_flwr.settings import EnsembleSettings, Method, RunConfigValue, Settings
 
@@ -103,7 +106,7 @@ def run_partition(
     federation: Federation | None = None
     ensembles: dict[str, float] = {}
     for method in methods:
-        trained = method not in ("fedavg", "head-aggregation")
+        trained = method not in UNTRAINED
         for distill_seed in range(distill_seeds if trained else 1):
             settings = base.replace(**{"run.method": method})
             about = {
@@ -141,8 +144,26 @@ def run_method(federation: Federation, settings: Settings, distill_seed: int) ->
         "seconds": round(wall, 1),
         "cpu_seconds": round(cpu, 1),
         "synthetic_images": 0 if result.synthetic is None else len(result.synthetic.labels),
+        "teraflops": teraflops(federation, settings),
         "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {device}",
     }
+
+
+def teraflops(federation: Federation, settings: Settings) -> float:
+    """10^12 FLOPs of the server's stages, by `flops.stage_flops`; of a generator what the teachers compute for it."""
+    method = settings.run.method
+    if method in UNTRAINED:
+        return 0.0
+    settings = effective_settings(settings)
+    model, teachers = build_model(settings.model, federation.spec), len(federation.clients)
+    grid = PatchGrid.of(model, federation.spec)
+    cost = stage_flops(settings, model, grid, teachers)
+    stages = ["distill"] if method == "random-images" else ["distill", "invert", "relabel"]
+    if method in GENERATED:
+        made, pass_cost = settings.generator, count_flops(model, grid, grid.num_patches, pixel_gradient=True)
+        cost["invert"] = made.rounds * made.iterations * made.batch_size * teachers * float(pass_cost)
+        stages.remove("relabel")
+    return round(sum(cost[stage] for stage in stages) / 1e12, 2)
 
 
 def ensemble_accuracies(federation: Federation, settings: Settings) -> dict[str, float]:

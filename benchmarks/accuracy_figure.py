@@ -3,8 +3,9 @@
     python -m benchmarks.accuracy_figure                              # MNIST-5k, Dirichlet(0.1)
     python -m benchmarks.accuracy_figure --data emoji10 --skew 0.3
 
-Each method is a curve over its budgets: the main settings and what `--change` made of them. Bars are the spread over
-partition seeds. The horizontal lines are one-shot FedAvg and the ensemble at its best weighting.
+Each method is a curve over its budgets: the main settings and what `--change` of `BUDGET` made of them. Cost is
+counted in FLOPs, as rows may come from different machines. Bars are the spread over partition seeds. The horizontal
+lines are one-shot FedAvg and the ensemble at its best weighting.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from matplotlib.figure import Figure
 from benchmarks.accuracy import ROOT, Row, read
 
 RESULTS = ROOT / "benchmarks" / "results"
+BUDGET = {"distill.steps", "distill.noise", "inversion.images", "inversion.iterations"}
 
 
 def main(
@@ -30,6 +32,7 @@ def main(
     """Draw it and print where it is."""
     source = RESULTS / f"accuracy-{data}.jsonl"
     rows = [row for row in read(source) if row["skew"] == skew and row["clients"] == clients]
+    rows = [row for row in rows if BUDGET.issuperset(row["changes"])]
     if not rows:
         raise SystemExit(f"{source} has no results of Dirichlet({skew}) with {clients} clients")
     path = output or RESULTS / f"accuracy-{data}-{skew}.png"
@@ -43,22 +46,22 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
     """Write the picture of these rows."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for method in dict.fromkeys(row["method"] for row in rows if row["cpu_seconds"] > 1):
+    for method in dict.fromkeys(row["method"] for row in rows if row["teraflops"] > 0):
         points = budgets([row for row in rows if row["method"] == method])
-        seconds, means, spreads = zip(*points, strict=True)
-        axes.errorbar(seconds, means, spreads, marker="o", capsize=3, label=method)
+        cost, means, spreads = zip(*points, strict=True)
+        axes.errorbar(cost, means, spreads, marker="o", capsize=3, label=method)
     best = max(rows[0]["ensembles"], key=lambda name: statistics.mean(row["ensembles"][name] for row in rows))
     ensemble = 100 * statistics.mean(row["ensembles"][best] for row in rows)
     fedavg = 100 * statistics.mean(row["fedavg"] for row in rows)
     axes.axhline(ensemble, color="black", linewidth=1, label=f"ensemble ({best} weights)")
     axes.axhline(fedavg, color="black", linewidth=1, linestyle=":", label="one-shot FedAvg")
-    axes.set(title=title, xlabel="CPU seconds of the server", ylabel="accuracy on test images, %")
+    axes.set(title=title, xlabel="FLOPs of the server, 10¹²", ylabel="accuracy on test images, %")
     axes.legend(loc="center right", frameon=False)
     figure.savefig(path, dpi=150)
 
 
 def budgets(rows: list[Row]) -> list[tuple[float, float, float]]:
-    """CPU seconds, mean accuracy and its spread over partition seeds (percent) of each budget, by cost."""
+    """10^12 FLOPs, mean accuracy and its spread over partition seeds (percent) of each budget, by cost."""
     points = []
     for changes in dict.fromkeys(tuple(sorted(row["changes"].items())) for row in rows):
         same = [row for row in rows if tuple(sorted(row["changes"].items())) == changes]
@@ -67,7 +70,7 @@ def budgets(rows: list[Row]) -> list[tuple[float, float, float]]:
             by_seed.setdefault(row["seed"], []).append(100 * row["global"])
         means = [statistics.mean(values) for values in by_seed.values()]
         spread = statistics.stdev(means) if len(means) > 1 else 0.0
-        points.append((statistics.mean(row["cpu_seconds"] for row in same), statistics.mean(means), spread))
+        points.append((statistics.mean(row["teraflops"] for row in same), statistics.mean(means), spread))
     return sorted(points)
 
 

@@ -5,15 +5,19 @@ from typing import Any
 
 import pytest
 
-from benchmarks.accuracy import main_rows, recipe, settings_for, summarise
+from benchmarks.accuracy import main_rows, recipe, settings_for, summarise, teraflops
 from benchmarks.accuracy_figure import budgets, draw
+from benchmarks.federation import Federation
+from fedmitr_flwr.baselines import METHODS
+from fedmitr_flwr.data import load_source
+from fedmitr_flwr.pipeline import ClientModel
 
 ENSEMBLES = {"uniform": 0.80, "competence": 0.90}
 
 
 def row(method: str, accuracy: float, **about: Any) -> dict[str, Any]:
     base = {"skew": "0.1", "clients": 10, "seed": 44, "changes": {}, "code": "new", "recipe": "r", "fedavg": 0.60}
-    return {**base, "method": method, "global": accuracy, "cpu_seconds": 100.0, "ensembles": ENSEMBLES, **about}
+    return {**base, "method": method, "global": accuracy, "teraflops": 100.0, "ensembles": ENSEMBLES, **about}
 
 
 ROWS = [
@@ -23,8 +27,8 @@ ROWS = [
     row("fedmitr", 0.89, seed=45),
     row("random-images", 0.82),
     row("dense-inversion", 0.83),
-    row("fedavg", 0.60, cpu_seconds=0.0),
-    row("fedmitr", 0.99, changes={"distill.steps": "9"}, cpu_seconds=50.0),
+    row("fedavg", 0.60, teraflops=0.0),
+    row("fedmitr", 0.99, changes={"distill.steps": "9"}, teraflops=50.0),
     row("fedmitr", 0.10, clients=50),
 ]
 
@@ -55,6 +59,15 @@ def test_the_picture_has_a_point_for_each_budget(tmp_path: Path):
     ]
     draw(rows, "a title", tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_cost_grows_with_what_a_method_computes():
+    settings = settings_for("digits", "0.1", 44, {})
+    source = load_source(settings.data)
+    federation = Federation(source, {}, [ClientModel({}, 1, None)] * 10)
+    costs = {method: teraflops(federation, settings.replace(**{"run.method": method})) for method in METHODS}
+    assert costs["fedavg"] == costs["head-aggregation"] == 0.0
+    assert 0 < costs["random-images"] < costs["fedmitr"] < costs["dense-inversion"] < costs["dense"]
 
 
 def test_the_recipe_is_what_rows_do_not_name_themselves():

@@ -1,0 +1,91 @@
+"""What the default recipe reaches, and in how much synthesis time, against SMI's full schedule.
+
+    python -m benchmarks.accuracy --skews 0.1 --methods fedmitr        # accuracies of the default recipe, and of
+    python -m benchmarks.accuracy --skews 0.1 --methods fedmitr \\
+        --change inversion.iterations=4000 --change inversion.stops=50,100,200,300    # SMI's schedule
+    python -m benchmarks.time_to_quality                               # reads both, and measures synthesis time
+
+Both invert the same number of images from the same ensemble, and the same student learns from them beside the same
+random images. Time is CPU time of one thread, with the demo's ViT and ten teachers of random weights, which it doesn't
+depend on: of the default recipe as our engine runs it, and of SMI's schedule as the plain reference would (projected
+from measured iterations of each stage). The last line is JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from typing import Annotated
+
+import torch
+import typer
+
+from benchmarks.accuracy import ROOT, Row, mean_of, read
+from benchmarks.inversion import DEMO_MODEL, Bench, Case, hardware, schedule
+from fedmitr_flwr.inversion import invert
+from fedmitr_flwr.settings import InversionSettings, Settings
+
+SMI = {"inversion.iterations": "4000", "inversion.stops": "50,100,200,300"}
+
+
+def main(
+    skew: Annotated[str, typer.Option(help="Dirichlet concentration of the accuracies")] = "0.1",
+    repeats: Annotated[int, typer.Option(help="iterations of the reference for each stage, and batches of ours")] = 5,
+) -> None:
+    """Measure, compare and print."""
+    torch.set_num_threads(1)
+    settings = Settings.from_run_config({}).inversion
+    batches = -(-settings.images // settings.batch_size)
+    options = {**DEMO_MODEL, "mlp_ratio": 2, "num_classes": 10}
+    bench = Bench(Case("demo", "vit_tiny_patch16_224", options, settings.batch_size, 10))
+    reference = batches * schedule([stage_seconds(bench, stage, repeats) for stage in range(5)])
+    ours = batches * statistics.median(batch_seconds(bench, settings) for _ in range(repeats))
+    rows = [row for row in read(ROOT / "benchmarks/results/accuracy-mnist-5k.jsonl") if row["method"] == "fedmitr"]
+    found = {
+        **accuracies(rows, skew),
+        "seconds": round(ours, 1),
+        "reference_seconds_smi": round(reference, 1),
+        "ratio": round(reference / ours, 1),
+        "hardware": hardware(),
+    }
+    print(json.dumps(found))
+
+
+def stage_seconds(bench: Bench, stage: int, repeats: int) -> float:
+    """Median CPU seconds of one iteration of the plain reference."""
+    step = bench.reference(stage)
+    step()
+    seconds = []
+    for _ in range(repeats):
+        start = time.process_time()
+        step()
+        seconds.append(time.process_time() - start)
+    return statistics.median(seconds)
+
+
+def batch_seconds(bench: Bench, settings: InversionSettings) -> float:
+    """CPU seconds of one batch of the default recipe."""
+    start = time.process_time()
+    invert(bench.ensemble(), bench.labels, bench.grid, settings, generator=torch.Generator().manual_seed(0))
+    return time.process_time() - start
+
+
+def accuracies(rows: list[Row], skew: str) -> dict[str, float | int | None]:
+    """Means in percent of both recipes, over the partition seeds that both have been run on by the same code."""
+    here = [row for row in rows if row["skew"] == skew and row["clients"] == 10]
+    smi = [row for row in here if row["changes"] == SMI]
+    both = [row for row in here if not row["changes"] and row["code"] in {other["code"] for other in smi}]
+    seeds = {row["seed"] for row in smi} & {row["seed"] for row in both}
+    if not seeds:
+        raise SystemExit("no stored accuracies of both recipes: run the two commands of `benchmarks.accuracy` first")
+    of = {name: [row for row in part if row["seed"] in seeds] for name, part in (("accuracy", both), ("smi", smi))}
+    return {
+        "accuracy": mean_of(of["accuracy"], "fedmitr"),
+        "accuracy_smi": mean_of(of["smi"], "fedmitr"),
+        "seeds": len(seeds),
+    }
+
+
+if __name__ == "__main__":
+    typer.run(main)
