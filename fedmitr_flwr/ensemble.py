@@ -71,10 +71,6 @@ class LossGradient:
 class Ensemble:
     """K frozen teachers with class-wise weights.
 
-    A teacher's distribution is taken over the classes in which it has a weight: one that never saw a class (its
-    label histogram says so) has logits for it that nothing trained, and they must not take probability from the
-    others. Ours; it is without effect under weightings that give every teacher a say in every class.
-
     The class-wise weighted sum of distributions is not a distribution over classes when the weights
     differ from class to class, so it is divided by its sum over c. With weights that are the same for
     all classes the sum is one and nothing changes.
@@ -105,8 +101,6 @@ class Ensemble:
             self.teachers = [teacher.eval().requires_grad_(False) for teacher in teachers]
             self._hold = sum(self.limits.shrink(teacher, len(teachers)) for teacher in self.teachers) == 0
         self.weights = weights
-        unknown = (weights == 0) & (weights > 0).any(1, keepdim=True)
-        self._bias = torch.where(unknown, torch.full_like(weights, -1e9), torch.zeros_like(weights))  # (K, C)
         self._groups: dict[torch.dtype, list[Group]] = {}
         self._scratch = Arena()
         self._kept: list[Arena] = []
@@ -222,8 +216,7 @@ class Ensemble:
 
     def combine(self, logits: Tensor) -> Tensor:
         """Combine the teachers' ``(K, B, C)`` logits into the ensemble's ``(B, C)`` probabilities."""
-        probabilities = (logits + self._bias[:, None]).softmax(-1)
-        total = (self.weights[:, None] * probabilities).sum(0)
+        total = (self.weights[:, None] * logits.softmax(-1)).sum(0)
         return total / total.sum(-1, keepdim=True).clamp_min(1e-30)
 
     def _share(self, probabilities: Tensor, seen: Tensor, labels: Tensor | None) -> Tensor:
