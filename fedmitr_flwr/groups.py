@@ -55,7 +55,8 @@ class StepOutput:
 class Step(Protocol):
     """Some teachers on one batch."""
 
-    members: list[int]
+    members: slice | Tensor
+    """Their places among all teachers: an index that is on the device of the batch, so that nothing waits for it."""
 
     def forward(self, scratch: Arena, keep: Arena | None) -> StepOutput:
         """Run forward; with `keep` the activations stay there for `backward`."""
@@ -115,6 +116,7 @@ class _PackedGroup:
         hold: bool,
     ) -> None:
         self._members, self._models, self._like, self._dtype = members, models, like, dtype
+        self._places = torch.tensor(members)
         self._weight_bytes = 4 * sum(parameter.numel() for parameter in like.parameters())
         self._held = pack(models, dtype) if hold else None
 
@@ -126,8 +128,12 @@ class _PackedGroup:
             for start in range(0, len(self._members), size)
         ]
 
-    def members(self, part: slice) -> list[int]:
-        return self._members[part]
+    def members(self, part: slice, device: torch.device) -> slice | Tensor:
+        chosen = self._members[part]
+        if chosen[-1] - chosen[0] == len(chosen) - 1:
+            return slice(chosen[0], chosen[-1] + 1)
+        self._places = self._places.to(device)
+        return self._places[part]
 
     def pack(self, part: slice) -> Pack:
         if self._held is not None:
@@ -140,7 +146,7 @@ class _PackedGroup:
 
 class _PackedStep:
     def __init__(self, group: _PackedGroup, part: slice, patches: Tensor, index: Tensor | None) -> None:
-        self.members = group.members(part)
+        self.members = group.members(part, patches.device)
         self._group, self._part, self._patches, self._index = group, part, patches, index
         self._done: Pass | None = None
 
@@ -173,18 +179,18 @@ class _ModuleStep:
     def __init__(
         self, member: int, teachers: Sequence[VisionTransformer], patches: Tensor, index: Tensor | None
     ) -> None:
-        self.members = [member]
-        self._teachers, self._patches, self._index = teachers, patches, index
+        self.members: slice | Tensor = slice(member, member + 1)
+        self._member, self._teachers, self._patches, self._index = member, teachers, patches, index
 
     def forward(self, scratch: Arena, keep: Arena | None) -> StepOutput:
-        out = forward_patches(self._teachers[self.members[0]], self._patches, self._index, attention=True)
+        out = forward_patches(self._teachers[self._member], self._patches, self._index, attention=True)
         assert out.attention is not None
         return StepOutput(out.logits.float()[None], out.attention[None], out.features.float()[None])
 
     def backward(self, scratch: Arena, of_logits: Tensor, of_features: Tensor | None) -> Tensor:
         with torch.enable_grad():
             patches = self._patches.detach().requires_grad_(True)
-            out = forward_patches(self._teachers[self.members[0]], patches, self._index)
+            out = forward_patches(self._teachers[self._member], patches, self._index)
             outputs, upstream = [out.logits.float()], [of_logits[0]]
             if of_features is not None:
                 outputs, upstream = [*outputs, out.features.float()], [*upstream, of_features[0]]

@@ -55,7 +55,7 @@ class View:
         if settings.color_shift == 0:
             return cls(shift)
         draw = (2 * torch.rand(2, count, 1, grid.channels, generator=generator) - 1) * settings.color_shift
-        mean, spread = draw.to(device).repeat_interleave(grid.patch[0] * grid.patch[1], dim=3)
+        mean, spread = _sent(draw, device).repeat_interleave(grid.patch[0] * grid.patch[1], dim=3)
         return cls(shift, mean, spread.exp())
 
     def of(self, pixels: Tensor) -> Tensor:
@@ -65,6 +65,11 @@ class View:
     def pull_back(self, gradient: Tensor) -> Tensor:
         """Gradient for the pixels, given the ``(B, L, E)`` one for what is seen of them."""
         return gradient if self.deviation is None else gradient / self.deviation
+
+
+def _sent(values: Tensor, device: torch.device) -> Tensor:
+    """Values of the CPU on the device, which is not waited for."""
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
 def _random_shift(reach: int, generator: torch.Generator) -> tuple[int, int]:
