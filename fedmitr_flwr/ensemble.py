@@ -263,6 +263,16 @@ class Ensemble:
         self._kept = []
 
     @property
+    def held(self) -> bool:
+        """Whether the weights stay packed between two passes, rather than being read or packed anew for each."""
+        return self._hold
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """What passes write to, until `release`."""
+        return [buffer for arena in (self._scratch, *self._kept) for buffer in arena.buffers]
+
+    @property
     def activation_bytes(self) -> int:
         """Size of the buffers that passes use, until `release`."""
         return sum(arena.bytes for arena in (self._scratch, *self._kept))

@@ -16,7 +16,6 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -26,11 +25,12 @@ from fedmitr_flwr.diversity import terms_of
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.noise import random_images
-from fedmitr_flwr.pixel_adam import PixelAdam, take
+from fedmitr_flwr.pixel_adam import PixelAdam, scatter, take
 from fedmitr_flwr.precision import compute_dtype
 from fedmitr_flwr.prior import Prior
 from fedmitr_flwr.schedule import Choice, most_attended
 from fedmitr_flwr.settings import InversionSettings
+from fedmitr_flwr.steady import SteadySteps, stretches, suits
 from fedmitr_flwr.synthetic import SyntheticImages
 from fedmitr_flwr.terms import Term
 from fedmitr_flwr.views import View
@@ -57,23 +57,6 @@ class Watch:
 
 
 NOBODY = Watch()
-
-
-class InversionMethod(Protocol):
-    """A way of inverting: `invert`, or another of the same signature."""
-
-    def __call__(
-        self,
-        ensemble: Ensemble,
-        labels: Tensor,
-        grid: PatchGrid,
-        settings: InversionSettings,
-        *,
-        generator: torch.Generator,
-        watch: Watch = NOBODY,
-        terms: Sequence[Term] = (),
-    ) -> SyntheticImages:
-        """Invert the ensemble; see `invert`."""
 
 
 class InversionDivergedError(RuntimeError):
@@ -144,10 +127,12 @@ def optimise(
 ) -> None:
     """Run all iterations of a batch; `stops` chooses at some of them which patches go on, the rest as `invert`."""
     grown = growth(batch.grid, settings.centring)
+    alike = stretches(stops, grown, settings.iterations)
     try:
         for iteration in range(settings.iterations):
             if iteration in grown:
                 batch.restart(grown[iteration])
+            batch.expect(alike.get(iteration, 0))
             loss = batch.step(batch.views(generator), stops.get(iteration))
             if watch.on_iteration is not None:
                 watch.on_iteration(iteration, loss)
@@ -207,11 +192,12 @@ class InversionBatch:
         self.kept = torch.arange(grid.num_patches, device=device).repeat(len(labels), 1) if kept is None else kept
         self._begin()
         self._loss = torch.zeros(len(labels), device=device)
-        self._iteration, self._broken = 0, torch.tensor(-1, device=device)
+        self._iteration, self._broken = 0, torch.full((), -1, device=device)
         self._last_good = self.result()
 
     def _begin(self) -> None:
         """Give the kept patches an optimiser and a prior."""
+        self._steady: SteadySteps | None = None
         self._adam = PixelAdam(take(self._canvas, self.kept), self._settings)
         self._prior = Prior(self._canvas, self.kept, self.grid, self._settings)
 
@@ -220,6 +206,16 @@ class InversionBatch:
         self._canvas = scatter(self._canvas, self.kept, self._adam.pixels)
         self.kept = kept.to(self._labels.device).repeat(len(self._labels), 1)
         self._begin()
+
+    def expect(self, steps: int) -> None:
+        """Say that so many steps follow in which no patch leaves; worth knowing on a GPU (`steady.py`).
+
+        Steps with views or a choice may come all the same, and end it.
+        """
+        device = self._labels.device
+        if suits(steps, self._ensemble, self._settings, self._terms, device):
+            table = self._adam.table(steps)
+            self._steady = SteadySteps(self._steady_step, table, self._iteration, self._ensemble, device)
 
     def views(self, generator: torch.Generator) -> list[View]:
         """Draw the looks of an iteration, as the settings ask for."""
@@ -241,10 +237,16 @@ class InversionBatch:
         Tensor
             ``(B,)`` detached cross-entropies before the update.
         """
+        if self._steady is not None:
+            if choose is None and self._steady.left and all(view == View() for view in views):
+                self._loss = self._steady()
+                self._adam.counted()
+                self._iteration += 1
+                return self._loss
+            self._steady = None
         looks = zip(*(self._look(view) for view in views), strict=True)
         self._loss, gradient, attention = (torch.stack(part).mean(0) if len(part) > 1 else part[0] for part in looks)
-        broken = ~torch.isfinite(self._loss).all() & (self._broken < 0)
-        self._broken = torch.where(broken, self._iteration, self._broken)
+        self._broken = torch.where(self._breaks(self._loss), self._iteration, self._broken)
         self._iteration += 1
         if choose is not None:
             self._canvas = scatter(self._canvas, self.kept, self._adam.pixels)
@@ -256,6 +258,18 @@ class InversionBatch:
         self._adam.step(gradient, self._low, self._high)
         return self._loss
 
+    def _steady_step(self, scalars: Tensor, iteration: Tensor) -> Tensor:
+        """`step` on memory that stays in place, see `steady.Body`."""
+        out = self._ensemble.loss_gradient(self._adam.pixels, self.kept, self._labels, self._dtype)
+        self._broken.copy_(torch.where(self._breaks(out.loss), iteration, self._broken))
+        self._prior.add_gradient(self._adam.pixels, out.gradient)
+        self._adam.step_by(scalars, out.gradient, self._low, self._high)
+        return out.loss
+
+    def _breaks(self, loss: Tensor) -> Tensor:
+        """Whether these losses are the first that are not finite, ``()`` bool."""
+        return ~torch.isfinite(loss).all() & (self._broken < 0)
+
     def _look(self, view: View) -> tuple[Tensor, Tensor, Tensor]:
         """Losses ``(B,)``, gradients ``(B, L, E)`` and attention ``(B, L)`` in one view."""
         seen, index = view.of(self._adam.pixels), self.grid.shifted(self.kept, view.shift)
@@ -263,7 +277,8 @@ class InversionBatch:
         return out.loss, view.pull_back(out.gradient), out.attention
 
     def release(self) -> None:
-        """Give back the memory of the teachers' activations."""
+        """Give back the memory of the teachers' activations, and of a graph."""
+        self._steady = None
         self._ensemble.release()
 
     def result(self) -> SyntheticImages:
@@ -293,8 +308,3 @@ def starting_images(count: int, grid: PatchGrid, settings: InversionSettings, ge
         return random_images(settings.start, count, grid, generator)
     white = torch.randn(count, grid.channels, grid.image_size, grid.image_size, generator=generator)
     return white * settings.start_std
-
-
-def scatter(canvas: Tensor, kept: Tensor, pixels: Tensor) -> Tensor:
-    """Put ``(B, L, E)`` kept patches into a copy of the ``(B, P, E)`` canvas."""
-    return canvas.scatter(1, kept[..., None].expand_as(pixels), pixels)

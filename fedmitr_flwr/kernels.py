@@ -26,9 +26,14 @@ class Arena:
         return found[:size].view(shape)
 
     @property
+    def buffers(self) -> list[Tensor]:
+        """All buffers."""
+        return list(self._buffers.values())
+
+    @property
     def bytes(self) -> int:
         """Size of all buffers."""
-        return sum(buffer.numel() * buffer.element_size() for buffer in self._buffers.values())
+        return sum(buffer.numel() * buffer.element_size() for buffer in self.buffers)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None, out: Tensor) -> Tensor:

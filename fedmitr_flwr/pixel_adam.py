@@ -36,14 +36,45 @@ class PixelAdam:
 
     def step(self, gradient: Tensor, low: Tensor, high: Tensor) -> None:
         """One update of the pixels, in place, with ``(B, L, E)`` gradients, which are overwritten."""
-        beta1, beta2 = self._betas
         self._steps += 1
+        correction, rate = self._scalars(self._steps)
+        divisor = self._moments(gradient).div_(correction).add_(1e-8)
+        self.pixels.addcdiv_(self._mean, divisor, value=rate)
+        self._clip(low, high)
+
+    def step_by(self, scalars: Tensor, gradient: Tensor, low: Tensor, high: Tensor) -> None:
+        """`step` with a row of `table`, ``(2,)`` on the device: nothing in it depends on a number of the host."""
+        divisor = self._moments(gradient).div_(scalars[0]).add_(1e-8)
+        self.pixels.addcdiv_(self._mean * scalars[1], divisor)
+        self._clip(low, high)
+
+    def table(self, count: int) -> Tensor:
+        """``(count, 2)`` on the CPU: what the next steps divide by and multiply with."""
+        return torch.tensor([self._scalars(self._steps + number) for number in range(1, count + 1)])
+
+    def counted(self) -> None:
+        """Count a step that was taken by `step_by`."""
+        self._steps += 1
+
+    def _scalars(self, steps: int) -> tuple[float, float]:
+        """Correction of the divisor, and the rate with the correction of the mean, in step number `steps`."""
+        beta1, beta2 = self._betas
+        return math.sqrt(1 - beta2**steps), -self._rate / (1 - beta1**steps)
+
+    def _moments(self, gradient: Tensor) -> Tensor:
+        """Update both moments; the root of the second, in the gradient's memory."""
+        beta1, beta2 = self._betas
         self._mean.lerp_(gradient, 1 - beta1)
         self._square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
-        correction = math.sqrt(1 - beta2**self._steps)
-        divisor = torch.sqrt(self._square, out=gradient).div_(correction).add_(1e-8)
-        self.pixels.addcdiv_(self._mean, divisor, value=-self._rate / (1 - beta1**self._steps))
+        return torch.sqrt(self._square, out=gradient)
+
+    def _clip(self, low: Tensor, high: Tensor) -> None:
         torch.minimum(torch.maximum(self.pixels, low, out=self.pixels), high, out=self.pixels)
+
+
+def scatter(canvas: Tensor, kept: Tensor, pixels: Tensor) -> Tensor:
+    """Put ``(B, L, E)`` kept patches into a copy of the ``(B, P, E)`` canvas."""
+    return canvas.scatter(1, kept[..., None].expand_as(pixels), pixels)
 
 
 def take(values: Tensor, places: Tensor) -> Tensor:

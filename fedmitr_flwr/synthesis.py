@@ -6,6 +6,7 @@ Letters: B images.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -13,13 +14,31 @@ from torch import Tensor
 from fedmitr_flwr.density import PatchSplit, split_patches
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import NOBODY, InversionMethod, Watch, invert
+from fedmitr_flwr.inversion import NOBODY, Watch, invert
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.rebirth import invert_by_rebirth
 from fedmitr_flwr.relabel import LowTargets, relabel
 from fedmitr_flwr.settings import InversionSettings, Settings
 from fedmitr_flwr.synthetic import SyntheticImages
 from fedmitr_flwr.terms import Term
+
+
+class InversionMethod(Protocol):
+    """A way of inverting: `inversion.invert`, or another of the same signature."""
+
+    def __call__(
+        self,
+        ensemble: Ensemble,
+        labels: Tensor,
+        grid: PatchGrid,
+        settings: InversionSettings,
+        *,
+        generator: torch.Generator,
+        watch: Watch = NOBODY,
+        terms: Sequence[Term] = (),
+    ) -> SyntheticImages:
+        """Invert the ensemble; see `inversion.invert`."""
+
 
 INVERSION: dict[str, InversionMethod] = {"sparse": invert, "rebirth": invert_by_rebirth}
 """By `inversion.method`."""
