@@ -4,6 +4,7 @@
     python -m benchmarks.inversion            # every stage, more models and teachers; writes benchmarks/results/
     python -m benchmarks.inversion --only demo --threads 0    # the cases with this in their names, on all cores
     python -m benchmarks.inversion --memory "demo K=200"      # one step in this process: its extra peak memory
+    python -m benchmarks.inversion --device cuda [--quick]    # on a GPU, with and without graphs: inversion_cuda.py
 
 Weights and images are random: the time of an iteration doesn't depend on them. Variants take turns in one process, on
 one thread unless `--threads` says otherwise; CPU time counts (wall-clock time with more threads), and each value is a
@@ -75,8 +76,9 @@ FULL = [TINY, BASE, Case("tiny K=10", TINY.model, {}, 16, 10), *DEMO]
 class Bench:
     """All variants of one case, on the same images and kept sets."""
 
-    def __init__(self, case: Case) -> None:
-        self.case, self.teachers = case, case.build(case.teachers)
+    def __init__(self, case: Case, device: str = "cpu") -> None:
+        self.case, self.device = case, torch.device(device)
+        self.teachers = [teacher.to(self.device) for teacher in case.build(case.teachers)]
         model = self.teachers[0]
         channels = model.patch_embed.proj.in_channels
         side = patch_size(model)[0] * grid_size(model)[0]
@@ -90,6 +92,10 @@ class Bench:
         self.kept = [torch.arange(self.grid.num_patches).repeat(case.images, 1)]
         for _ in STOPS:
             self.kept.append(self.kept[-1].gather(1, most_attended(order.gather(1, self.kept[-1]), FRACTION)))
+        self.images, self.labels, self.weights = (
+            values.to(self.device) for values in (self.images, self.labels, self.weights)
+        )
+        self.kept = [kept.to(self.device) for kept in self.kept]
 
     @property
     def tokens(self) -> list[int]:
@@ -103,15 +109,16 @@ class Bench:
         plain = PlainInversion(self.teachers, self.weights, self.images, self.labels, kept, self.grid, settings, dtype)
         return plain.step
 
-    def ours(self, stage: int, precision: Precision, ensemble: Ensemble) -> Callable[[], Tensor]:
-        """One iteration of our engine."""
+    def ours(self, stage: int, precision: Precision, ensemble: Ensemble, announced: int = 0) -> Callable[[], Tensor]:
+        """One iteration of our engine, which is told how many will be asked for."""
         settings = InversionSettings(tv_weight=0.05, learning_rate=0.25, precision=precision)
         batch = InversionBatch(ensemble, self.labels, self.images, self.kept[stage], self.grid, settings)
+        batch.expect(announced)
         return batch.step
 
     def ensemble(self) -> Ensemble:
         """A fresh ensemble of its own copies."""
-        return Ensemble(self.case.build(self.case.teachers), self.weights)
+        return Ensemble([teacher.to(self.device) for teacher in self.case.build(self.case.teachers)], self.weights)
 
 
 def interleaved(variants: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, list[float]]:
@@ -233,11 +240,17 @@ def main(
     results: Annotated[
         Path, typer.Option(help="folder for inversion.md and inversion.json (not for --quick)")
     ] = RESULTS,
+    device: Annotated[str, typer.Option(help="cpu, or cuda: results in inversion-cuda.md and .json")] = "cpu",
 ) -> None:
     """Measure and print."""
     torch.set_num_threads(threads or os.cpu_count() or 1)
     every, last = range(len(STOPS) + 1), len(STOPS)
-    if quick:
+    if device != "cpu":
+        from benchmarks import inversion_cuda  # which needs this module
+
+        chosen = [case for case in FULL if only in case.name and case.name != "tiny K=10"]
+        print(json.dumps(inversion_cuda.quick(repeats) if quick else inversion_cuda.full(chosen, repeats, results)))
+    elif quick:
         tiny = measure(TINY, every[:-1], (0,), BOTH, max(1, repeats // 2)) | measure(
             TINY, (last,), (last,), BOTH, repeats
         )

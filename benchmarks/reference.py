@@ -31,7 +31,7 @@ class PlainInversion:
     weights
         ``(K, C)`` class-wise weights, all positive.
     images
-        ``(B, ch, S, S)`` to start from.
+        ``(B, ch, S, S)`` to start from, on the device of the teachers, weights, labels and kept patches.
     labels
         ``(B,)`` int64.
     kept
@@ -55,7 +55,8 @@ class PlainInversion:
         self.kept, self.grid, self.settings, self.dtype = kept, grid, settings, dtype
         self.images = images.clone().requires_grad_(True)
         self.frozen = images.clone()
-        mask = torch.ones(len(images), grid.num_patches, dtype=torch.bool)
+        self.low, self.high = grid.low.to(images.device)[:, None, None], grid.high.to(images.device)[:, None, None]
+        mask = torch.ones(len(images), grid.num_patches, dtype=torch.bool, device=images.device)
         if kept is not None:
             mask = torch.zeros_like(mask).scatter(1, kept, True)
         patch_pixels = grid.channels * grid.patch[0] * grid.patch[1]
@@ -82,9 +83,9 @@ class PlainInversion:
 
     def cross_entropy(self) -> Tensor:
         """``(B,)`` CE(A(x), y)."""
-        with torch.autocast("cpu", self.dtype, enabled=self.dtype != torch.float32):
+        with torch.autocast(self.images.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits = [self.logits(teacher) for teacher in self.teachers]
-        total = torch.zeros(())
+        total = torch.zeros((), device=self.images.device)
         for weight, out in zip(self.weights, logits, strict=True):
             total = total + weight * out.float().softmax(-1)
         probabilities = total / total.sum(-1, keepdim=True)
@@ -111,7 +112,6 @@ class PlainInversion:
         (loss + prior).sum().backward()
         self.adam.step()
         with torch.no_grad():
-            low, high = self.grid.low[:, None, None], self.grid.high[:, None, None]
-            clipped = torch.minimum(torch.maximum(self.images, low), high)
+            clipped = torch.minimum(torch.maximum(self.images, self.low), self.high)
             self.images.copy_(torch.where(self.mask, clipped, self.frozen))
         return loss.detach()
