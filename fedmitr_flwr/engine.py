@@ -21,7 +21,7 @@ from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedmitr_flwr.kernels import Arena, add_linear, layer_norm, layer_norm_backward, linear
+from fedmitr_flwr.kernels import Arena, add_linear, layer_norm, layer_norm_backward, linear, softmax
 from fedmitr_flwr.packed import Pack, PackedBlock
 
 
@@ -166,12 +166,12 @@ def _block_forward(
     normed, norm1 = layer_norm(x, eps, dtype)
     qkv = linear(normed, block.qkv_t, None, scratch.take("qkv", (T, M, 3 * D), x, dtype))
     heads = keep.take("heads" + place, (3, T, B, H, N, d), x, dtype)
-    bias = block.qkv_bias.view(T, 1, 1, 3, H, d).permute(3, 0, 1, 4, 2, 5)
+    bias = block.qkv_bias.to(dtype).view(T, 1, 1, 3, H, d).permute(3, 0, 1, 4, 2, 5)
     torch.add(qkv.view(T, B, N, 3, H, d).permute(3, 0, 1, 4, 2, 5), bias, out=heads)
     heads = heads.view(3, T * B * H, N, d)
     scores = torch.bmm(heads[0], heads[1].mT, out=scratch.take("scores", (T * B * H, N, N), x, dtype))
     weights = keep.take("weights" + place, (T * B * H, N, N), x, dtype)
-    torch.softmax(scores, -1, out=weights)
+    softmax(scores, weights)
     mixed = torch.bmm(weights, heads[2], out=scratch.take("mixed", (T * B * H, N, d), x, dtype))
     mixed = scratch.take("merged", (T, B, N, H, d), x, dtype).copy_(mixed.view(T, B, H, N, d).transpose(2, 3))
     middle = keep.take("middle" + place, (T, M, D), x)

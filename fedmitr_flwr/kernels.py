@@ -73,3 +73,14 @@ def layer_norm_backward(g: Tensor, x: Tensor, statistics: tuple[Tensor, Tensor])
     mask = [True, False, False]
     out: Tensor = torch.ops.aten.native_layer_norm_backward(g, x, x.shape[-1:], *statistics, None, None, mask)[0]
     return out
+
+
+def softmax(scores: Tensor, out: Tensor) -> None:
+    """Softmax over the last axis into `out`, of the same dtype.
+
+    In fp32 whatever the dtype: PyTorch's bf16 softmax takes seven times as long on a CPU (47 tokens, Zen 4).
+    """
+    if scores.dtype == torch.float32:
+        torch.softmax(scores, -1, out=out)
+    else:
+        out.copy_(scores.float().softmax(-1))

@@ -55,17 +55,20 @@ class Prior:
         live = torch.zeros(B, grid.num_patches, device=kept.device).scatter(1, kept, 1.0)
         live = grid.to_images(live[..., None].expand(-1, -1, channels * ph * pw))[:, :1]
         state = F.pad(live + 1.0, (1, 1, 1, 1))  # 0 outside, 1 stopped, 2 kept
-        corner = kept // grid.shape[1] * ph * (side + 2) + kept % grid.shape[1] * pw  # of the window, padded
-        rows = torch.arange(ph + 2, device=kept.device)[:, None] * (side + 2)
+        # The images that change have a margin of a patch left and right, so that a patch's row is a row of `_padded`.
+        width, down, right = side + 2 * pw, kept // grid.shape[1] * ph, kept % grid.shape[1]
+        planes = torch.arange(B * channels, device=kept.device) * (side + 2) * width
+        corner = down * width + right * pw + pw - 1  # of the window
+        rows = torch.arange(ph + 2, device=kept.device)[:, None] * width
         window = (rows + torch.arange(pw + 2, device=kept.device))[:, :, None] + corner[:, None, None]  # (B, h, w, L)
-        plane = (side + 2) ** 2
-        offset = torch.arange(B * channels, device=kept.device).view(B, channels, 1, 1, 1) * plane
-        self._window = (window[:, None] + offset).flatten()
+        self._window = (window[:, None] + planes.view(B, channels, 1, 1, 1)).flatten()
         self._shape = (B, channels, ph + 2, pw + 2, L)
-        places = (window[:, 1:-1, 1:-1].permute(0, 3, 1, 2)[:, :, None] + offset.view(B, 1, channels, 1, 1)).flatten()
-        self._places = places  # of the kept pixels in the order of (B, L, E)
-        self._padded = padded.flatten()
+        first = (down + 1) * (width // pw) + right + 1
+        each = torch.arange(ph, device=kept.device) * (width // pw) + planes.view(B, 1, channels, 1) // pw
+        self._places = (first.view(B, L, 1, 1) + each).flatten()  # of the kept rows in the order of (B, L, E)
+        self._padded = F.pad(padded, (pw - 1, pw - 1)).view(-1, pw)
         self._buffers = [padded.new_empty(self._window.shape) for _ in range(4)]
+        window = window - (window // width) * (width - side - 2) - (pw - 1)  # in the narrower plane of the states
         states = state.flatten(1).gather(1, window.flatten(1)).view(B, 1, ph + 2, pw + 2, L)
         inside = F.pad(torch.ones(ph, pw, 1, device=kept.device), (0, 0, 1, 1, 1, 1))
         self._directions = [self._direction(step, states, inside, padded, state) for step in _DIRECTIONS]
@@ -91,8 +94,8 @@ class Prior:
             gradient.add_(pixels, alpha=2 * self._settings.l2_weight / self._pixels)
         if self._settings.tv_weight == 0:
             return
-        self._padded.scatter_(0, self._places, pixels.reshape(-1))
-        torch.index_select(self._padded, 0, self._window, out=self._buffers[0])
+        self._padded.index_copy_(0, self._places, pixels.reshape(len(self._places), -1))
+        torch.index_select(self._padded.view(-1), 0, self._window, out=self._buffers[0])
         windows, total = (buffer.view(self._shape) for buffer in self._buffers[:2])
         total.zero_()
         for way in self._directions:
