@@ -164,10 +164,9 @@ def _block_forward(
     H, N, dtype, eps = pack.architecture.heads, M // B, pack.dtype, pack.architecture.eps
     d, width = D // H, block.fc1.shape[1]
     normed, norm1 = layer_norm(x, eps, dtype)
-    qkv = linear(normed, block.qkv_t, None, scratch.take("qkv", (T, M, 3 * D), x, dtype))
+    qkv = linear(normed, block.qkv_t, block.qkv_bias.to(dtype), scratch.take("qkv", (T, M, 3 * D), x, dtype))
     heads = keep.take("heads" + place, (3, T, B, H, N, d), x, dtype)
-    bias = block.qkv_bias.to(dtype).view(T, 1, 1, 3, H, d).permute(3, 0, 1, 4, 2, 5)
-    torch.add(qkv.view(T, B, N, 3, H, d).permute(3, 0, 1, 4, 2, 5), bias, out=heads)
+    heads.copy_(qkv.view(T, B, N, 3, H, d).permute(3, 0, 1, 4, 2, 5))
     heads = heads.view(3, T * B * H, N, d)
     scores = torch.bmm(heads[0], heads[1].mT, out=scratch.take("scores", (T * B * H, N, N), x, dtype))
     weights = keep.take("weights" + place, (T * B * H, N, N), x, dtype)
