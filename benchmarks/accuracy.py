@@ -6,8 +6,8 @@
     python -m benchmarks.accuracy --check 7            # one partition seed at Dirichlet(0.1) anew, the same keys
 
 Clients are trained once for each partition and cached; each finished run is one line of
-`benchmarks/results/accuracy-DATA.jsonl`, and is not run again while what computes it is the same. Settings are those
-of the demo for digits, and of conf/emoji10.toml for emoji10 (`--data npz:PATH`).
+`benchmarks/results/accuracy-DATA.jsonl`, and is not run again while what computes it is the same. Settings are the
+defaults for digits, and of conf/emoji10.toml for emoji10 (`--data npz:PATH`).
 """
 
 from __future__ import annotations
@@ -182,7 +182,7 @@ def ensemble_accuracies(federation: Federation, settings: Settings) -> dict[str,
 
 
 def settings_for(data: str, skew: str, seed: int, changes: dict[str, str]) -> Settings:
-    """Return the demo's settings for digits, those of conf/emoji10.toml for an npz: source, at a skew and a seed."""
+    """Return the default settings for digits, those of conf/emoji10.toml for an npz: source, at a skew and a seed."""
     config: dict[str, RunConfigValue] = {}
     if data.startswith("npz:"):
         nested = tomllib.loads((ROOT / "conf" / "emoji10.toml").read_text())

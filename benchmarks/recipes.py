@@ -3,7 +3,7 @@
     python -m benchmarks.recipes --seeds 1,2,3 \
         --variant "plain:" --variant "no noise:distill.noise=0;distill.mix=0"
 
-Each variant names changes to the demo's settings (or those of --conf). Prints a table, and writes one JSON
+Each variant names changes to the default settings (or those of --conf). Prints a table, and writes one JSON
 line for each run to --results.
 """
 

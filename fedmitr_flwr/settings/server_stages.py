@@ -195,7 +195,7 @@ class DistillSettings(Stage):
         "`distill.merge-scale` times the mean client update with class-wise weights for the head.",
     )
     merge_scale: float = Field(1.0, ge=0.0, le=10.0, description="Scale of the mean update for `merged`.")
-    steps: int = Field(600, ge=1, le=10_000_000, description="Optimiser steps.")
+    steps: int = Field(1200, ge=1, le=10_000_000, description="Optimiser steps.")
     batch_size: int = Field(64, ge=1, description="Images in a step.")
     learning_rate: float = Field(5e-4, gt=0.0, le=10.0, description="Peak learning rate (AdamW, warm-up, cosine).")
     weight_decay: float = Field(0.05, ge=0.0, le=10.0, description="Decoupled weight decay.")
@@ -233,7 +233,7 @@ class DistillSettings(Stage):
         "things.",
     )
     noise: float = Field(
-        50.0,
+        100.0,
         ge=0.0,
         le=1000.0,
         description="Further images for each synthetic one, of random noise; labelled by the ensemble (KL term only). "
