@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.recipes import run_one
+from benchmarks.recipes import parse_value, run_one
 from fedmitr_flwr.settings import Settings
 
 HEAD = (
@@ -33,7 +33,8 @@ def main(
     clients: Annotated[str, typer.Option(help="numbers of clients K")] = "10,50",
     counts: Annotated[str, typer.Option(help="teachers a batch; 0, all of them, is always run")] = "2,5,10",
     seeds: Annotated[str, typer.Option(help="partition seeds")] = "1,2,3",
-    conf: Annotated[Path | None, typer.Option(help="run-config TOML to start from; without it the demo's")] = None,
+    conf: Annotated[Path | None, typer.Option(help="run-config TOML to start from; without it the defaults")] = None,
+    change: Annotated[list[str] | None, typer.Option(help="key=value for all runs")] = None,
     split: Annotated[str, typer.Option(help="validation or test")] = "validation",
     cache: Annotated[Path, typer.Option(help="folder for trained uploads")] = Path("outputs/uploads-cache"),
     results: Annotated[Path, typer.Option(help="JSON lines file to append to")] = Path(
@@ -43,7 +44,9 @@ def main(
     """Run what is missing and print the table of everything."""
     base = {} if conf is None else tomllib.loads(conf.read_text())
     flat = {f"{stage}.{name}": value for stage, part in base.items() for name, value in part.items()}
-    about = {"conf": "demo" if conf is None else conf.stem, "split": split}
+    changes = dict(text.split("=", 1) for text in change or ())
+    flat |= {key: parse_value(text) for key, text in changes.items()}
+    about = {"conf": "defaults" if conf is None else conf.stem, "changes": changes, "split": split}
     hardware = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
     for K in numbers(clients):
@@ -52,8 +55,8 @@ def main(
                 key = {**about, "clients": K, "seed": seed, "count": count}
                 if any(key.items() <= row.items() for row in rows):
                     continue
-                changes = {"partition.seed": seed, "inversion.teachers-per-batch": count}
-                rows.append({**key, **run_one(Settings.from_run_config({**flat, **changes}), K, split, cache)})
+                own = {"partition.seed": seed, "inversion.teachers-per-batch": count}
+                rows.append({**key, **run_one(Settings.from_run_config({**flat, **own}), K, split, cache)})
                 with results.open("a") as file:
                     file.write(json.dumps({**rows[-1], "hardware": hardware}) + "\n")
     print(table([row for row in rows if about.items() <= row.items()]))
