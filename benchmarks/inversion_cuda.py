@@ -31,7 +31,8 @@ EVERY, LAST = range(len(STOPS) + 1), len(STOPS)
 HEAD = """\
 # Speed of sparse inversion on a GPU
 
-`python -m benchmarks.inversion --device cuda` on {hardware}.
+`python -m benchmarks.inversion --device cuda`. {hardware}.
+
 Weights are random; wall-clock time, medians of interleaved repetitions, all in ms an iteration; stages have 197, 138,
 97, 68, 47 tokens (demo: 50, 35, 24, 17, 12), B images. Schedule: 4000 iterations with stops at 50, 100, 200, 300,
 projected from the stages. Reference: `benchmarks/reference.py` in the same precision, sparse with the same patches,
@@ -203,4 +204,8 @@ def table(raw: dict[str, Any]) -> str:
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for name, case in raw["cases"].items():
         lines += rows(name, case)
-    return HEAD.format(hardware=raw["hardware"]) + "\n".join(lines) + "\n"
+    return (
+        HEAD.format(hardware=", ".join(f"{key}: {value}" for key, value in raw["hardware"].items()))
+        + "\n".join(lines)
+        + "\n"
+    )

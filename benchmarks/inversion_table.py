@@ -19,7 +19,8 @@ EVERY, LAST = range(len(STOPS) + 1), len(STOPS)
 HEAD = """\
 # Speed of sparse inversion
 
-`python -m benchmarks.inversion` on {hardware}.
+`python -m benchmarks.inversion`. {hardware}.
+
 Weights are random; {clock}, medians of interleaved repetitions; stages have 197, 138, 97, 68, 47 tokens
 (demo: 50, 35, 24, 17, 12), B images. Schedule: 4000 iterations with stops at 50, 100, 200, 300, projected from the
 stages. Reference: `benchmarks/reference.py` in the same precision, sparse with the same patches, dense without stops.
@@ -154,7 +155,8 @@ def table(raw: dict[str, Any]) -> str:
     machine = raw["hardware"]
     clock = "CPU time" if machine["threads"] == 1 else "wall-clock time"
     no_bf16 = "" if machine["avx512_bf16"] else " bf16 is not measured: the processor has no instructions for it."
-    head = HEAD.format(hardware=machine, clock=clock, no_bf16=no_bf16)
+    named = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in machine.items())
+    head = HEAD.format(hardware=named, clock=clock, no_bf16=no_bf16)
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for name, case in raw["cases"].items():
         lines += rows(name, case)
