@@ -6,7 +6,7 @@ all, so whatever is there is finished.
 
 from __future__ import annotations
 
-import io
+import json
 import logging
 import time
 from collections.abc import Callable, Mapping
@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
-from fedmitr_flwr.atomic import atomic_path
 from fedmitr_flwr.synthetic import SyntheticImages
 from fedmitr_flwr.tensor_files import write_tensors
 
@@ -57,11 +57,11 @@ class Checkpoints:
     def save_model(self, state: Mapping[str, Tensor]) -> None:
         """Keep the finished global model, and drop what distillation no longer needs."""
         self._write(self.directory / "model.safetensors", state)
-        (self.directory / "distill.pt").unlink(missing_ok=True)
+        (self.directory / "distill.safetensors").unlink(missing_ok=True)
 
     def progress(self) -> Progress:
         """Return what keeps the state of distillation."""
-        return Progress(self.directory / "distill.pt", self.seconds)
+        return Progress(self.directory / "distill.safetensors", self.seconds)
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
         self.directory.mkdir(parents=True, exist_ok=True)
@@ -88,7 +88,9 @@ class Progress:
         """Return what was kept last, or None."""
         if not self.path.exists():
             return None
-        state: dict[str, Any] = torch.load(self.path, map_location="cpu", weights_only=True)
+        with safe_open(self.path, "pt") as file:
+            tensors = [file.get_tensor(str(number)) for number in range(len(file.keys()))]
+            state: dict[str, Any] = _joined(json.loads(file.metadata()["state"]), tensors)
         log.info("├── distill: going on after step %d", state["step"])
         return state
 
@@ -96,12 +98,34 @@ class Progress:
         """Keep what `make` returns, when it is time for it."""
         if time.monotonic() - self._written < self.seconds:
             return
-        content = io.BytesIO()
-        torch.save(dict(make()), content)
+        tensors: list[Tensor] = []
+        text = json.dumps(_parted(make(), tensors))
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(self.path) as temporary:
-            temporary.write_bytes(content.getbuffer())
+        write_tensors(self.path, {str(number): value for number, value in enumerate(tensors)}, {"state": text})
         self._written = time.monotonic()
+
+
+def _parted(value: Any, tensors: list[Tensor]) -> Any:
+    """What JSON can hold of nested state, without its tensors, which join the list; keys may be numbers."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return {"tensor": len(tensors) - 1}
+    if isinstance(value, Mapping):
+        return {"mapping": [[key, _parted(part, tensors)] for key, part in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_parted(part, tensors) for part in value]
+    return value
+
+
+def _joined(value: Any, tensors: list[Tensor]) -> Any:
+    """Nested state from what `_parted` returned; tuples have become lists."""
+    if isinstance(value, list):
+        return [_joined(part, tensors) for part in value]
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        return {key: _joined(part, tensors) for key, part in value["mapping"]}
+    return value
 
 
 def initial_or_stored(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -154,7 +154,7 @@ def test_a_run_that_was_cut_off_with_hard_images_distils_anew_to_the_same_model(
         cut_after(patch, (distill, "loss_terms"), 12)
         with pytest.raises(CutOffError):
             test_pipeline.run(clients, checkpoints=Checkpoints(tmp_path, 0.0), **HARD)
-    assert not (tmp_path / "distill.pt").exists()
+    assert not (tmp_path / "distill.safetensors").exists()
     resumed = test_pipeline.run(clients, checkpoints=Checkpoints(tmp_path, 0.0), **HARD)
     assert all(torch.equal(whole.state[name], resumed.state[name]) for name in whole.state)
 
@@ -178,7 +178,7 @@ def test_arithmetic_and_memory_count_the_rounds():
     ("change", "message"),
     [
         (
-            {"distill.adversarial-rounds": 600},
+            {"distill.adversarial-rounds": 600, "distill.steps": 600},
             r"distill\.adversarial-rounds = 600: must lie below distill\.steps",
         ),
         ({"distill.adversarial-rounds": -1}, r"distill\.adversarial-rounds"),

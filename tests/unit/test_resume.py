@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from fedmitr_flwr.atomic import write_json
+from fedmitr_flwr.checkpoints import Progress
 from fedmitr_flwr.resume import changes_in, is_complete, resumed_settings
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError
 
@@ -14,7 +16,7 @@ STORED = Settings().replace(**{"run.seed": 7, "inversion.images": 50})
 FILES = {
     "uploads": "uploads/round-1/partition-0.safetensors",
     "inversion": "checkpoints/round-1/inversion-000000.safetensors",
-    "distillation": "checkpoints/round-1/distill.pt",
+    "distillation": "checkpoints/round-1/distill.safetensors",
 }
 
 
@@ -90,3 +92,24 @@ def test_only_a_run_with_its_results_is_complete(run: Path) -> None:
     assert is_complete(run)
     write_json(run / "status.json", {"state": "running"})
     assert not is_complete(run)
+
+
+def test_what_a_training_loop_keeps_comes_back_as_it_was(tmp_path: Path) -> None:
+    state = {
+        "step": 3,
+        "optimizer": {
+            "state": {0: {"step": torch.tensor(3.0)}, 1: {}},
+            "groups": [{"betas": [0.9, 0.999], "lr": 1 / 3}],
+        },
+        "queue": torch.zeros(0, dtype=torch.int64),
+        "generator": torch.Generator().manual_seed(1).get_state(),
+        "none": None,
+        "flag": True,
+    }
+    progress = Progress(tmp_path / "run" / "distill.safetensors", 0.0)
+    assert progress.load() is None
+    progress.offer(lambda: state)
+    found = progress.load()
+    assert found is not None
+    assert found["optimizer"]["state"][0]["step"].shape == ()
+    torch.testing.assert_close(found, state, rtol=0, atol=0)
