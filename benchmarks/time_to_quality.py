@@ -3,7 +3,7 @@
     python -m benchmarks.accuracy --skews 0.1 --methods fedmitr        # accuracies of the default recipe, and of
     python -m benchmarks.accuracy --skews 0.1 --methods fedmitr \\
         --change inversion.iterations=4000 --change inversion.stops=50,100,200,300    # SMI's schedule
-    python -m benchmarks.time_to_quality                               # reads both, and measures synthesis time
+    python -m benchmarks.time_to_quality    # reads both, null where one is missing, and measures synthesis time
 
 Both invert the same number of images from the same ensemble, and the same student learns from them beside the same
 random images. Time is CPU time of one thread, with the demo's ViT and ten teachers of random weights, which it doesn't
@@ -74,17 +74,12 @@ def batch_seconds(bench: Bench, settings: InversionSettings) -> float:
 def accuracies(rows: list[Row], skew: str) -> dict[str, float | int | None]:
     """Means in percent of both recipes, over the partition seeds that both have been run on by the same code."""
     here = [row for row in rows if row["skew"] == skew and row["clients"] == 10]
-    smi = [row for row in here if row["changes"] == SMI]
-    both = [row for row in here if not row["changes"] and row["code"] in {other["code"] for other in smi}]
-    seeds = {row["seed"] for row in smi} & {row["seed"] for row in both}
-    if not seeds:
-        raise SystemExit("no stored accuracies of both recipes: run the two commands of `benchmarks.accuracy` first")
-    of = {name: [row for row in part if row["seed"] in seeds] for name, part in (("accuracy", both), ("smi", smi))}
-    return {
-        "accuracy": mean_of(of["accuracy"], "fedmitr"),
-        "accuracy_smi": mean_of(of["smi"], "fedmitr"),
-        "seeds": len(seeds),
-    }
+    default, smi = ([row for row in here if row["changes"] == changes] for changes in ({}, SMI))
+    runs = {(row["seed"], row["code"]) for row in default} & {(row["seed"], row["code"]) for row in smi}
+    if not runs:
+        return {"accuracy": None, "accuracy_smi": None, "seeds": 0}
+    means = [mean_of([row for row in part if (row["seed"], row["code"]) in runs], "fedmitr") for part in (default, smi)]
+    return {"accuracy": means[0], "accuracy_smi": means[1], "seeds": len({seed for seed, _ in runs})}
 
 
 if __name__ == "__main__":

@@ -8,6 +8,7 @@ import pytest
 from benchmarks.accuracy import main_rows, recipe, settings_for, summarise, teraflops
 from benchmarks.accuracy_figure import budgets, draw
 from benchmarks.federation import Federation
+from benchmarks.time_to_quality import SMI, accuracies
 from fedmitr_flwr.baselines import METHODS
 from fedmitr_flwr.data import load_source
 from fedmitr_flwr.pipeline import ClientModel
@@ -59,6 +60,12 @@ def test_the_picture_has_a_point_for_each_budget(tmp_path: Path):
     ]
     draw(rows, "a title", tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_time_to_quality_compares_what_both_recipes_were_run_on_by_the_same_code():
+    smi = [row("fedmitr", 0.80, changes=SMI), row("fedmitr", 0.70, seed=46, changes=SMI, code="old")]
+    assert accuracies([*ROWS, *smi], "0.1") == {"accuracy": 85.0, "accuracy_smi": 80.0, "seeds": 1}
+    assert accuracies(ROWS, "0.1") == {"accuracy": None, "accuracy_smi": None, "seeds": 0}
 
 
 def test_cost_grows_with_what_a_method_computes():
