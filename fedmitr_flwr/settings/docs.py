@@ -26,9 +26,9 @@ _INTRO = """\
 Written by `make settings` from the fields in `fedmitr_flwr/settings/`; don't edit it by hand.
 
 A run takes its settings from a flat TOML file of dotted keys, such as the files in `conf/`; keys that are
-left out have the defaults below, which are those of `make demo` but for its shorter distillation.
-Values are integers, numbers, `true` or
-`false`, and strings; lists are strings with commas, `"50,100,200"`. The same keys work in all three places:
+left out have the defaults below, which are those of `make demo` but for its shorter distillation. Values are integers,
+numbers, `true` or `false`, and strings; lists are strings with commas, `"50,100,200"`. The same keys work in all three
+places:
 
     fedmitr simulate conf/cifar10_dir01.toml --set run.seed=7 --set inversion.stops=50,100
     flwr run . --stream --run-config conf/cifar10_dir01.toml
