@@ -30,7 +30,7 @@ from rich.table import Table
 
 from benchmarks.federation import Federation, train_federation
 from benchmarks.fingerprint import fingerprint
-from benchmarks.recipes import parse_value
+from benchmarks.recipes import parse_value, split_changes
 from fedmitr_flwr.baselines import GENERATED, METHODS, UNTRAINED, effective_settings
 from fedmitr_flwr.evaluate import batches, evaluate
 from fedmitr_flwr.flops import count_flops, stage_flops
@@ -73,7 +73,7 @@ def main(
     if quick or check is not None:
         plan = {"skews": ["0.1"], "seeds": [plan["seeds"][0] if check is None else check]}
         distill_seeds = 1
-    changes = dict(text.split("=", 1) for text in change or ())
+    changes = split_changes(change or ())
     known = [] if check is not None else read(path)
     rows = []
     for skew, seed in ((skew, seed) for skew in plan["skews"] for seed in plan["seeds"]):

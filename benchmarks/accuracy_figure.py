@@ -3,9 +3,9 @@
     python -m benchmarks.accuracy_figure                              # MNIST-5k, Dirichlet(0.1)
     python -m benchmarks.accuracy_figure --data emoji10 --skew 0.3
 
-Each method is a curve over its budgets: the main settings and what `--change` of `BUDGET` made of them. Cost is
-counted in FLOPs, as rows may come from different machines. Bars are the spread over partition seeds. The horizontal
-lines are one-shot FedAvg and the ensemble at its best weighting.
+Each method is a curve over its budgets: the main settings and what `--change` of `BUDGET` made of them; without random
+images (`distill.noise=0`) a curve of its own. Cost is counted in FLOPs, as rows may come from different machines. Bars
+are the spread over partition seeds. The horizontal lines are one-shot FedAvg and the ensemble at its best weighting.
 """
 
 from __future__ import annotations
@@ -46,10 +46,10 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
     """Write the picture of these rows."""
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes = figure.add_subplot()
-    for method in dict.fromkeys(row["method"] for row in rows if row["teraflops"] > 0):
-        points = budgets([row for row in rows if row["method"] == method])
+    for curve in dict.fromkeys(curve_of(row) for row in rows if row["teraflops"] > 0):
+        points = budgets([row for row in rows if curve_of(row) == curve])
         cost, means, spreads = zip(*points, strict=True)
-        axes.errorbar(cost, means, spreads, marker="o", capsize=3, label=method)
+        axes.errorbar(cost, means, spreads, marker="o", capsize=3, label=curve)
     best = max(rows[0]["ensembles"], key=lambda name: statistics.mean(row["ensembles"][name] for row in rows))
     ensemble = 100 * statistics.mean(row["ensembles"][best] for row in rows)
     fedavg = 100 * statistics.mean(row["fedavg"] for row in rows)
@@ -58,6 +58,12 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
     axes.set(title=title, xlabel="FLOPs of the server, 10¹²", ylabel="accuracy on test images, %")
     axes.legend(loc="center right", frameon=False)
     figure.savefig(path, dpi=150)
+
+
+def curve_of(row: Row) -> str:
+    """The method, and whether the student sees inverted images alone."""
+    alone = float(row["changes"].get("distill.noise", 1)) == 0
+    return f"{row['method']}, no random images" if alone else str(row["method"])
 
 
 def budgets(rows: list[Row]) -> list[tuple[float, float, float]]:

@@ -15,6 +15,7 @@ import platform
 import statistics
 import time
 import tomllib
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated
 
@@ -50,9 +51,11 @@ def main(
     table = Table("variant", *COLUMNS, "spread", "invert s", "distill s")
     for text in variant:
         name, _, changes = text.partition(":")
+        own = split_changes(item for item in changes.split(";") if item.strip())
+        parsed = {key: parse_value(value) for key, value in own.items()}
         rows = []
         for seed in (int(seed) for seed in seeds.split(",")):
-            settings = Settings.from_run_config({**flat, **_parse(changes), "partition.seed": seed})
+            settings = Settings.from_run_config({**flat, **parsed, "partition.seed": seed})
             row = run_one(settings, clients, split, cache)
             rows.append(row)
             if results is not None:
@@ -86,9 +89,15 @@ def run_one(settings: Settings, num_clients: int, splits: str, cache: Path) -> d
     return {**accuracy, **seconds, "seconds_total": total}
 
 
-def _parse(changes: str) -> dict[str, RunConfigValue]:
-    pairs = (item.split("=", 1) for item in changes.split(";") if item.strip())
-    return {key.strip(): parse_value(text.strip()) for key, text in pairs}
+def split_changes(texts: Iterable[str]) -> dict[str, str]:
+    """Split each ``key=value``."""
+    changes = {}
+    for text in texts:
+        key, equals, value = text.partition("=")
+        if not equals:
+            raise SystemExit(f"{text!r} is not key=value")
+        changes[key.strip()] = value.strip()
+    return changes
 
 
 def parse_value(text: str) -> RunConfigValue:

@@ -20,7 +20,7 @@ from typing import Annotated, Any
 import torch
 import typer
 
-from benchmarks.recipes import parse_value, run_one
+from benchmarks.recipes import parse_value, run_one, split_changes
 from fedmitr_flwr.settings import Settings
 
 HEAD = (
@@ -44,7 +44,7 @@ def main(
     """Run what is missing and print the table of everything."""
     base = {} if conf is None else tomllib.loads(conf.read_text())
     flat = {f"{stage}.{name}": value for stage, part in base.items() for name, value in part.items()}
-    changes = dict(text.split("=", 1) for text in change or ())
+    changes = split_changes(change or ())
     flat |= {key: parse_value(text) for key, text in changes.items()}
     about = {"conf": "defaults" if conf is None else conf.stem, "changes": changes, "split": split}
     hardware = f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads"

@@ -5,8 +5,9 @@ from typing import Any
 
 import pytest
 
-from benchmarks.accuracy import main_rows, recipe, settings_for, summarise, teraflops
-from benchmarks.accuracy_figure import budgets, draw
+from benchmarks.accuracy import ROOT, main_rows, recipe, settings_for, summarise, teraflops
+from benchmarks.accuracy_figure import budgets, curve_of, draw
+from benchmarks.accuracy_tables import render, tables
 from benchmarks.federation import Federation
 from benchmarks.time_to_quality import SMI, accuracies
 from fedmitr_flwr.baselines import METHODS
@@ -17,14 +18,21 @@ ENSEMBLES = {"uniform": 0.80, "competence": 0.90}
 
 
 def row(method: str, accuracy: float, **about: Any) -> dict[str, Any]:
-    base = {"skew": "0.1", "clients": 10, "seed": 44, "changes": {}, "code": "new", "recipe": "r", "fedavg": 0.60}
-    return {**base, "method": method, "global": accuracy, "teraflops": 100.0, "ensembles": ENSEMBLES, **about}
+    base = {"skew": "0.1", "clients": 10, "seed": 44, "distill_seed": 0, "changes": {}, "code": "new", "recipe": "r"}
+    return {
+        **base,
+        "method": method,
+        "global": accuracy,
+        "fedavg": 0.60,
+        "teraflops": 100.0,
+        "ensembles": ENSEMBLES,
+    } | about
 
 
 ROWS = [
     row("fedmitr", 0.50, code="old"),
     row("fedmitr", 0.84),
-    row("fedmitr", 0.86),
+    row("fedmitr", 0.86, distill_seed=1),
     row("fedmitr", 0.89, seed=45),
     row("random-images", 0.82),
     row("dense-inversion", 0.83),
@@ -58,8 +66,52 @@ def test_the_picture_has_a_point_for_each_budget(tmp_path: Path):
         (50.0, 99.0, 0.0),
         (100.0, pytest.approx(87.0), pytest.approx(2.83, abs=0.01)),
     ]
+    assert curve_of(ROWS[1]) == "fedmitr"
+    assert curve_of(row("fedmitr", 0.7, changes={"distill.noise": "0.0"})) == "fedmitr, no random images"
     draw(rows, "a title", tmp_path / "picture.png")
     assert (tmp_path / "picture.png").stat().st_size > 10_000
+
+
+def test_tables_take_differences_between_runs_of_the_same_seeds():
+    short = {"distill.steps": "9"}
+    hard = {**short, "relabel.labels": "hard"}
+    more = [
+        row("fedmitr", 0.70, changes=hard),
+        row("random-images", 0.75, changes=short),
+        row("fedmitr", 0.20, seed=46),
+    ]
+    more.append(row("fedavg", 0.30, clients=3, changes={"partition.kind": "natural"}))
+    found = [part.splitlines() for part in tables([*ROWS, *more]).split("\n\n")]
+    assert dict(zip((title for [title] in found[::2]), (lines[2:] for lines in found[1::2]), strict=True)) == {
+        "### Ten clients": [
+            "| `fedmitr` | 64.7 ± 38.7 | 100.0 |",
+            "| `random-images` | 82.0 (1) | 100.0 |",
+            "| `dense-inversion` | 83.0 (1) | 100.0 |",
+            "| `fedavg` | 60.0 (1) | 0.0 |",
+            "| ensemble, its best weights | 90.0 ± 0.0 (competence) |  |",
+        ],
+        "### Other numbers of clients K": [
+            "| 0.1 | 10 | 64.7 ± 38.7 | 90.0 ± 0.0 (competence) |",
+            "| 0.1 | 50 | 10.0 (1) | 90.0 (1) (competence) |",
+        ],
+        "### A natural partition: 3 clients, each with a part of its own": [
+            "| `fedavg` | 30.0 (1) |",
+            "| ensemble, its best weights | 90.0 (1) (competence) |",
+        ],
+        "### Changes at Dirichlet(0.1): to the main settings": [
+            "| none | 64.7 ± 38.7 |  |",
+            "| `distill.steps=9` | 99.0 (1) | +15.0 (1) |",
+        ],
+        "### Changes at Dirichlet(0.1): to `distill.steps=9`": [
+            "| none | 99.0 (1) |  |",
+            "| `relabel.labels=hard` | 70.0 (1) | -29.0 (1) |",
+            "| `run.method=random-images` | 75.0 (1) | -24.0 (1) |",
+        ],
+    }
+
+
+def test_the_tables_are_of_the_stored_results():
+    assert (ROOT / "benchmarks" / "results" / "accuracy.md").read_text("utf-8") == render()
 
 
 def test_time_to_quality_compares_what_both_recipes_were_run_on_by_the_same_code():

@@ -1,0 +1,187 @@
+"""The stored results of `benchmarks.accuracy` as tables: writes benchmarks/results/accuracy.md.
+
+    python -m benchmarks.accuracy_tables
+
+Of each data set: methods x Dirichlet concentrations, numbers of clients, a natural partition, and what changed settings
+are worth. A changed setting is compared with the run on the same partitions that has all of its changes but some, and
+the difference is taken for each partition.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+
+from benchmarks.accuracy import ROOT, SKEWS, Row, main_rows, read
+
+RESULTS = ROOT / "benchmarks" / "results"
+DATA = {"mnist-5k": "MNIST-5k", "digits": "Digits (8 x 8)", "emoji10": "emoji10"}
+HEAD = """\
+# Accuracy of FedMITR and of the baselines
+
+    python -m benchmarks.accuracy
+    python -m benchmarks.accuracy --data digits
+    python -m benchmarks.accuracy --data npz:PATH/emoji10.npz
+    python -m benchmarks.accuracy --clients 20 --skews 0.1,0.3 --methods fedmitr,fedavg
+    python -m benchmarks.accuracy --skews 0.1 --methods fedmitr --distill-seeds 1 --change KEY=VALUE --change KEY=VALUE
+    python -m benchmarks.accuracy_tables    # writes this
+
+Accuracy of the global model in percent on test images (1,000 of MNIST-5k, 360 of digits, 550 of emoji10), mean ±
+spread over the partition seeds 44, 45, 46; how many where it is not three. All methods have the same uploads; all
+that distil have the same ensemble weights, start, random images, steps and augmentation. Settings are the defaults,
+for emoji10 conf/emoji10.toml; they were chosen on validation images of other partitions. Two seeds of the server's
+stages at 0.1 and 0.3 for `fedmitr`, `random-images` and `dense-inversion`, else one. A difference is between runs
+with the same seeds. Spread over partitions is large, so read differences within a column; below a point they are
+noise. TFLOP: 10^12 operations of the server's stages. Raw lines, each with its hardware, are in
+`accuracy-mnist-5k.jsonl`, `accuracy-digits.jsonl`, `accuracy-emoji10.jsonl`. What the tables say, what was tried and
+how settings were chosen: [accuracy-notes.md](accuracy-notes.md)."""
+METHODS = (
+    "fedmitr",
+    "random-images",
+    "dense-inversion",
+    "dense-inversion-kl",
+    "hard-labels",
+    "dense",
+    "co-boosting",
+    "head-aggregation",
+    "fedavg",
+)
+NATURAL = {"partition.kind": "natural"}
+Changes = frozenset[tuple[str, str]]
+
+
+def main() -> None:
+    """Write the tables and print where they are."""
+    path = RESULTS / "accuracy.md"
+    path.write_text(render(), "utf-8")
+    print(path)
+
+
+def render() -> str:
+    """All that is stored, as Markdown."""
+    stored = {name: read(RESULTS / f"accuracy-{name}.jsonl") for name in DATA}
+    parts = [f"## {title}\n\n{tables(stored[name])}" for name, title in DATA.items() if stored[name]]
+    return "\n\n".join([HEAD, *parts]) + "\n"
+
+
+def tables(rows: Sequence[Row]) -> str:
+    """The tables that there are rows for, each below its title; of runs of the newest code alone."""
+    rows = [row for row in rows if row["code"] == main_rows(list(rows))[-1]["code"]]
+    plain = [row for row in rows if not row["changes"]]
+    natural = [row for row in rows if row["changes"] == NATURAL]
+    parts = ["### Ten clients", by_skew([row for row in plain if row["clients"] == 10])]
+    if any(row["clients"] != 10 for row in plain):
+        parts += ["### Other numbers of clients K", by_clients([row for row in plain if row["skew"] in ("0.1", "0.3")])]
+    if natural:
+        clients = natural[0]["clients"]
+        parts += [f"### A natural partition: {clients} clients, each with a part of its own", by_method(natural)]
+    for base, table in changed([row for row in rows if row["clients"] == 10 and row["skew"] == "0.1"]):
+        parts += [f"### Changes at Dirichlet(0.1): to {named(base) or 'the main settings'}", table]
+    return "\n\n".join(parts)
+
+
+def by_skew(rows: Sequence[Row]) -> str:
+    """Methods x Dirichlet concentrations, and the ensemble at the weighting that is its best in each."""
+    skews = [skew for skew in SKEWS if any(row["skew"] == skew for row in rows)]
+    columns = [[row for row in rows if row["skew"] == skew] for skew in skews]
+    lines = [["method", *skews, "TFLOP"]]
+    for method in METHODS:
+        mine = [[row for row in column if row["method"] == method] for column in columns]
+        if any(mine):
+            cost = statistics.mean(row["teraflops"] for column in mine for row in column)
+            lines.append([f"`{method}`", *map(spread, mine), f"{cost:.1f}"])
+    return markdown([*lines, ["ensemble, its best weights", *map(best_ensemble, columns), ""]])
+
+
+def by_method(rows: Sequence[Row]) -> str:
+    """Methods on one kind of partition."""
+    lines = [["method", "accuracy"]]
+    for method in METHODS:
+        mine = [row for row in rows if row["method"] == method]
+        if mine:
+            lines.append([f"`{method}`", spread(mine)])
+    return markdown([*lines, ["ensemble, its best weights", best_ensemble(rows)]])
+
+
+def by_clients(rows: Sequence[Row]) -> str:
+    """Numbers of clients x methods, for each Dirichlet concentration."""
+    methods = [method for method in METHODS if any(row["method"] == method for row in rows if row["clients"] != 10)]
+    lines = [["Dirichlet", "K", *(f"`{method}`" for method in methods), "ensemble, its best weights"]]
+    for skew, clients in sorted({(row["skew"], row["clients"]) for row in rows}):
+        here = [row for row in rows if (row["skew"], row["clients"]) == (skew, clients)]
+        cells = [spread([row for row in here if row["method"] == method]) for method in methods]
+        lines.append([skew, str(clients), *cells, best_ensemble(here)])
+    return markdown(lines)
+
+
+def changed(rows: Sequence[Row]) -> Iterator[tuple[Changes, str]]:
+    """Yield the recipes that others are compared with: their own changes, and a table of what the others are worth."""
+    groups: dict[Changes, list[Row]] = {}
+    for row in rows:
+        own = {**row["changes"], **({} if row["method"] == "fedmitr" else {"run.method": row["method"]})}
+        groups.setdefault(frozenset(own.items()), []).append(row)
+    nested: dict[Changes, list[Changes]] = {}
+    for changes in groups:
+        # Other methods with no further change are in the main table.
+        if changes and not (len(changes) == 1 and named(changes).startswith("`run.method")):
+            smaller = [base for base in groups if base < changes and "run.method" not in dict(base)]
+            nested.setdefault(max(smaller, key=len), []).append(changes)
+    for base, others in nested.items():
+        lines = [["change", "accuracy", "difference"], ["none", spread(groups[base]), ""]]
+        for changes in sorted(others, key=named):
+            differences = paired(groups[changes], groups[base])
+            cells = spread(groups[changes]), plus_minus(differences, "+") if differences else ""
+            lines.append([named(changes - base), *cells])
+        yield base, markdown(lines)
+
+
+def paired(rows: Sequence[Row], base: Sequence[Row]) -> list[float]:
+    """Difference in points for each partition seed, over the distillation seeds that both have."""
+
+    def by_run(some: Sequence[Row]) -> dict[tuple[int, int], float]:
+        return {(row["seed"], row["distill_seed"]): 100 * row["global"] for row in some}
+
+    ours, theirs = by_run(rows), by_run(base)
+    both = sorted(ours.keys() & theirs.keys())
+    return [
+        statistics.mean(ours[run] - theirs[run] for run in both if run[0] == seed) for seed in {run[0] for run in both}
+    ]
+
+
+def spread(rows: Sequence[Row]) -> str:
+    """Mean and spread over partition seeds; how many if they are not three."""
+    if not rows:
+        return ""
+    seeds = {row["seed"] for row in rows}
+    means = [statistics.mean(100 * row["global"] for row in rows if row["seed"] == seed) for seed in seeds]
+    return plus_minus(means)
+
+
+def best_ensemble(rows: Sequence[Row]) -> str:
+    """Mean and spread of the ensemble at the weighting with the best mean."""
+    by_seed = {row["seed"]: row["ensembles"] for row in rows}
+    means = {name: [100 * found[name] for found in by_seed.values()] for name in rows[0]["ensembles"]}
+    best = max(means, key=lambda name: statistics.mean(means[name]))
+    return f"{plus_minus(means[best])} ({best})"
+
+
+def plus_minus(values: Sequence[float], sign: str = "") -> str:
+    """``85.6 ± 2.0``; the number of values behind it where it is not three."""
+    mean = f"{statistics.mean(values):{sign}.1f}"
+    number = "" if len(values) == 3 else f" ({len(values)})"
+    return f"{mean} ± {statistics.stdev(values):.1f}{number}" if len(values) > 1 else mean + number
+
+
+def named(changes: Changes) -> str:
+    """The changes in code quotes."""
+    return ", ".join(f"`{key}={value}`" for key, value in sorted(changes))
+
+
+def markdown(lines: Iterable[Sequence[str]]) -> str:
+    """A table; the first line is its head."""
+    head, *body = (f"| {' | '.join(cells)} |" for cells in lines)
+    return "\n".join([head, "|" + "---|" * (head.count("|") - 1), *body])
+
+
+if __name__ == "__main__":
+    main()
