@@ -21,6 +21,7 @@ from benchmarks.accuracy import ROOT, Row, read
 
 RESULTS = ROOT / "benchmarks" / "results"
 BUDGET = {"distill.steps", "distill.noise", "inversion.images", "inversion.iterations"}
+ALONE = ", no random images"
 
 
 def main(
@@ -44,26 +45,27 @@ def main(
 
 def draw(rows: list[Row], title: str, path: Path) -> None:
     """Write the picture of these rows."""
-    figure = Figure(figsize=(7, 4.5), layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for curve in dict.fromkeys(curve_of(row) for row in rows if row["teraflops"] > 0):
         points = budgets([row for row in rows if curve_of(row) == curve])
         cost, means, spreads = zip(*points, strict=True)
-        axes.errorbar(cost, means, spreads, marker="o", capsize=3, label=curve)
+        line = "none" if curve.endswith(ALONE) else "-"  # budgets of steps and of images, which are no one curve
+        axes.errorbar(cost, means, spreads, marker="o", capsize=3, linestyle=line, label=curve)
     best = max(rows[0]["ensembles"], key=lambda name: statistics.mean(row["ensembles"][name] for row in rows))
     ensemble = 100 * statistics.mean(row["ensembles"][best] for row in rows)
     fedavg = 100 * statistics.mean(row["fedavg"] for row in rows)
     axes.axhline(ensemble, color="black", linewidth=1, label=f"ensemble ({best} weights)")
     axes.axhline(fedavg, color="black", linewidth=1, linestyle=":", label="one-shot FedAvg")
     axes.set(title=title, xlabel="FLOPs of the server, 10¹²", ylabel="accuracy on test images, %")
-    axes.legend(loc="center right", frameon=False)
+    axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
     figure.savefig(path, dpi=150)
 
 
 def curve_of(row: Row) -> str:
     """The method, and whether the student sees inverted images alone."""
     alone = float(row["changes"].get("distill.noise", 1)) == 0
-    return f"{row['method']}, no random images" if alone else str(row["method"])
+    return f"{row['method']}{ALONE if alone else ''}"
 
 
 def budgets(rows: list[Row]) -> list[tuple[float, float, float]]:

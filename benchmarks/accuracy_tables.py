@@ -126,7 +126,7 @@ def changed(rows: Sequence[Row]) -> Iterator[tuple[Changes, str]]:
         if changes and not (len(changes) == 1 and named(changes).startswith("`run.method")):
             smaller = [base for base in groups if base < changes and "run.method" not in dict(base)]
             nested.setdefault(max(smaller, key=len), []).append(changes)
-    for base, others in nested.items():
+    for base, others in sorted(nested.items(), key=lambda item: len(item[0])):
         lines = [["change", "accuracy", "difference"], ["none", spread(groups[base]), ""]]
         for changes in sorted(others, key=named):
             differences = paired(groups[changes], groups[base])
