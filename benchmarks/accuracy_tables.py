@@ -26,7 +26,7 @@ HEAD = """\
     python -m benchmarks.accuracy --skews 0.1 --methods fedmitr --distill-seeds 1 --change KEY=VALUE --change KEY=VALUE
     python -m benchmarks.accuracy_tables    # writes this
 
-Accuracy of the global model in percent on test images (1,000 of MNIST-5k, 360 of digits, 550 of emoji10), mean ±
+Accuracy of the global model in percent on test images (1,000 of MNIST-5k, 359 of digits, 550 of emoji10), mean ±
 spread over the partition seeds 44, 45, 46; how many where it is not three. All methods have the same uploads; all
 that distil have the same ensemble weights, start, random images, steps and augmentation. Settings are the defaults,
 for emoji10 conf/emoji10.toml; they were chosen on validation images of other partitions. Two seeds of the server's
