@@ -215,18 +215,14 @@ def summarise(rows: list[Row]) -> dict[str, Row]:
         if "fedmitr" not in means:
             continue
         others = {method: mean for method, mean in means.items() if method != "fedmitr"}
-        by_seed = [
-            mean_of([row for row in here if row["seed"] == seed], "fedmitr") for seed in {row["seed"] for row in here}
-        ]
-        weightings = here[0]["ensembles"]
-        ensembles = [statistics.mean(row["ensembles"][name] for row in here) for name in weightings]
+        by_seed = seed_means([row for row in here if row["method"] == "fedmitr"])
         best = max(others, key=others.__getitem__, default="")
         cheap = [others[method] for method in NO_INVERSION if method in others]
         out[skew] = {
             "global": means["fedmitr"],
             "global_std": round(statistics.stdev(by_seed), 2) if len(by_seed) > 1 else None,
             "fedavg": means.get("fedavg"),
-            "ensemble": round(100 * max(ensembles), 2),
+            "ensemble": round(statistics.mean(best_ensemble(here)[1]), 2),
             "best_baseline": others.get(best),
             "best_baseline_name": best or None,
             "best_baseline_no_inversion": max(cheap, default=None),
@@ -243,6 +239,21 @@ def mean_of(rows: list[Row], method: str) -> float:
     return round(100 * statistics.mean(float(row["global"]) for row in rows if row["method"] == method), 2)
 
 
+def seed_means(rows: Iterable[Row]) -> list[float]:
+    """Mean accuracy in percent of each partition seed."""
+    by_seed: dict[int, list[float]] = {}
+    for row in rows:
+        by_seed.setdefault(row["seed"], []).append(100 * row["global"])
+    return [statistics.mean(values) for values in by_seed.values()]
+
+
+def best_ensemble(rows: Iterable[Row]) -> tuple[str, list[float]]:
+    """The weighting with the best mean over partition seeds, and its accuracy in percent of each."""
+    by_seed = list({row["seed"]: row["ensembles"] for row in rows}.values())
+    means = {name: [100 * found[name] for found in by_seed] for name in by_seed[0]}
+    return max(means.items(), key=lambda item: statistics.mean(item[1]))
+
+
 def show(rows: list[Row]) -> None:
     """Print mean and spread over partition seeds, a line for each method."""
     skews = [skew for skew in SKEWS if any(row["skew"] == skew for row in rows)]
@@ -252,9 +263,7 @@ def show(rows: list[Row]) -> None:
         cells = []
         for skew in skews:
             here = [row for row in mine if row["skew"] == skew]
-            seeds = [
-                mean_of([row for row in here if row["seed"] == seed], method) for seed in {r["seed"] for r in here}
-            ]
+            seeds = seed_means(here)
             spread = f" ± {statistics.stdev(seeds):.1f}" if len(seeds) > 1 else ""
             cells.append(f"{statistics.mean(seeds):.1f}{spread}" if seeds else "")
         table.add_row(method, *cells, f"{statistics.mean(row['cpu_seconds'] for row in mine):.0f}")

@@ -17,7 +17,7 @@ from typing import Annotated
 import typer
 from matplotlib.figure import Figure
 
-from benchmarks.accuracy import ROOT, Row, read
+from benchmarks.accuracy import ROOT, Row, best_ensemble, read, seed_means
 
 RESULTS = ROOT / "benchmarks" / "results"
 BUDGET = {"distill.steps", "distill.noise", "inversion.images", "inversion.iterations"}
@@ -52,10 +52,9 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
         cost, means, spreads = zip(*points, strict=True)
         line = "none" if curve.endswith(ALONE) else "-"  # budgets of steps and of images, which are no one curve
         axes.errorbar(cost, means, spreads, marker="o", capsize=3, linestyle=line, label=curve)
-    best = max(rows[0]["ensembles"], key=lambda name: statistics.mean(row["ensembles"][name] for row in rows))
-    ensemble = 100 * statistics.mean(row["ensembles"][best] for row in rows)
+    best, ensembles = best_ensemble(rows)
     fedavg = 100 * statistics.mean(row["fedavg"] for row in rows)
-    axes.axhline(ensemble, color="black", linewidth=1, label=f"ensemble ({best} weights)")
+    axes.axhline(statistics.mean(ensembles), color="black", linewidth=1, label=f"ensemble ({best} weights)")
     axes.axhline(fedavg, color="black", linewidth=1, linestyle=":", label="one-shot FedAvg")
     axes.set(title=title, xlabel="FLOPs of the server, 10¹²", ylabel="accuracy on test images, %")
     axes.legend(loc="upper left", bbox_to_anchor=(1, 1), frameon=False)
@@ -73,10 +72,7 @@ def budgets(rows: list[Row]) -> list[tuple[float, float, float]]:
     points = []
     for changes in dict.fromkeys(tuple(sorted(row["changes"].items())) for row in rows):
         same = [row for row in rows if tuple(sorted(row["changes"].items())) == changes]
-        by_seed: dict[int, list[float]] = {}
-        for row in same:
-            by_seed.setdefault(row["seed"], []).append(100 * row["global"])
-        means = [statistics.mean(values) for values in by_seed.values()]
+        means = seed_means(same)
         spread = statistics.stdev(means) if len(means) > 1 else 0.0
         points.append((statistics.mean(row["teraflops"] for row in same), statistics.mean(means), spread))
     return sorted(points)

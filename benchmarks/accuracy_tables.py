@@ -10,9 +10,9 @@ the difference is taken for each partition.
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
-from benchmarks.accuracy import ROOT, SKEWS, Row, main_rows, read
+from benchmarks.accuracy import ROOT, SKEWS, Row, best_ensemble, main_rows, read, seed_means
 
 RESULTS = ROOT / "benchmarks" / "results"
 DATA = {"mnist-5k": "MNIST-5k", "digits": "Digits (8 x 8)", "emoji10": "emoji10"}
@@ -69,38 +69,30 @@ def tables(rows: Sequence[Row]) -> str:
     rows = [row for row in rows if row["code"] == main_rows(list(rows))[-1]["code"]]
     plain = [row for row in rows if not row["changes"]]
     natural = [row for row in rows if row["changes"] == NATURAL]
-    parts = ["### Ten clients", by_skew([row for row in plain if row["clients"] == 10])]
+    ten = {skew: [row for row in plain if row["clients"] == 10 and row["skew"] == skew] for skew in SKEWS}
+    parts = ["### Ten clients", by_method({skew: column for skew, column in ten.items() if column})]
     if any(row["clients"] != 10 for row in plain):
         parts += ["### Other numbers of clients K", by_clients([row for row in plain if row["skew"] in ("0.1", "0.3")])]
     if natural:
         clients = natural[0]["clients"]
-        parts += [f"### A natural partition: {clients} clients, each with a part of its own", by_method(natural)]
+        parts += [
+            f"### A natural partition: {clients} clients, each with a part of its own",
+            by_method({"accuracy": natural}),
+        ]
     for base, table in changed([row for row in rows if row["clients"] == 10 and row["skew"] == "0.1"]):
         parts += [f"### Changes at Dirichlet(0.1): to {named(base) or 'the main settings'}", table]
     return "\n\n".join(parts)
 
 
-def by_skew(rows: Sequence[Row]) -> str:
-    """Methods x Dirichlet concentrations, and the ensemble at the weighting that is its best in each."""
-    skews = [skew for skew in SKEWS if any(row["skew"] == skew for row in rows)]
-    columns = [[row for row in rows if row["skew"] == skew] for skew in skews]
-    lines = [["method", *skews, "TFLOP"]]
+def by_method(columns: Mapping[str, Sequence[Row]]) -> str:
+    """Methods x columns of rows, and the ensemble at the weighting that is its best in each."""
+    lines = [["method", *columns, "TFLOP"]]
     for method in METHODS:
-        mine = [[row for row in column if row["method"] == method] for column in columns]
+        mine = [[row for row in column if row["method"] == method] for column in columns.values()]
         if any(mine):
             cost = statistics.mean(row["teraflops"] for column in mine for row in column)
             lines.append([f"`{method}`", *map(spread, mine), f"{cost:.1f}"])
-    return markdown([*lines, ["ensemble, its best weights", *map(best_ensemble, columns), ""]])
-
-
-def by_method(rows: Sequence[Row]) -> str:
-    """Methods on one kind of partition."""
-    lines = [["method", "accuracy"]]
-    for method in METHODS:
-        mine = [row for row in rows if row["method"] == method]
-        if mine:
-            lines.append([f"`{method}`", spread(mine)])
-    return markdown([*lines, ["ensemble, its best weights", best_ensemble(rows)]])
+    return markdown([*lines, ["ensemble, its best weights", *map(ensemble, columns.values()), ""]])
 
 
 def by_clients(rows: Sequence[Row]) -> str:
@@ -110,7 +102,7 @@ def by_clients(rows: Sequence[Row]) -> str:
     for skew, clients in sorted({(row["skew"], row["clients"]) for row in rows}):
         here = [row for row in rows if (row["skew"], row["clients"]) == (skew, clients)]
         cells = [spread([row for row in here if row["method"] == method]) for method in methods]
-        lines.append([skew, str(clients), *cells, best_ensemble(here)])
+        lines.append([skew, str(clients), *cells, ensemble(here)])
     return markdown(lines)
 
 
@@ -123,7 +115,7 @@ def changed(rows: Sequence[Row]) -> Iterator[tuple[Changes, str]]:
     nested: dict[Changes, list[Changes]] = {}
     for changes in groups:
         # Other methods with no further change are in the main table.
-        if changes and not (len(changes) == 1 and named(changes).startswith("`run.method")):
+        if dict(changes).keys() - {"run.method"}:
             smaller = [base for base in groups if base < changes and "run.method" not in dict(base)]
             nested.setdefault(max(smaller, key=len), []).append(changes)
     for base, others in sorted(nested.items(), key=lambda item: len(item[0])):
@@ -150,19 +142,13 @@ def paired(rows: Sequence[Row], base: Sequence[Row]) -> list[float]:
 
 def spread(rows: Sequence[Row]) -> str:
     """Mean and spread over partition seeds; how many if they are not three."""
-    if not rows:
-        return ""
-    seeds = {row["seed"] for row in rows}
-    means = [statistics.mean(100 * row["global"] for row in rows if row["seed"] == seed) for seed in seeds]
-    return plus_minus(means)
+    return plus_minus(seed_means(rows)) if rows else ""
 
 
-def best_ensemble(rows: Sequence[Row]) -> str:
+def ensemble(rows: Sequence[Row]) -> str:
     """Mean and spread of the ensemble at the weighting with the best mean."""
-    by_seed = {row["seed"]: row["ensembles"] for row in rows}
-    means = {name: [100 * found[name] for found in by_seed.values()] for name in rows[0]["ensembles"]}
-    best = max(means, key=lambda name: statistics.mean(means[name]))
-    return f"{plus_minus(means[best])} ({best})"
+    best, accuracies = best_ensemble(rows)
+    return f"{plus_minus(accuracies)} ({best})"
 
 
 def plus_minus(values: Sequence[float], sign: str = "") -> str:
