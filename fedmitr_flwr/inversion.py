@@ -13,8 +13,7 @@ Letters: B images, C classes, P patches of the full grid, L patches kept, E = ch
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 
 import torch
@@ -34,29 +33,10 @@ from fedmitr_flwr.steady import SteadySteps, stretches, suits
 from fedmitr_flwr.synthetic import SyntheticImages
 from fedmitr_flwr.terms import Term
 from fedmitr_flwr.views import View
+from fedmitr_flwr.watch import NOBODY, Watch
 
 CHECK = 100
 """Iterations between two looks at whether the loss is finite, for which a GPU would have to be waited for."""
-
-
-@dataclass(frozen=True)
-class Watch:
-    """Who looks on while a batch is inverted.
-
-    Attributes
-    ----------
-    on_iteration
-        Called with the iteration, from 0, and the ``(B,)`` detached cross-entropies, still on the device.
-    on_stop
-        Called at each stop with the iteration, the ``(B, ch, S, S)`` images as they are then, and the ``(B, L)``
-        patches that go on.
-    """
-
-    on_iteration: Callable[[int, Tensor], None] | None = None
-    on_stop: Callable[[int, Tensor, Tensor], None] | None = None
-
-
-NOBODY = Watch()
 
 
 class InversionDivergedError(RuntimeError):

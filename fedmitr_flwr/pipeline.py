@@ -23,7 +23,6 @@ from fedmitr_flwr.diagnostics import Diagnostics, diagnose
 from fedmitr_flwr.distill import distill
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import NOBODY
 from fedmitr_flwr.models import build_model
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.outliers import trust
@@ -33,6 +32,7 @@ from fedmitr_flwr.settings import DistillSettings, Settings
 from fedmitr_flwr.synthesis import invert_batch, split_and_relabel
 from fedmitr_flwr.synthetic import SyntheticImages
 from fedmitr_flwr.teachers import MemoryLimits, PagedTeachers, load_teachers
+from fedmitr_flwr.watch import NOBODY
 from fedmitr_flwr.weighting import class_weights, evidence
 
 

@@ -17,10 +17,11 @@ from fedmitr_flwr.checkpoint import load_checkpoint
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import Watch, invert
+from fedmitr_flwr.inversion import invert
 from fedmitr_flwr.settings import InversionSettings, SettingsError
 from fedmitr_flwr.synthetic import SyntheticImages
 from fedmitr_flwr.vit import check_supported
+from fedmitr_flwr.watch import Watch
 
 
 def spec_of(model: VisionTransformer) -> ImageSpec:

@@ -14,13 +14,14 @@ from torch import Tensor
 from fedmitr_flwr.density import PatchSplit, split_patches
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import NOBODY, Watch, invert
+from fedmitr_flwr.inversion import invert
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.rebirth import invert_by_rebirth
 from fedmitr_flwr.relabel import LowTargets, relabel
 from fedmitr_flwr.settings import InversionSettings, Settings
 from fedmitr_flwr.synthetic import SyntheticImages
 from fedmitr_flwr.terms import Term
+from fedmitr_flwr.watch import NOBODY, Watch
 
 
 class InversionMethod(Protocol):

@@ -10,12 +10,13 @@ from fedmitr_flwr import steady
 from fedmitr_flwr.baselines import METHODS
 from fedmitr_flwr.cuda_graph import WARM_UP, GraphRunner
 from fedmitr_flwr.ensemble import Ensemble, MemoryLimits
-from fedmitr_flwr.inversion import InversionBatch, InversionDivergedError, Watch, invert
+from fedmitr_flwr.inversion import InversionBatch, InversionDivergedError, invert
 from fedmitr_flwr.models import build_model, initial_state
 from fedmitr_flwr.pipeline import ClientModel, PipelineInputs
 from fedmitr_flwr.schedule import most_attended
 from fedmitr_flwr.settings import InversionSettings
 from fedmitr_flwr.training import train_local
+from fedmitr_flwr.watch import Watch
 from tests.unit.test_engine import GRID, LABELS, batch, variant
 from tests.unit.test_pipeline import SETTINGS, SOURCE
 from tests.unit.tiny import CLASSES, tiny_ensemble, tiny_grid
