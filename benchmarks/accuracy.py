@@ -171,7 +171,7 @@ def ensemble_accuracies(federation: Federation, settings: Settings) -> dict[str,
     grid = PatchGrid.of(build_model(settings.model, federation.spec), federation.spec)
     teachers, _ = make_ensemble(federation.inputs(settings))
     parts = list(batches(federation.source.test, federation.spec, 250, torch.device("cpu")))
-    logits = torch.cat([teachers.see(grid.to_patches(x))[0] for x, _ in parts], dim=1)
+    logits = torch.cat([teachers.see(grid.to_patches(x)).logits for x, _ in parts], dim=1)
     y = torch.cat([y for _, y in parts])
     out = {}
     for weighting in get_args(EnsembleSettings.model_fields["weighting"].annotation):

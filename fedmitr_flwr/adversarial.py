@@ -109,7 +109,7 @@ class HardImages:
         self._pool = self._pool.join(made)
         with torch.no_grad():
             said = forward_patches(self._student, made.patches[: len(images.labels)], None).logits
-        agrees = said.argmax(1) == made.targets[: len(images.labels)].argmax(1)
+        agrees = said.argmax(1) == made.targets.probabilities[: len(images.labels)].argmax(1)
         self._observer.event(
             "distill",
             step=step,

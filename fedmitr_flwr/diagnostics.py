@@ -114,7 +114,7 @@ def diagnose(
     rows = torch.linspace(0, B - 1, min(B, LOOKED_AT), device=synthetic.labels.device).round().long()
     images, y, P = synthetic.images[rows], synthetic.labels[rows], grid.num_patches
     low, high = (bound.to(images)[:, None, None] for bound in (grid.low, grid.high))
-    logits, _ = ensemble.see(grid.to_patches(images))
+    logits = ensemble.see(grid.to_patches(images)).logits
     right = (logits.argmax(-1) == y).float()  # (K, b)
     weights = ensemble.weights[:, y]
     kept = synthetic.kept.shape[1]

@@ -2,15 +2,16 @@
 
 ``L = KL(A(x) || s(x)) + CE(s(.), y) + l_low KL(q_low || s(x_low))`` with a weight for each term. The CE
 term looks at the high-density patches (the paper's words) or at the full image (better in our
-measurements). `pool.py` gathers what the student learns from.
+measurements). Two further terms, which are ours, take what each teacher makes of an image beside what they say
+together (`branches.py`). `pool.py` gathers what the student learns from.
 
-Letters: B images, C classes, P patches of the full grid, N images of the pool.
+Letters: B images, K teachers, C classes, P patches of the full grid, N images of the pool.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any, Protocol
 
@@ -19,6 +20,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedmitr_flwr.branches import Branches, last_norms
 from fedmitr_flwr.density import subsets
 from fedmitr_flwr.pool import Pool
 from fedmitr_flwr.relabel import soften
@@ -29,7 +31,7 @@ from fedmitr_flwr.vit import forward_patches
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The three terms before they are weighted, in nats: scalar means over the step's images.
+    """The terms before they are weighted, in nats but for `feature`: scalar means over the step's images.
 
     An image without a term (a mixed or noise image has only the first) counts as 0 in it, so that each image
     weighs what the formula says, however many others there are.
@@ -38,10 +40,21 @@ class LossTerms:
     kl: Tensor
     ce: Tensor
     low: Tensor
+    feature: Tensor
+    teacher: Tensor
 
     def total(self, settings: DistillSettings) -> Tensor:
         """Weighted sum."""
-        return settings.kl_weight * self.kl + settings.ce_weight * self.ce + settings.low_weight * self.low
+        ours = settings.kl_weight * self.kl + settings.ce_weight * self.ce + settings.low_weight * self.low
+        return ours + settings.feature_weight * self.feature + settings.teacher_weight * self.teacher
+
+    def detach(self) -> LossTerms:
+        """The same without a graph."""
+        return LossTerms(*(getattr(self, field.name).detach() for field in fields(self)))
+
+    def values(self) -> dict[str, float]:
+        """Each by its name."""
+        return {field.name: float(getattr(self, field.name)) for field in fields(self)}
 
 
 class TrainingProgress(Protocol):
@@ -60,6 +73,7 @@ def distill(
     settings: DistillSettings,
     *,
     generator: torch.Generator,
+    branches: Branches | None = None,
     on_step: Callable[[int, LossTerms], None] | None = None,
     progress: TrainingProgress | None = None,
     grow: Callable[[int], Pool | None] | None = None,
@@ -76,6 +90,8 @@ def distill(
         Steps, optimiser and terms.
     generator
         CPU generator of the order.
+    branches
+        To the teachers; they learn beside the student. None: without the terms that need them.
     on_step
         Called with the step, from 0, and its detached terms, still on the device.
     progress
@@ -91,13 +107,14 @@ def distill(
     recipe = TrainSettings(
         learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, warmup_fraction=0.05
     )
-    optimizer, scheduler = make_optimizer(student, recipe, settings.steps)
+    learner = nn.ModuleList([student] if branches is None else [student, branches])
+    optimizer, scheduler = make_optimizer(learner, recipe, settings.steps)
     student.train()
     queue = torch.empty(0, dtype=torch.int64)
     total = torch.zeros(())
     start = 0
     if progress is not None and (kept := progress.load()) is not None:
-        student.load_state_dict(kept["student"])
+        learner.load_state_dict(kept["learner"])
         optimizer.load_state_dict(kept["optimizer"])
         scheduler.load_state_dict(kept["scheduler"])
         generator.set_state(kept["generator"])
@@ -109,7 +126,7 @@ def distill(
         while len(queue) < settings.batch_size:
             queue = torch.cat([queue, torch.randperm(len(pool.labels), generator=generator)])
         rows, queue = queue[: settings.batch_size], queue[settings.batch_size :]
-        terms = loss_terms(student, pool, rows.to(pool.labels.device), settings)
+        terms = loss_terms(student, pool, rows.to(pool.labels.device), settings, branches)
         total = terms.total(settings)
         optimizer.zero_grad(set_to_none=True)
         total.backward()
@@ -117,9 +134,9 @@ def distill(
         optimizer.step()
         scheduler.step()
         if on_step is not None:
-            on_step(step, LossTerms(terms.kl.detach(), terms.ce.detach(), terms.low.detach()))
+            on_step(step, terms.detach())
         if progress is not None:
-            progress.offer(partial(_state, step + 1, student, optimizer, scheduler, generator, queue))
+            progress.offer(partial(_state, step + 1, learner, optimizer, scheduler, generator, queue))
     student.eval()
     if not bool(torch.isfinite(total)):
         raise RuntimeError(f"distillation loss is not finite after {settings.steps} steps; lower distill.learning-rate")
@@ -127,7 +144,7 @@ def distill(
 
 def _state(
     step: int,
-    student: VisionTransformer,
+    learner: nn.Module,
     optimizer: torch.optim.Optimizer,
     scheduler: torch.optim.lr_scheduler.LRScheduler,
     generator: torch.Generator,
@@ -136,7 +153,7 @@ def _state(
     """All that the loop needs to go on after `step` steps."""
     return {
         "step": step,
-        "student": student.state_dict(),
+        "learner": learner.state_dict(),
         "optimizer": optimizer.state_dict(),
         "scheduler": scheduler.state_dict(),
         "generator": generator.get_state(),
@@ -144,21 +161,27 @@ def _state(
     }
 
 
-def loss_terms(student: VisionTransformer, pool: Pool, rows: Tensor, settings: DistillSettings) -> LossTerms:
+def loss_terms(
+    student: VisionTransformer, pool: Pool, rows: Tensor, settings: DistillSettings, branches: Branches | None = None
+) -> LossTerms:
     """Compute the terms of one step; a term of weight 0, or without images in this step, is 0.
 
     Parameters
     ----------
     rows
         ``(b,)`` int64 images of the pool.
+    branches
+        As for `distill`.
     """
-    kl = ce = low = torch.zeros((), device=rows.device)
+    kl = ce = low = feature = teacher = torch.zeros((), device=rows.device)
     full_ce = settings.ce_weight > 0 and settings.ce_on == "full"
-    if settings.kl_weight > 0 or full_ce:
-        logits = forward_patches(student, pool.patches[rows], None).logits
-        kl = kl_divergence(pool.targets[rows], logits, settings.temperature)
+    if settings.kl_weight > 0 or full_ce or branches is not None:
+        seen = forward_patches(student, pool.patches[rows], None)
+        kl = kl_divergence(pool.targets.probabilities[rows], seen.logits, settings.temperature)
         if full_ce:
-            ce = F.cross_entropy(logits, pool.labels[rows], ignore_index=-1, reduction="sum") / len(rows)
+            ce = F.cross_entropy(seen.logits, pool.labels[rows], ignore_index=-1, reduction="sum") / len(rows)
+        if branches is not None and pool.targets.features is not None:
+            feature, teacher = branches(last_norms(student)(seen.features), pool.targets.features[rows])
     still = rows[rows < len(pool.split.high)]  # synthetic images as they were inverted
     if settings.ce_weight > 0 and settings.ce_on == "high" and len(still):
         out = subset_logits(student, pool.patches[still], pool.split.high[still])
@@ -167,7 +190,7 @@ def loss_terms(student: VisionTransformer, pool: Pool, rows: Tensor, settings: D
     if settings.low_weight > 0 and len(present):
         out = subset_logits(student, pool.patches[present], pool.split.low[present])
         low = kl_divergence(pool.low_targets.probabilities[present], out, 1.0) * (len(present) / len(rows))
-    return LossTerms(kl, ce, low)
+    return LossTerms(kl, ce, low, feature, teacher)
 
 
 def kl_divergence(target: Tensor, logits: Tensor, temperature: float) -> Tensor:

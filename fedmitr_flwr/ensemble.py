@@ -11,6 +11,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -44,6 +45,24 @@ class EnsembleOutput:
 
     probabilities: Tensor
     attention: Tensor | None
+
+
+class Views(NamedTuple):
+    """What each teacher makes of a batch.
+
+    Attributes
+    ----------
+    logits
+        ``(K, B, C)`` fp32.
+    attention
+        ``(K, B, L)`` [CLS] attention of the last block, mean over heads.
+    features
+        ``(K, B, D)`` fp32 [CLS] token as it leaves the last block, before the last norm; None unless asked for.
+    """
+
+    logits: Tensor
+    attention: Tensor
+    features: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -139,23 +158,28 @@ class Ensemble:
             logits = torch.stack([out.logits.float() for out in outputs])
             seen = torch.stack([out.attention.detach() for out in outputs if out.attention is not None])
         else:
-            logits, seen = self.see(patches, index)
+            logits, seen, _ = self.see(patches, index)
         probabilities = self.combine(logits)
         return EnsembleOutput(probabilities, self._share(probabilities, seen, labels) if attention else None)
 
     @torch.no_grad()
-    def see(self, patches: Tensor, index: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Every teacher's fp32 logits ``(K, B, C)`` and [CLS] attention ``(K, B, L)``, without autograd."""
+    def see(self, patches: Tensor, index: Tensor | None = None, *, features: bool = False) -> Views:
+        """Run every teacher, without autograd."""
         B, L, _ = patches.shape
         logits = patches.new_empty(len(self.teachers), B, self.weights.shape[1])
         attention = patches.new_empty(len(self.teachers), B, L)
+        tokens = None
         size = max(1, LABEL_ROWS // L)
         for start in range(0, B, size):
             part = slice(start, start + size)
             for step in self._steps(patches[part], None if index is None else index[part], torch.float32):
                 out = step.forward(self._scratch, None)
                 logits[step.members, part], attention[step.members, part] = out.logits, out.attention
-        return logits, attention
+                if features:
+                    if tokens is None:
+                        tokens = patches.new_empty(len(self.teachers), B, out.features.shape[-1])
+                    tokens[step.members, part] = out.features
+        return Views(logits, attention, tokens)
 
     def loss_gradient(
         self,

@@ -103,7 +103,7 @@ def evaluate(
     confusion = {name: MulticlassConfusionMatrix(C).to(device) for name in ("fedavg", "ensemble", "global")}
     for x, y in batches(images, spec, batch_size, device):
         patches = grid.to_patches(x)
-        seen, _ = result.ensemble.see(patches)
+        seen = result.ensemble.see(patches).logits
         for metric, logits in zip(local, seen, strict=True):
             metric.update(logits, y)
         confusion["ensemble"].update(result.ensemble.combine(seen), y)

@@ -98,7 +98,8 @@ def within_memory(settings: Settings, spec: ImageSpec, clients: int, device: tor
             f"the server needs about {plan.peak:,} MiB with {clients} clients: {PROCESS_MB} for its libraries; "
             f"then {plan.collection} for uploads under way, or {plan.teachers} for the teachers with "
             f"{plan.activations} for their activations (inversion.batch-size) or {plan.distillation} for distillation "
-            "(inversion.images times distill.views + mix + noise, distill.adversarial-images, distill.batch-size)"
+            "(inversion.images times distill.views + mix + noise, distill.adversarial-images, distill.batch-size; "
+            "distill.feature-weight and teacher-weight unless both are 0)"
         )
         raise SettingsError(("run.memory-mb", budget, allowed))
     log.info("Memory: about %d MiB planned of %d", plan.peak, budget)
@@ -126,7 +127,7 @@ def plan_memory(settings: Settings, spec: ImageSpec, clients: int, device: torch
         return MemoryPlan(collection, 0, 0, 0, asked.teacher_memory_mb, asked.activation_memory_mb)
     # Averaging reads one tensor of all uploads at a time, in fp32 and with a sum in fp64.
     largest = 4 * max(value.numel() for value in model.state_dict().values())
-    distillation = _distillation_mb(settings, model, spec, weights) + _mb((clients + 2) * largest)
+    distillation = _distillation_mb(settings, model, spec, weights, clients) + _mb((clients + 2) * largest)
     every, fewest = _activations_mb(settings, model, spec, clients)
     # Hard images are inverted beside the pool.
     beside = distillation if settings.distill.adversarial_rounds > 0 else 0
@@ -171,7 +172,7 @@ def _autograd_bytes(model: VisionTransformer, images: int, spec: ImageSpec) -> i
     return int(4 * images * tokens * len(model.blocks) * (_AUTOGRAD_FLOATS * model.embed_dim + 3 * heads * tokens))
 
 
-def _distillation_mb(settings: Settings, model: VisionTransformer, spec: ImageSpec, weights: int) -> int:
+def _distillation_mb(settings: Settings, model: VisionTransformer, spec: ImageSpec, weights: int, clients: int) -> int:
     distill = settings.distill
     if settings.run.method in UNTRAINED:
         return _mb(2 * weights)
@@ -182,7 +183,10 @@ def _distillation_mb(settings: Settings, model: VisionTransformer, spec: ImageSp
     # Weights, gradient and two moments; the last three with the weights once more in a checkpoint on its way.
     student = 8 * weights
     training = pool * _POOL_COPIES / _POOL_PLANES + 2 * _autograd_bytes(model, distill.batch_size, spec)
-    return _mb(max(pool, training) + student)
+    branches = 0.0
+    if distill.learns_teachers:  # tokens in bf16, twice while their parts are joined; maps as the student's weights
+        branches = 4 * images * clients * model.embed_dim + 32 * clients * model.embed_dim**2
+    return _mb(max(pool, training) + student + branches)
 
 
 def _tokens(model: VisionTransformer, spec: ImageSpec) -> int:

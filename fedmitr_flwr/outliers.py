@@ -115,7 +115,7 @@ def opinions(
     generator = torch.Generator().manual_seed(settings.run.seed)
     images.append(random_images(settings.distill.noise_kind, RANDOM_IMAGES, grid, generator).to(device))
     everybody = Ensemble(teachers, torch.full((K, C), 1 / K, device=device))
-    logits, _ = everybody.see(grid.to_patches(torch.cat(images)))
+    logits = everybody.see(grid.to_patches(torch.cat(images))).logits
     said = logits.double().log_softmax(-1).cpu()
     said = said - said.mean(1, keepdim=True)
     return said / said.std(1, keepdim=True).clamp_min(1e-9)

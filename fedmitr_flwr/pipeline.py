@@ -16,6 +16,7 @@ from torch import Tensor
 
 from fedmitr_flwr.adversarial import HardImages
 from fedmitr_flwr.averaging import fedavg, merged
+from fedmitr_flwr.branches import Branches
 from fedmitr_flwr.checkpoints import Checkpoints
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.density import PatchSplit
@@ -173,7 +174,7 @@ def run_pipeline(inputs: PipelineInputs) -> PipelineResult:
                 ensemble, model, known, grid, settings, pool, seed=inputs.seed, generator=generator, observer=observer
             )
             grow = harder if settings.distill.adversarial_rounds > 0 else None
-            state = distilled(inputs, model, pool, settings.distill, generator, grow)
+            state = distilled(inputs, ensemble, model, pool, settings.distill, generator, grow)
         if checkpoints is not None:
             checkpoints.save_model(state)
     return PipelineResult(state, average, ensemble, synthetic, split, found, dict(observer.seconds))
@@ -243,6 +244,7 @@ def student_start(inputs: PipelineInputs, ensemble: Ensemble, average: Mapping[s
 
 def distilled(
     inputs: PipelineInputs,
+    ensemble: Ensemble,
     student: VisionTransformer,
     pool: Pool,
     settings: DistillSettings,
@@ -256,7 +258,18 @@ def distilled(
     student.to(inputs.device)
     report = DistillProgress(inputs.observer, settings.steps, student, pool)
     progress = inputs.checkpoints.progress() if inputs.checkpoints is not None and grow is None else None
-    distill(student, pool, settings, generator=generator, on_step=report, progress=progress, grow=grow)
+    features = pool.targets.features
+    branches = None if features is None else Branches.of(ensemble, features)
+    distill(
+        student,
+        pool,
+        settings,
+        generator=generator,
+        branches=branches,
+        on_step=report,
+        progress=progress,
+        grow=grow,
+    )
     return cpu_state(student)
 
 

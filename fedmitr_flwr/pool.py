@@ -5,19 +5,22 @@ Three kinds of further images join the pool for the first term of the loss: augm
 ``mix = 0``, ``noise = 0``. The ensemble labels the whole pool once: K teachers cost more than the student, and the
 student passes over the pool several times.
 
-Letters: B images, C classes, P patches of the full grid, N images of the pool.
+Letters: B images, K teachers, C classes, D embedding, P patches of the full grid, N images of the pool.
 """
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from fedmitr_flwr.augment import augment
+from fedmitr_flwr.branches import last_norms
 from fedmitr_flwr.density import PatchSplit
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
@@ -25,6 +28,32 @@ from fedmitr_flwr.noise import random_images
 from fedmitr_flwr.relabel import LowTargets
 from fedmitr_flwr.settings import DistillSettings
 from fedmitr_flwr.synthetic import SyntheticImages
+
+
+@dataclass(frozen=True)
+class Targets:
+    """What the student is to make of full images.
+
+    Attributes
+    ----------
+    probabilities
+        ``(N, C)`` A(x) of each, or its most probable class.
+    features
+        ``(N, K, D)`` bf16, each teacher's [CLS] token as its head sees it; None where no term of the loss reads them.
+    """
+
+    probabilities: Tensor
+    features: Tensor | None
+
+    @staticmethod
+    def join(parts: Sequence[Targets]) -> Targets:
+        """Those of all images of `parts`."""
+        features = [part.features for part in parts if part.features is not None]
+        probabilities = torch.cat([part.probabilities for part in parts])
+        return Targets(probabilities, torch.cat(features) if features else None)
+
+    def __getitem__(self, rows: slice) -> Targets:
+        return Targets(self.probabilities[rows], None if self.features is None else self.features[rows])
 
 
 @dataclass(frozen=True)
@@ -38,7 +67,7 @@ class Pool:
     labels
         ``(N,)`` int64 pseudo-label y, or -1 for images that have none (mixed and noise).
     targets
-        ``(N, C)`` A(x) of each full image, or its most probable class.
+        Of each full image.
     split
         Density split of the first B.
     low_targets
@@ -47,7 +76,7 @@ class Pool:
 
     patches: Tensor
     labels: Tensor
-    targets: Tensor
+    targets: Targets
     split: PatchSplit
     low_targets: LowTargets
 
@@ -55,17 +84,17 @@ class Pool:
         """Both pools as one: the synthetic images of both as they were inverted, then what else both hold."""
         pools = (self, other)
 
-        def joined(name: Literal["patches", "labels", "targets"]) -> Tensor:
+        def parts(name: Literal["patches", "labels", "targets"]) -> list[Any]:
             still = [getattr(pool, name)[: len(pool.split.high)] for pool in pools]
-            more = [getattr(pool, name)[len(pool.split.high) :] for pool in pools]
-            return torch.cat([*still, *more])
+            return [*still, *(getattr(pool, name)[len(pool.split.high) :] for pool in pools)]
 
         split = PatchSplit(torch.cat([pool.split.high for pool in pools]))
         low = LowTargets(
             torch.cat([pool.low_targets.probabilities for pool in pools]),
             torch.cat([pool.low_targets.present for pool in pools]),
         )
-        return Pool(joined("patches"), joined("labels"), joined("targets"), split, low)
+        targets = Targets.join(parts("targets"))
+        return Pool(torch.cat(parts("patches")), torch.cat(parts("labels")), targets, split, low)
 
 
 @torch.no_grad()
@@ -120,21 +149,30 @@ def gather(
     return patches, torch.cat([pseudo, pseudo.new_full((len(patches) - len(pseudo),), -1)])
 
 
-def unnamed_pool(patches: Tensor, targets: Tensor) -> Pool:
-    """A pool of ``(N, P, E)`` images that have ``(N, C)`` targets and neither pseudo-labels nor a density split."""
+def unnamed_pool(patches: Tensor, targets: Targets) -> Pool:
+    """A pool of ``(N, P, E)`` images that have targets and neither pseudo-labels nor a density split."""
     none = patches.new_zeros(0, patches.shape[1], dtype=torch.bool)
-    low = LowTargets(targets.new_zeros(0, targets.shape[1]), none.new_zeros(0))
+    low = LowTargets(targets.probabilities[:0], none.new_zeros(0))
     labels = torch.full((len(patches),), -1, device=patches.device)
     return Pool(patches, labels, targets, PatchSplit(none), low)
 
 
 @torch.no_grad()
-def label_patches(ensemble: Ensemble, patches: Tensor, settings: DistillSettings, batch_size: int = 128) -> Tensor:
-    """A(x) of full images, ``(N, P, E)``, or its most probable class alone; ``(N, C)``."""
-    targets = torch.cat([ensemble(part).probabilities for part in patches.split(batch_size)])
+def label_patches(ensemble: Ensemble, patches: Tensor, settings: DistillSettings, batch_size: int = 128) -> Targets:
+    """Targets of full images, ``(N, P, E)``, as far as the loss reads them."""
+    teachers = ensemble.teachers if settings.learns_teachers else ()
+    norms = [copy.deepcopy(last_norms(teacher)).float() for teacher in teachers]
+    probabilities, features = [], []
+    for part in patches.split(batch_size):
+        seen = ensemble.see(part, features=bool(norms))
+        probabilities.append(ensemble.combine(seen.logits))
+        if seen.features is not None:
+            tokens = [norm(of_one) for norm, of_one in zip(norms, seen.features, strict=True)]
+            features.append(torch.stack(tokens, 1).bfloat16())
+    targets = torch.cat(probabilities)
     if settings.labels == "hard":
-        return F.one_hot(targets.argmax(1), targets.shape[1]).to(targets)
-    return targets
+        targets = F.one_hot(targets.argmax(1), targets.shape[1]).to(targets)
+    return Targets(targets, torch.cat(features) if features else None)
 
 
 def mix_patches(images: Tensor, count: int, grid: PatchGrid, generator: torch.Generator) -> Tensor:

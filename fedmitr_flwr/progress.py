@@ -75,7 +75,7 @@ class InversionProgress:
 
 
 class DistillProgress:
-    """Callback of `distill.distill`: the three loss terms, and now and then how often student and ensemble agree.
+    """Callback of `distill.distill`: the loss terms, and now and then how often student and ensemble agree.
 
     Parameters
     ----------
@@ -94,14 +94,13 @@ class DistillProgress:
     def __call__(self, step: int, terms: LossTerms) -> None:
         """Take one step's terms."""
         if (step + 1) % self._logged == 0:
-            values = {"kl": float(terms.kl), "ce": float(terms.ce), "low": float(terms.low)}
-            self.observer.event("distill", step=step + 1, **values)
+            self.observer.event("distill", step=step + 1, **terms.values())
         due = (step + 1) % self._every == 0 or self._probes(step)
         if self.observer.watched and due:
             self.observer.progress("distill", step + 1, self.steps, lambda: self._values(step, terms))
 
     def _values(self, step: int, terms: LossTerms) -> dict[str, float]:
-        values = {"kl": float(terms.kl), "ce": float(terms.ce), "low": float(terms.low)}
+        values = terms.values()
         if self._probes(step):
             values["agreement"] = self._agreement()
         return values
@@ -111,11 +110,11 @@ class DistillProgress:
 
     @torch.no_grad()
     def _agreement(self) -> float:
-        count = len(self.pool.targets)
-        rows = torch.linspace(0, count - 1, min(count, PROBED_IMAGES)).long().to(self.pool.targets.device)
+        targets = self.pool.targets.probabilities
+        rows = torch.linspace(0, len(targets) - 1, min(len(targets), PROBED_IMAGES)).long().to(targets.device)
         self.student.eval()
         try:
             logits = forward_patches(self.student, self.pool.patches[rows], None).logits
         finally:
             self.student.train()
-        return float((logits.argmax(1) == self.pool.targets[rows].argmax(1)).float().mean())
+        return float((logits.argmax(1) == targets[rows].argmax(1)).float().mean())

@@ -56,7 +56,7 @@ class _CoBoosting(InTurn):
     def extend(self, patches: Tensor, labels: Tensor) -> None:
         """Learn the teachers' say: one pass over all images that have a label, a step for each batch of them."""
         named = labels >= 0
-        self._logits = torch.cat([self._logits, self.teachers.see(patches[named])[0]], 1)
+        self._logits = torch.cat([self._logits, self.teachers.see(patches[named]).logits], 1)
         known = torch.cat([self.labels[self.labels >= 0], labels[named]])
         order = torch.randperm(len(known), generator=self.random).to(known.device)
         for rows in order.split(self.settings.batch_size):

@@ -7,12 +7,11 @@ The student learns from all images generated so far. Departures stand in `baseli
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from fedmitr_flwr.baselines.generated import InTurn, cross_entropy, divergence
 from fedmitr_flwr.pipeline import PipelineInputs, PipelineResult
-from fedmitr_flwr.pool import Pool, label_patches, unnamed_pool
+from fedmitr_flwr.pool import Pool, Targets, label_patches, unnamed_pool
 
 
 def dense(inputs: PipelineInputs) -> PipelineResult:
@@ -23,7 +22,7 @@ def dense(inputs: PipelineInputs) -> PipelineResult:
 class _Dense(InTurn):
     def __init__(self, inputs: PipelineInputs) -> None:
         super().__init__(inputs)
-        self._targets: list[Tensor] = []
+        self._targets: list[Targets] = []
 
     def loss(self, patches: Tensor, labels: Tensor) -> Tensor:
         seen = self.teachers(patches).probabilities
@@ -33,7 +32,7 @@ class _Dense(InTurn):
         self._targets.append(label_patches(self.teachers, patches, self.recipe))
 
     def pool(self, steps: int) -> Pool:
-        return unnamed_pool(self.patches, torch.cat(self._targets))
+        return unnamed_pool(self.patches, Targets.join(self._targets))
 
 
 def boundary_loss(probabilities: Tensor, logits: Tensor, labels: Tensor, weight: float) -> Tensor:

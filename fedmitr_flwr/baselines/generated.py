@@ -179,7 +179,7 @@ class InTurn(ABC):
             self.student.to(inputs.device)
             first = self._grow(0)
             assert first is not None
-            state = distilled(inputs, self.student, first, self.recipe, self.random, grow=self._grow)
+            state = distilled(inputs, self.teachers, self.student, first, self.recipe, self.random, grow=self._grow)
         made = SyntheticImages.join(self._made)
         split = PatchSplit(torch.ones_like(made.kept, dtype=torch.bool))
         seconds = dict(inputs.observer.seconds)

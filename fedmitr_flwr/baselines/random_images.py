@@ -30,5 +30,5 @@ def ensemble_on_random_images(inputs: PipelineInputs) -> PipelineResult:
         count = round(settings.inversion.images * (recipe.views + recipe.mix + recipe.noise))
         patches = grid.to_patches(random_images(recipe.noise_kind, count, grid, generator).to(inputs.device))
         pool = unnamed_pool(patches, label_patches(result.ensemble, patches, recipe))
-        state = distilled(inputs, student, pool, recipe, generator)
+        state = distilled(inputs, result.ensemble, student, pool, recipe, generator)
     return replace(result, state=state, seconds=dict(inputs.observer.seconds))

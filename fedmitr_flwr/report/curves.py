@@ -9,7 +9,13 @@ from typing import Any
 from fedmitr_flwr.report import charts
 from fedmitr_flwr.report.load import FinishedRun
 
-_TERMS = {"kl": "KL to the ensemble", "ce": "CE with the pseudo-label", "low": "KL on low-density patches"}
+_TERMS = {
+    "kl": "KL to the ensemble",
+    "ce": "CE with the pseudo-label",
+    "low": "KL on low-density patches",
+    "feature": "distance from the teachers' [CLS] tokens",
+    "teacher": "KL to each teacher",
+}
 
 
 def inversion_curve(events: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:

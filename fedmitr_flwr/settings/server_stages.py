@@ -197,7 +197,7 @@ class DistillSettings(Stage):
     merge_scale: float = Field(1.0, ge=0.0, le=10.0, description="Scale of the mean update for `merged`.")
     steps: int = Field(1200, ge=1, le=10_000_000, description="Optimiser steps.")
     batch_size: int = Field(64, ge=1, description="Images in a step.")
-    learning_rate: float = Field(5e-4, gt=0.0, le=10.0, description="Peak learning rate (AdamW, warm-up, cosine).")
+    learning_rate: float = Field(1e-3, gt=0.0, le=10.0, description="Peak learning rate (AdamW, warm-up, cosine).")
     weight_decay: float = Field(0.05, ge=0.0, le=10.0, description="Decoupled weight decay.")
     temperature: float = Field(1.0, gt=0.0, le=100.0, description="Temperature of KL(A(x) || s(x)).")
     labels: Literal["soft", "hard"] = Field(
@@ -210,6 +210,19 @@ class DistillSettings(Stage):
     kl_weight: float = Field(1.0, ge=0.0, description="Weight of KL(A(x) || s(x)) on full images.")
     ce_weight: float = Field(0.2, ge=0.0, description="Weight of the cross-entropy with the pseudo-label y.")
     low_weight: float = Field(1.0, ge=0.0, description="Weight of KL(q_low || s(x_low)) on the low-density patches.")
+    feature_weight: float = Field(
+        1.0,
+        ge=0.0,
+        description="Weight of the distance from each teacher's [CLS] token, to which the student's is mapped by a "
+        "linear map of its own. Keeps 2 K D bytes for each image of the pool, D the embedding; 0 with "
+        "`distill.teacher-weight` 0: none.",
+    )
+    teacher_weight: float = Field(
+        10.0,
+        ge=0.0,
+        description="Weight of KL(p_k || q_k), mean over the teachers: what each one's own head reads in its token, "
+        "and in the student's after that map.",
+    )
     augment: Literal["none", "shift", "flip", "strong"] = Field(
         "shift", description="Augmentation of the synthetic images' further views, as `train.augment`."
     )
@@ -259,6 +272,11 @@ class DistillSettings(Stage):
         description="Weight of the disagreement (Jensen-Shannon divergence, at most 0.69) against the cross-entropy in "
         "their inversion; too high, and they look like nothing to either. 0: they are images like all others.",
     )
+
+    @property
+    def learns_teachers(self) -> bool:
+        """Whether any term of the loss reads what each teacher makes of an image."""
+        return self.feature_weight > 0.0 or self.teacher_weight > 0.0
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:

@@ -15,7 +15,7 @@ from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.inversion import invert
 from fedmitr_flwr.memory_plan import plan_memory
 from fedmitr_flwr.models import build_model
-from fedmitr_flwr.pool import Pool, unnamed_pool
+from fedmitr_flwr.pool import Pool, Targets, unnamed_pool
 from fedmitr_flwr.relabel import LowTargets
 from fedmitr_flwr.settings import InversionSettings, Settings, SettingsError
 from fedmitr_flwr.vit import forward_patches
@@ -78,18 +78,20 @@ def part(count, more, start):
     high = torch.arange(count * 4).view(count, 4) % 3 == start % 3
     low = LowTargets(numbers[:count, None].float().repeat(1, 2), numbers[:count] % 2 == 0)
     pixels = numbers[:, None, None].float().expand(-1, 4, 3)
-    return Pool(pixels, numbers, numbers[:, None].float().repeat(1, 2), PatchSplit(high), low)
+    targets = Targets(numbers[:, None].float().repeat(1, 2), numbers[:, None, None].bfloat16().repeat(1, 3, 2))
+    return Pool(pixels, numbers, targets, PatchSplit(high), low)
 
 
 def test_joined_pools_keep_images_labels_targets_and_splits_together():
     first, second = part(2, 3, 0), part(4, 1, 5)
     joined = first.join(second)
     assert joined.labels.tolist() == [0, 1, 5, 6, 7, 8, 2, 3, 4, 9]
-    assert joined.patches[:, 0, 0].tolist() == joined.targets[:, 0].tolist() == joined.labels.tolist()
+    assert joined.patches[:, 0, 0].tolist() == joined.targets.probabilities[:, 0].tolist() == joined.labels.tolist()
+    assert joined.targets.features[:, 2, 1].tolist() == joined.labels.tolist()
     assert torch.equal(joined.split.high, torch.cat([first.split.high, second.split.high]))
     assert joined.low_targets.probabilities[:, 0].tolist() == [0, 1, 5, 6, 7, 8]
     assert joined.low_targets.present.tolist() == [True, False, False, True, False, True]
-    unnamed = unnamed_pool(torch.zeros(2, 4, 3), torch.ones(2, 2))
+    unnamed = unnamed_pool(torch.zeros(2, 4, 3), Targets(torch.ones(2, 2), torch.ones(2, 3, 2).bfloat16()))
     assert unnamed.join(second).labels.tolist() == [5, 6, 7, 8, -1, -1, 9]
 
 
@@ -97,10 +99,10 @@ def pools_of(monkeypatch):
     """Every pool that a step of distillation learnt from, in order, each once."""
     seen = []
 
-    def watched(student, pool, rows, settings, original=test_pipeline.loss_terms):
+    def watched(student, pool, rows, settings, branches, original=test_pipeline.loss_terms):
         if not seen or seen[-1] is not pool:
             seen.append(pool)
-        return original(student, pool, rows, settings)
+        return original(student, pool, rows, settings, branches)
 
     monkeypatch.setattr("fedmitr_flwr.distill.loss_terms", watched)
     return seen

@@ -76,7 +76,9 @@ def test_hard_labels_are_the_most_probable_class(clients, monkeypatch):  # noqa:
     run("hard-labels", clients)
     hard = seen["pool"]
     assert torch.equal(hard.patches, soft.patches)
-    assert torch.equal(hard.targets, torch.nn.functional.one_hot(soft.targets.argmax(1), 10).float())
+    best = soft.targets.probabilities.argmax(1)
+    assert torch.equal(hard.targets.probabilities, torch.nn.functional.one_hot(best, 10).float())
+    assert hard.targets.features is None
     assert set(hard.low_targets.probabilities.unique().tolist()) == {0.0, 1.0}
 
 
@@ -96,7 +98,7 @@ def test_random_images_inverts_nothing_and_distils_as_many_images(clients, monke
     assert len(seen["pool"].patches) == round(25 * (distill.views + distill.mix + distill.noise))
     assert seen["settings"].steps == distill.steps
     ensemble = result.ensemble(seen["pool"].patches).probabilities
-    assert torch.allclose(seen["pool"].targets, ensemble, atol=1e-6)
+    assert torch.allclose(seen["pool"].targets.probabilities, ensemble, atol=1e-6)
     assert not torch.equal(result.state["head.weight"], run("head-aggregation", clients).state["head.weight"])
 
 
@@ -136,7 +138,7 @@ def test_dense_labels_all_images_so_far_with_the_ensemble(clients, pools):  # no
     sizes = [round(number * 8 * (views + mix) + 25 * noise) for number in (1, 2, 3)]
     assert [len(pool.patches) for _, pool in pools] == sizes
     last = pools[-1][1]
-    assert torch.allclose(last.targets, result.ensemble(last.patches).probabilities, atol=1e-6)
+    assert torch.allclose(last.targets.probabilities, result.ensemble(last.patches).probabilities, atol=1e-6)
     grid = PatchGrid.of(result.ensemble.teachers[0], SOURCE.spec)
     assert torch.equal(last.patches[:8], grid.to_patches(result.synthetic.images[:8]))
 
@@ -149,7 +151,7 @@ def test_co_boosting_learns_weights_and_shows_as_many_images_as_the_student_take
     assert torch.equal(result.ensemble.weights == 0, plain.weights == 0)
     assert [len(pool.patches) for _, pool in pools[3:]] == [2 * 16, 6 * 16, 7 * 16]
     last = pools[-1][1]
-    assert torch.allclose(last.targets, result.ensemble(last.patches).probabilities, atol=1e-6)
+    assert torch.allclose(last.targets.probabilities, result.ensemble(last.patches).probabilities, atol=1e-6)
     grid = PatchGrid.of(plain.teachers[0], SOURCE.spec)
     shown = {patches.numpy().tobytes() for patches in last.patches}
     assert not shown & {patches.numpy().tobytes() for patches in grid.to_patches(result.synthetic.images)}

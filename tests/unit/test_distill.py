@@ -1,3 +1,4 @@
+from dataclasses import replace
 from typing import get_args
 
 import pytest
@@ -6,7 +7,7 @@ import torch
 from fedmitr_flwr.density import PatchSplit
 from fedmitr_flwr.distill import distill, kl_divergence, loss_terms
 from fedmitr_flwr.noise import random_images
-from fedmitr_flwr.pool import Pool, make_pool, mix_patches
+from fedmitr_flwr.pool import Pool, Targets, make_pool, mix_patches
 from fedmitr_flwr.relabel import LowTargets, relabel
 from fedmitr_flwr.settings import DistillSettings, NoiseKind, RelabelSettings
 from fedmitr_flwr.synthetic import SyntheticImages
@@ -54,7 +55,9 @@ def test_loss_terms_equal_hand_computed_values(ce_on):
 def test_total_weights_the_terms():
     settings = DistillSettings(kl_weight=2.0, ce_weight=0.5, low_weight=3.0, **PLAIN)
     terms = loss_terms(tiny_vit(seed=50), pool(settings), torch.arange(B), settings)
-    expected = 2.0 * terms.kl + 0.5 * terms.ce + 3.0 * terms.low
+    terms = replace(terms, feature=torch.tensor(0.3), teacher=torch.tensor(0.7))
+    settings = settings.model_copy(update={"feature_weight": 5.0, "teacher_weight": 7.0})
+    expected = 2.0 * terms.kl + 0.5 * terms.ce + 3.0 * terms.low + 5.0 * 0.3 + 7.0 * 0.7
     assert float(terms.total(settings)) == pytest.approx(float(expected))
 
 
@@ -74,7 +77,7 @@ def test_ensemble_targets_are_constants():
     settings = DistillSettings(**PLAIN)
     student = tiny_vit(seed=50).requires_grad_(True)
     made = pool(settings)
-    assert not made.targets.requires_grad
+    assert not made.targets.probabilities.requires_grad
     loss_terms(student, made, torch.arange(B), settings).total(settings).backward()
     assert all(parameter.grad is not None for parameter in student.parameters())
 
@@ -94,7 +97,7 @@ def test_pool_holds_views_mixes_and_noise_labelled_by_the_ensemble():
     assert made.labels[3 * B :].unique().tolist() == [-1]
     images = tiny_grid().to_images(made.patches)
     assert torch.equal(images[:B], IMAGES)
-    assert torch.allclose(made.targets, plain_ensemble(tiny_ensemble(), images), atol=1e-6)
+    assert torch.allclose(made.targets.probabilities, plain_ensemble(tiny_ensemble(), images), atol=1e-6)
 
 
 def test_images_without_pseudo_label_join_only_the_first_term():
@@ -150,7 +153,8 @@ def test_distillation_lowers_the_loss_and_repeats_bit_for_bit():
 def test_a_loss_that_is_not_finite_is_an_error():
     settings = DistillSettings(steps=2, batch_size=4, **PLAIN)
     made = pool(settings)
-    broken = Pool(made.patches, made.labels, torch.full((B, CLASSES), float("nan")), made.split, made.low_targets)
+    unknown = Targets(torch.full((B, CLASSES), float("nan")), None)
+    broken = Pool(made.patches, made.labels, unknown, made.split, made.low_targets)
     with pytest.raises(RuntimeError, match="not finite after 2 steps"):
         distill(tiny_vit(seed=50).requires_grad_(True), broken, settings, generator=torch.Generator().manual_seed(0))
 
