@@ -8,9 +8,10 @@ three convolutions behind a linear map, Adam(1e-3, 0.5, 0.999), latent size 256,
 
 Departures, for both methods:
 
-- The student starts from `distill.start` and learns under `distill.steps`, optimiser and temperature, by KL alone, and
-  the ensemble is A(x) with `ensemble.weighting`: whatever FedMITR has beside its images, they have too. The steps are
-  spread over the rounds as one pass of the growing pool each would spread them, which is the published schedule.
+- The student starts from `distill.start` and learns under `distill.steps`, optimiser and temperature, by KL to the
+  ensemble and by what each teacher makes of an image (published: KL alone), and the ensemble is A(x) with
+  `ensemble.weighting`: whatever FedMITR has beside its images, they have too. The steps are spread over the rounds as
+  one pass of the growing pool each would spread them, which is the published schedule.
 - `distill.views`, `distill.mix` and `distill.noise` add the further images that FedMITR's pool has, as many random
   images as FedMITR would take; the published methods have 1, 0 and 0.
 - The generator's images are augmented by `distill.augment` before the ensemble sees them (published: crop and flip).

@@ -1,7 +1,8 @@
 """Distillation on random images alone: the ensemble labels them, nothing is inverted.
 
 A strong baseline that costs no inversion at all, and must stand in every comparison. There are as many images as
-FedMITR's pool holds under the same settings, of the kind `distill.noise-kind`, and as many steps.
+FedMITR's pool holds under the same settings, of the kind `distill.noise-kind`, and as many steps. The student learns
+by KL and, as FedMITR's does, by what each teacher makes of an image.
 """
 
 from __future__ import annotations

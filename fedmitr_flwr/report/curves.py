@@ -13,8 +13,10 @@ _TERMS = {
     "kl": "KL to the ensemble",
     "ce": "CE with the pseudo-label",
     "low": "KL on low-density patches",
-    "feature": "distance from the teachers' [CLS] tokens",
-    "teacher": "KL to each teacher",
+}
+_OF_TEACHERS = {
+    "feature": "squared distance from a teacher's [CLS] token, in its variances",
+    "teacher": "KL to what a teacher's head reads in it",
 }
 
 
@@ -51,12 +53,13 @@ def curves_of(run: FinishedRun) -> list[dict[str, object]]:
         when = f"Patches stop at: {', '.join(map(str, stops))}. " if stops else ""
         note = f"{when}A loss near 0 satisfies the teachers; it does not say that images are good."
         curves.append({"title": "Inversion", "chart": chart, "note": note})
-    terms = [(name, distill_curve(run.events, key, smooth=5)) for key, name in _TERMS.items()]
-    series = [charts.Series(name, points) for name, points in terms if any(value > 0 for _, value in points)]
-    if series:
-        chart = charts.lines(series, x="step", y="loss", log=True)
-        note = "Running means over five reports, logarithmic."
-        curves.append({"title": "Distillation", "chart": chart, "note": note})
+    for title, names in (("Distillation", _TERMS), ("Distillation: each teacher", _OF_TEACHERS)):
+        terms = [(name, distill_curve(run.events, key, smooth=5)) for key, name in names.items()]
+        series = [charts.Series(name, points) for name, points in terms if any(value > 0 for _, value in points)]
+        if series:
+            chart = charts.lines(series, x="step", y="loss", log=True)
+            note = "Running means over five reports, logarithmic."
+            curves.append({"title": title, "chart": chart, "note": note})
     agreement = [(step, 100 * value) for step, value in distill_curve(run.events, "agreement")]
     if agreement:
         chart = charts.lines([charts.Series("Student and ensemble name the same class, %", agreement)], x="step", y="%")
