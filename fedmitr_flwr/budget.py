@@ -28,6 +28,9 @@ def disk_bytes(settings: Settings, spec: ImageSpec, clients: int) -> int:
     rounds = settings.run.rounds
     # Initialisation, and for each round the model; at the end the exported one and two states of model and optimiser.
     models = 4 * _parameters(settings, spec) * (1 + rounds + 1 + 2 * 3)
+    if settings.distill.learns_teachers:  # their maps, with the optimiser's moments, and heads are in both states
+        width, classes = build_model(settings.model, spec).embed_dim, spec.num_classes
+        models += 2 * 4 * clients * (3 * width * (width + 1) + classes * (width + 1) + 2)
     images = 4 * settings.inversion.images * spec.channels * spec.image_size**2
     return rounds * (clients * upload_bytes(settings, spec) + images) + models
 

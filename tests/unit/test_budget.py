@@ -63,9 +63,19 @@ def test_what_a_resumed_run_has_written_need_not_be_free(tmp_path: Path, monkeyp
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
 def test_uploads_of_half_the_size_need_half_the_space(dtype: str) -> None:
-    full, half = (Settings().replace(**{"train.upload-dtype": name}) for name in ("fp32", dtype))
+    plain = Settings().replace(**{"distill.feature-weight": 0.0, "distill.teacher-weight": 0.0})
+    full, half = (plain.replace(**{"train.upload-dtype": name}) for name in ("fp32", dtype))
     of_uploads = [disk_bytes(settings, SPEC, 1000) - disk_bytes(settings, SPEC, 0) for settings in (full, half)]
     assert of_uploads[0] == 2 * of_uploads[1]
+
+
+def test_what_a_client_adds_to_the_state_of_distillation_is_counted() -> None:
+    settings = Settings()
+    plain = settings.replace(**{"distill.feature-weight": 0.0, "distill.teacher-weight": 0.0})
+    added = [disk_bytes(settings, SPEC, count) - disk_bytes(plain, SPEC, count) for count in (10, 30)]
+    # Two states of 64 x 65 numbers of a map, each with two moments, and of a head for two classes.
+    assert 10 * 2 * 4 * 3 * 64 * 65 < added[0] < 10 * 2 * 4 * 3 * 66 * 65
+    assert added[1] == 3 * added[0]
 
 
 def test_each_round_keeps_uploads_of_its_own() -> None:
