@@ -35,6 +35,15 @@ class LossTerms:
 
     An image without a term (a mixed or noise image has only the first) counts as 0 in it, so that each image
     weighs what the formula says, however many others there are.
+
+    Attributes
+    ----------
+    kl, ce, low
+        Of the formula.
+    feature
+        Squared distance from the teachers' [CLS] tokens, in units of their variances; see `branches.Branches`.
+    teacher
+        KL to what the teachers' heads read in their own tokens, likewise.
     """
 
     kl: Tensor

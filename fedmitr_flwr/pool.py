@@ -159,7 +159,7 @@ def unnamed_pool(patches: Tensor, targets: Targets) -> Pool:
 
 @torch.no_grad()
 def label_patches(ensemble: Ensemble, patches: Tensor, settings: DistillSettings, batch_size: int = 128) -> Targets:
-    """Targets of full images, ``(N, P, E)``, as far as the loss reads them."""
+    """Targets of full images, ``(N, P, E)`` fp32 patches, as far as the loss of `settings` reads them."""
     teachers = ensemble.teachers if settings.learns_teachers else ()
     norms = [copy.deepcopy(last_norms(teacher)).float() for teacher in teachers]
     probabilities, features = [], []
