@@ -10,13 +10,12 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import NamedTuple
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from fedmitr_flwr.ensemble_outputs import EnsembleOutput, LossGradient, TeacherOutputs
 from fedmitr_flwr.groups import Group, Step, group_teachers
 from fedmitr_flwr.kernels import Arena
 from fedmitr_flwr.teachers import MemoryLimits, PagedTeachers
@@ -28,63 +27,6 @@ LABEL_ROWS = 1600
 
 One CPU thread, ViT d = 64, 128 images, K = 10: 386 ms in parts of 32 images, 470 ms at once, 444 ms in parts of 16.
 """
-
-
-@dataclass(frozen=True)
-class EnsembleOutput:
-    """What the ensemble says of a batch.
-
-    Attributes
-    ----------
-    probabilities
-        ``(B, C)``; rows sum to one.
-    attention
-        ``(B, L)`` [CLS] attention of the last block, mean over heads and weighted mean over the teachers,
-        detached; None unless asked for.
-    """
-
-    probabilities: Tensor
-    attention: Tensor | None
-
-
-class Views(NamedTuple):
-    """What each teacher makes of a batch.
-
-    Attributes
-    ----------
-    logits
-        ``(K, B, C)`` fp32.
-    attention
-        ``(K, B, L)`` [CLS] attention of the last block, mean over heads.
-    features
-        ``(K, B, D)`` fp32 [CLS] token as it leaves the last block, before the last norm; None unless asked for.
-    """
-
-    logits: Tensor
-    attention: Tensor
-    features: Tensor | None
-
-
-@dataclass(frozen=True)
-class LossGradient:
-    """The loss of a batch and its gradient.
-
-    Attributes
-    ----------
-    loss
-        ``(B,)`` fp32, ``-log A_y(x)``.
-    gradient
-        ``(B, L, E)`` fp32, of each image's loss for its pixels.
-    attention
-        ``(B, L)`` as in `EnsembleOutput`.
-    probabilities
-        ``(B, C)``.
-    """
-
-    loss: Tensor
-    gradient: Tensor
-    attention: Tensor
-    probabilities: Tensor
 
 
 class Ensemble:
@@ -163,7 +105,7 @@ class Ensemble:
         return EnsembleOutput(probabilities, self._share(probabilities, seen, labels) if attention else None)
 
     @torch.no_grad()
-    def see(self, patches: Tensor, index: Tensor | None = None, *, features: bool = False) -> Views:
+    def see(self, patches: Tensor, index: Tensor | None = None, *, features: bool = False) -> TeacherOutputs:
         """Run every teacher, without autograd."""
         B, L, _ = patches.shape
         logits = patches.new_empty(len(self.teachers), B, self.weights.shape[1])
@@ -179,7 +121,7 @@ class Ensemble:
                     if tokens is None:
                         tokens = patches.new_empty(len(self.teachers), B, out.features.shape[-1])
                     tokens[step.members, part] = out.features
-        return Views(logits, attention, tokens)
+        return TeacherOutputs(logits, attention, tokens)
 
     def loss_gradient(
         self,
