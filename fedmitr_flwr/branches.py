@@ -35,7 +35,8 @@ class Branches(nn.Module):
     share
         ``(K,)`` how much each teacher counts; sums to one.
     variance
-        ``(K,)`` of the teachers' tokens over images, mean over D: the unit of squared distances.
+        ``(K,)`` of the teachers' tokens over images, mean over D: the unit of squared distances. At least a hundredth
+        of the tokens' mean square, which is what counts where images are alike or there is only one.
     """
 
     weight: Tensor
@@ -62,7 +63,7 @@ class Branches(nn.Module):
         """
         heads = [head_of(teacher) for teacher in ensemble.teachers]
         share = ensemble.weights.mean(1)
-        variance = torch.stack([of_one.float().var(0).mean() for of_one in features.unbind(1)]).clamp_min(1e-6)
+        variance = torch.stack([_variance(of_one.float()) for of_one in features.unbind(1)])
         weight, bias = (torch.stack(parts).to(features.device) for parts in zip(*heads, strict=True))
         return cls(weight, bias, (share / share.sum()).to(features.device), variance)
 
@@ -101,3 +102,9 @@ def head_of(teacher: VisionTransformer) -> tuple[Tensor, Tensor]:
 def last_norms(model: VisionTransformer) -> nn.Sequential:
     """What lies between the [CLS] token as it leaves the last block (`vit.TokenOutput.features`) and the head."""
     return nn.Sequential(model.norm, model.fc_norm)
+
+
+def _variance(tokens: Tensor) -> Tensor:
+    """Variance over N, mean over D, of ``(N, D)``; not less than a hundredth of the mean square."""
+    variance = tokens.var(0, correction=min(1, len(tokens) - 1)).mean()
+    return variance.maximum(0.01 * tokens.square().mean()).clamp_min(1e-6)

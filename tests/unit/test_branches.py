@@ -105,3 +105,19 @@ def test_teachers_with_a_second_head_and_in_bf16_are_read_by_their_first():
     for k in range(2):
         assert torch.allclose(made.targets.features[:, k].float(), exact[k], atol=0.1)
         assert torch.allclose(branches.weight[k], teachers[k].head.weight.float())
+
+
+@pytest.mark.parametrize("features", [torch.randn(1, 3, 24), torch.randn(1, 3, 24).expand(5, -1, -1)])
+def test_images_that_do_not_differ_are_measured_by_the_tokens_size(features):
+    made = Branches.of(tiny_ensemble(), features)
+    assert torch.allclose(made.variance, 0.01 * features[0].square().mean(1))
+
+
+def test_a_pool_of_one_image_can_be_learnt():
+    ensemble, student = tiny_ensemble(), tiny_vit(seed=50).requires_grad_(True)
+    patches = tiny_grid().to_patches(IMAGES[:1])
+    made = unnamed_pool(patches, label_patches(ensemble, patches, SETTINGS, batch_size=4))
+    branches = Branches.of(ensemble, made.targets.features)
+    settings = SETTINGS.model_copy(update={"steps": 5})
+    distill(student, made, settings, generator=torch.Generator().manual_seed(0), branches=branches)
+    assert bool(student.head.weight.isfinite().all())
