@@ -3,7 +3,7 @@
 Letters A to Z and a to z are rendered from the fonts that matplotlib ships (no digits, so nothing of
 MNIST is seen), and the run's own ViT learns to tell them apart. Its weights, less the classifier
 head, are where every client starts. The result is cached by content: the same model, image size,
-settings, fonts and code give the same file.
+settings, fonts, number of threads and code give the same file.
 """
 
 from __future__ import annotations
@@ -86,6 +86,7 @@ def cache_path(settings: Settings, spec: ImageSpec) -> Path:
         "seed": settings.run.seed,
         "spec": [spec.channels, spec.image_size, spec.mean, spec.std],
         "fonts": [[font.name, font.stat().st_size] for font in _fonts()],
+        "threads": torch.get_num_threads(),  # sums are taken in another order
         "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         "versions": [version("torch"), version("timm"), version("pillow")],
     }

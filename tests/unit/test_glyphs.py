@@ -57,6 +57,14 @@ def test_cache_depends_on_model_seed_and_geometry():
     assert glyphs.cache_path(SETTINGS, SPEC) == glyphs.cache_path(SETTINGS.replace(**{"train.epochs": 9}), SPEC)
 
 
+def test_the_cache_is_not_shared_between_numbers_of_threads(monkeypatch):
+    """Sums are taken in another order, and training makes much of little."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
+    one = glyphs.cache_path(SETTINGS, SPEC)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    assert glyphs.cache_path(SETTINGS, SPEC) != one
+
+
 def test_head_has_the_classes_of_the_data_and_the_body_is_trained():
     state = initial_state(SETTINGS, SPEC)
     seeded = initial_state(SETTINGS.replace(**{"model.init": "seeded"}), SPEC)
