@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.federation import Federation, train_federation
-from benchmarks.fingerprint import fingerprint
+from benchmarks.fingerprint import results_code
 from benchmarks.recipes import parse_value, split_changes
 from fedmitr_flwr.baselines import GENERATED, METHODS, UNTRAINED, effective_settings
 from fedmitr_flwr.evaluate import batches, evaluate
@@ -118,7 +118,7 @@ def run_partition(
                 "method": method,
                 "changes": changes,
                 "recipe": recipe(base, changes),
-                "code": fingerprint(),
+                "code": results_code(name_of(data)),
             }
             found = [row for row in known if about.items() <= row.items()]
             if found:
@@ -145,8 +145,14 @@ def run_method(federation: Federation, settings: Settings, distill_seed: int) ->
         "cpu_seconds": round(cpu, 1),
         "synthetic_images": 0 if result.synthetic is None else len(result.synthetic.labels),
         "teraflops": teraflops(federation, settings),
-        "hardware": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {device}",
+        "hardware": hardware(),
     }
+
+
+def hardware() -> str:
+    """What lines say of the machine."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {device}"
 
 
 def teraflops(federation: Federation, settings: Settings) -> float:

@@ -1,26 +1,28 @@
 """Train the clients of a partition once, without Flower, and keep their uploads on disk.
 
-Methods and settings that start from the same uploads are compared on exactly the same ones. What is
-cached depends only on the settings that a client sees, the number of clients and the code that trains.
+Methods and settings that start from the same uploads are compared on exactly the same ones. What is cached depends
+on the settings that a client sees, the common initialisation, the number of clients, the code that trains and the
+number of threads.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from safetensors import safe_open
 
-from fedmitr_flwr import augment, glyphs, models, training, vit
+from fedmitr_flwr import augment, models, training, vit
 from fedmitr_flwr.data import ImageSpec, Source, load_source, partition_indices
 from fedmitr_flwr.models import build_model, initial_state
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.pipeline import ClientModel, PipelineInputs
 from fedmitr_flwr.settings import Settings
-from fedmitr_flwr.tensor_files import write_tensors
+from fedmitr_flwr.tensor_files import checksum, write_tensors
 from fedmitr_flwr.training import train_local
 
 CLIENT_STAGES = ("data", "partition", "model", "train")
@@ -56,7 +58,7 @@ def train_federation(settings: Settings, num_clients: int, cache: Path) -> Feder
     """Train every client as the ClientApp does, or read the uploads of an earlier call."""
     source = load_source(settings.data)
     initial = initial_state(settings, source.spec)
-    folder = cache / _digest(settings, num_clients)
+    folder = cache / _digest(settings, initial, num_clients)
     folder.mkdir(parents=True, exist_ok=True)
     clients = []
     for number, rows in enumerate(partition_indices(source.train, settings.partition, num_clients)):
@@ -79,8 +81,9 @@ def train_federation(settings: Settings, num_clients: int, cache: Path) -> Feder
     return Federation(source, initial, clients)
 
 
-def _digest(settings: Settings, num_clients: int) -> str:
-    code = [Path(str(module.__file__)).read_text() for module in (augment, glyphs, models, training, vit)]
+def _digest(settings: Settings, initial: Mapping[str, torch.Tensor], num_clients: int) -> str:
+    code = [Path(str(module.__file__)).read_text() for module in (augment, models, training, vit)]
     seen = {key: value for key, value in settings.flat().items() if key.split(".")[0] in CLIENT_STAGES}
-    recipe = json.dumps([seen, settings.run.seed, num_clients, code, torch.__version__], sort_keys=True)
+    machine = [torch.__version__, torch.get_num_threads()]
+    recipe = json.dumps([seen, settings.run.seed, checksum(initial), num_clients, code, machine], sort_keys=True)
     return hashlib.sha256(recipe.encode()).hexdigest()[:16]

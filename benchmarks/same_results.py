@@ -1,0 +1,104 @@
+"""Show that changed code computes what stored lines say, so that they stay with it.
+
+    python -m benchmarks.same_results --clients 5 --skews 0.1 --seeds 44
+    python -m benchmarks.same_results --data npz:PATH/emoji10.npz --seeds 44 --methods fedmitr,random-images
+
+Runs anew the chosen lines of `benchmarks/results/accuracy-DATA.jsonl` that the tables are made from and that a machine
+like this one wrote (processor, cores, threads), and compares every number but times. If all are equal, the new code's
+fingerprint stands for the old one in `results/same-code.json`: tables keep their lines, and new lines join them. It is
+for changes that move code, or guard against what no stored run has met. Lines from a GPU are not run on a CPU: a change
+of what only a GPU runs needs new ones.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from benchmarks.accuracy import (
+    ROOT,
+    Row,
+    ensemble_accuracies,
+    hardware,
+    main_rows,
+    name_of,
+    read,
+    recipe,
+    run_method,
+    settings_for,
+)
+from benchmarks.federation import train_federation
+from benchmarks.fingerprint import SAME, fingerprint
+
+TIMES = {"seconds", "cpu_seconds"}
+
+
+def main(
+    data: Annotated[str, typer.Option(help="mnist-5k, digits, or npz:PATH (emoji10)")] = "mnist-5k",
+    skews: Annotated[str, typer.Option(help="Dirichlet concentrations, and iid")] = "0.1",
+    seeds: Annotated[str, typer.Option(help="partition seeds")] = "44",
+    methods: Annotated[str, typer.Option(help="of run.method; all by default")] = "",
+    clients: Annotated[int, typer.Option(help="number of clients K")] = 10,
+    cache: Annotated[Path, typer.Option(help="folder for trained uploads")] = Path("outputs/uploads-cache"),
+) -> None:
+    """Compare, and remember if all are equal. Exit code: 0 all equal, 1 some differ, 2 nothing to compare."""
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+    rows = read(ROOT / "benchmarks" / "results" / f"accuracy-{name_of(data)}.jsonl")
+    code = main_rows(rows)[-1]["code"]
+    chosen = [
+        row
+        for row in rows
+        if (row["code"], row["clients"], row["hardware"]) == (code, clients, hardware())
+        and row["skew"] in skews.split(",")
+        and str(row["seed"]) in seeds.split(",")
+        and (not methods or row["method"] in methods.split(","))
+        and row["recipe"] == recipe(settings_for(data, row["skew"], row["seed"], row["changes"]), row["changes"])
+    ]
+    if not chosen:
+        console.print(f"no stored line of {name_of(data)}, code {code}, by {hardware()} that was asked for")
+        raise typer.Exit(2)
+    differing = 0
+    for row in chosen:
+        found = differences(row, run_again(data, row, cache))
+        differing += bool(found)
+        about = " ".join(f"{key}={row[key]}" for key in ("skew", "seed", "distill_seed", "method", "changes"))
+        console.print(f"{about}: {'; '.join(found) or 'equal'}")
+    if differing:
+        console.print(f"{differing} of {len(chosen)} lines differ: code {fingerprint()} needs lines of its own")
+        raise typer.Exit(1)
+    remember(name_of(data), code, len(chosen))
+    console.print(f"all {len(chosen)} lines are equal: code {fingerprint()} stands for {code}")
+
+
+def run_again(data: str, row: Row, cache: Path) -> Row:
+    """What today's code makes of a stored line's settings."""
+    base = settings_for(data, row["skew"], row["seed"], row["changes"])
+    federation = train_federation(base, row["clients"], cache)
+    found = run_method(federation, base.replace(**{"run.method": row["method"]}), row["distill_seed"])
+    return {**found, "ensembles": ensemble_accuracies(federation, base)}
+
+
+def differences(stored: Row, found: Row) -> list[str]:
+    """Numbers that differ, times left out."""
+    return [
+        f"{key}: {stored[key]} stored, {value} now"
+        for key, value in found.items()
+        if key not in TIMES and stored[key] != value
+    ]
+
+
+def remember(data: str, code: str, lines: int) -> None:
+    """Let today's code stand for `code` in the results of a data set."""
+    if fingerprint() == code:
+        return
+    known = json.loads(SAME.read_text("utf-8")) if SAME.is_file() else {}
+    known.setdefault(data, {})[fingerprint()] = {"as": code, "lines": lines, "hardware": hardware()}
+    SAME.write_text(json.dumps(known, indent=1, sort_keys=True) + "\n", "utf-8")
+
+
+if __name__ == "__main__":
+    typer.run(main)
