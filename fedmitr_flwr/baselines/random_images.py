@@ -7,9 +7,11 @@ by KL and, as FedMITR's does, by what each teacher makes of an image.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from fedmitr_flwr.baselines.common import untrained_result
 from fedmitr_flwr.grid import PatchGrid
@@ -21,6 +23,20 @@ from fedmitr_flwr.pool import label_patches, unnamed_pool
 
 def ensemble_on_random_images(inputs: PipelineInputs) -> PipelineResult:
     """See `pipeline.run_pipeline`."""
+    kind = inputs.settings.distill.noise_kind
+    return distil_on(inputs, lambda count, grid, generator: random_images(kind, count, grid, generator))
+
+
+def distil_on(inputs: PipelineInputs, draw: Callable[[int, PatchGrid, torch.Generator], Tensor]) -> PipelineResult:
+    """Distillation on images that have neither pseudo-labels nor a density split.
+
+    Parameters
+    ----------
+    inputs
+        See `pipeline.run_pipeline`.
+    draw
+        Returns ``(N, ch, S, S)`` normalised images of their number, the grid and a CPU generator.
+    """
     settings, result = inputs.settings, untrained_result(inputs)
     student = build_model(settings.model, inputs.spec)
     grid = PatchGrid.of(student, inputs.spec)
@@ -29,7 +45,7 @@ def ensemble_on_random_images(inputs: PipelineInputs) -> PipelineResult:
         student.load_state_dict(student_start(inputs, result.ensemble, result.fedavg))
         generator = torch.Generator().manual_seed(inputs.seed)
         count = round(settings.inversion.images * (recipe.views + recipe.mix + recipe.noise))
-        patches = grid.to_patches(random_images(recipe.noise_kind, count, grid, generator).to(inputs.device))
+        patches = grid.to_patches(draw(count, grid, generator).to(inputs.device))
         pool = unnamed_pool(patches, label_patches(result.ensemble, patches, recipe))
         state = distilled(inputs, result.ensemble, student, pool, recipe, generator)
     return replace(result, state=state, seconds=dict(inputs.observer.seconds))
