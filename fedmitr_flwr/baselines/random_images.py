@@ -35,7 +35,17 @@ def distil_on(inputs: PipelineInputs, draw: Callable[[int, PatchGrid, torch.Gene
     inputs
         See `pipeline.run_pipeline`.
     draw
-        Returns ``(N, ch, S, S)`` normalised images of their number, the grid and a CPU generator.
+        Returns ``(N, ch, S, S)`` fp32 normalised images, given their number N, the grid and a CPU generator.
+
+    Returns
+    -------
+    PipelineResult
+        Without synthetic images.
+
+    Raises
+    ------
+    SettingsError, ValueError, RuntimeError
+        As `pipeline.run_pipeline`.
     """
     settings, result = inputs.settings, untrained_result(inputs)
     student = build_model(settings.model, inputs.spec)
