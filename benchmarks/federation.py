@@ -18,9 +18,10 @@ from safetensors import safe_open
 
 from fedmitr_flwr import augment, models, training, vit
 from fedmitr_flwr.data import ImageSpec, Source, load_source, partition_indices
-from fedmitr_flwr.models import build_model, initial_state
+from fedmitr_flwr.initial import initial_state
+from fedmitr_flwr.inputs import ClientModel, PipelineInputs
+from fedmitr_flwr.models import build_model
 from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.pipeline import ClientModel, PipelineInputs
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.tensor_files import checksum, write_tensors
 from fedmitr_flwr.training import train_local

@@ -37,9 +37,9 @@ from torch import Tensor
 
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.reference import PlainInversion
+from fedmitr_flwr.batch import InversionBatch
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import InversionBatch
 from fedmitr_flwr.precision import Precision, compute_dtype
 from fedmitr_flwr.schedule import most_attended
 from fedmitr_flwr.settings import InversionSettings

@@ -20,8 +20,8 @@ import torch
 from torch import Tensor
 
 from benchmarks.inversion import BASE, BOTH, ITERATIONS, STOPS, TINY, Bench, Case, schedule
-from fedmitr_flwr.cuda_graph import WARM_UP, GraphRunner
 from fedmitr_flwr.precision import Precision
+from fedmitr_flwr.steady import WARM_UP, GraphRunner
 
 SAMPLE, MOST = 0.1, 100
 """Seconds of a sample, and iterations of one at most."""

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.inversion import BOTH, ITERATIONS, STOPS, Bench, Case, hardware, measure, memory_of, schedule
-from fedmitr_flwr.flops import pass_flops
+from fedmitr_flwr.engine_flops import pass_flops
 
 EVERY, LAST = range(len(STOPS) + 1), len(STOPS)
 HEAD = """\

@@ -22,10 +22,12 @@ import typer
 from benchmarks.federation import Federation, train_federation
 from fedmitr_flwr.data import partition_indices
 from fedmitr_flwr.evaluate import evaluate
+from fedmitr_flwr.fedmitr import run_pipeline
 from fedmitr_flwr.grid import PatchGrid
+from fedmitr_flwr.inputs import ClientModel
 from fedmitr_flwr.models import build_model
 from fedmitr_flwr.observe import Observer, Value
-from fedmitr_flwr.pipeline import ClientModel, make_ensemble, run_pipeline
+from fedmitr_flwr.pipeline import make_ensemble
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.training import train_local
 

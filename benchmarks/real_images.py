@@ -31,7 +31,7 @@ from fedmitr_flwr.baselines import METHODS
 from fedmitr_flwr.baselines.random_images import distil_on
 from fedmitr_flwr.evaluate import evaluate
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.pipeline import PipelineInputs, PipelineResult
+from fedmitr_flwr.inputs import PipelineInputs, PipelineResult
 from fedmitr_flwr.settings import Settings
 
 IMAGES = ("random", "real")

@@ -96,9 +96,11 @@ def exchange(arguments: argparse.Namespace) -> dict[str, Any]:
     from fedmitr_flwr.actors import close_pool, end_busy_actors, replace_dead_actors
     from fedmitr_flwr.data import ImageSpec
     from fedmitr_flwr.exchange import WindowedGrid
-    from fedmitr_flwr.observe import Observer, peak_rss_mb
+    from fedmitr_flwr.log import console_log
+    from fedmitr_flwr.memory import peak_rss_mb
+    from fedmitr_flwr.observe import Observer
     from fedmitr_flwr.quorum import wait_for_nodes
-    from fedmitr_flwr.rundir import RunDirectory, console_log
+    from fedmitr_flwr.rundir import RunDirectory
     from fedmitr_flwr.settings import Settings
     from fedmitr_flwr.strategy import FedMITR
     from fedmitr_flwr.wire import encode_state

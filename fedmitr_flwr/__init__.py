@@ -9,22 +9,28 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from fedmitr_flwr.version import __version__
+
 if TYPE_CHECKING:
     from fedmitr_flwr.data import ImageSet, ImageSpec, load_source
     from fedmitr_flwr.evaluate import Evaluation, evaluate
     from fedmitr_flwr.export import save_timm
-    from fedmitr_flwr.models import build_model, initial_state
+    from fedmitr_flwr.fedmitr import run_pipeline
+    from fedmitr_flwr.initial import initial_state
+    from fedmitr_flwr.inputs import ClientModel, PipelineInputs, PipelineResult
+    from fedmitr_flwr.log import console_log
+    from fedmitr_flwr.models import build_model
     from fedmitr_flwr.observe import Event, Listener, Observer
-    from fedmitr_flwr.pipeline import ClientModel, PipelineInputs, PipelineResult, run_pipeline
     from fedmitr_flwr.report.load import FinishedRun, load_run
     from fedmitr_flwr.run_model import RunModel, load_run_model
+    from fedmitr_flwr.rundir import RunDirectory
+    from fedmitr_flwr.server import choose_device
     from fedmitr_flwr.settings import InversionSettings, Settings, SettingsError
     from fedmitr_flwr.single import invert_model
     from fedmitr_flwr.strategy import FedMITR
     from fedmitr_flwr.synthetic import SyntheticImages
     from fedmitr_flwr.training import train_local
-
-__version__ = "0.1.0"
+    from fedmitr_flwr.wire import encode_state
 
 _HOMES = {
     "ImageSet": "data",
@@ -35,14 +41,14 @@ _HOMES = {
     "save_timm": "export",
     "SyntheticImages": "synthetic",
     "build_model": "models",
-    "initial_state": "models",
+    "initial_state": "initial",
     "Event": "observe",
     "Listener": "observe",
     "Observer": "observe",
-    "ClientModel": "pipeline",
-    "PipelineInputs": "pipeline",
-    "PipelineResult": "pipeline",
-    "run_pipeline": "pipeline",
+    "ClientModel": "inputs",
+    "PipelineInputs": "inputs",
+    "PipelineResult": "inputs",
+    "run_pipeline": "fedmitr",
     "FinishedRun": "report.load",
     "load_run": "report.load",
     "RunModel": "run_model",
@@ -52,6 +58,10 @@ _HOMES = {
     "SettingsError": "settings",
     "invert_model": "single",
     "FedMITR": "strategy",
+    "RunDirectory": "rundir",
+    "console_log": "log",
+    "choose_device": "server",
+    "encode_state": "wire",
     "train_local": "training",
 }
 
@@ -68,12 +78,16 @@ __all__ = [
     "Observer",
     "PipelineInputs",
     "PipelineResult",
+    "RunDirectory",
     "RunModel",
     "Settings",
     "SettingsError",
     "SyntheticImages",
     "__version__",
     "build_model",
+    "choose_device",
+    "console_log",
+    "encode_state",
     "evaluate",
     "initial_state",
     "invert_model",

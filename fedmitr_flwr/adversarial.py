@@ -19,42 +19,16 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from fedmitr_flwr.diversity import Disagreement
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.observe import Observer
+from fedmitr_flwr.pipeline import split_and_relabel
 from fedmitr_flwr.pool import Pool, make_pool
 from fedmitr_flwr.settings import Settings
-from fedmitr_flwr.synthesis import invert_batch, split_and_relabel
+from fedmitr_flwr.synthesis import invert_batch
 from fedmitr_flwr.synthetic import SyntheticImages
-from fedmitr_flwr.terms import Seen
 from fedmitr_flwr.vit import forward_patches
-
-
-class Disagreement:
-    """The competition term, weighted.
-
-    Parameters
-    ----------
-    student
-        In eval mode; it sees what the ensemble sees, and its weights get no gradient.
-    weight
-        a; 0 makes it a waste of time.
-    """
-
-    def __init__(self, student: VisionTransformer, weight: float) -> None:
-        self._student, self._weight = student, weight
-
-    def __call__(self, seen: Seen) -> Tensor:
-        """See `terms.Term`."""
-        logits = forward_patches(self._student, seen.patches, seen.index).logits
-        return -self._weight * jensen_shannon(seen.probabilities, logits.float().softmax(-1)).sum()
-
-
-def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
-    """Divergence of each image's two distributions in nats, ``(B,)``, of ``(B, C)`` probabilities; at most log 2."""
-    p, q = p.clamp_min(1e-12), q.clamp_min(1e-12)
-    mean = ((p + q) / 2).log()
-    return ((p * (p.log() - mean)).sum(-1) + (q * (q.log() - mean)).sum(-1)) / 2
 
 
 class HardImages:

@@ -126,13 +126,3 @@ def _joined(value: Any, tensors: list[Tensor]) -> Any:
             return tensors[value["tensor"]]
         return {key: _joined(part, tensors) for key, part in value["mapping"]}
     return value
-
-
-def initial_or_stored(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the common initialisation of a run: the one its clients started from if there is one, else a new one."""
-    if path.exists():
-        return load_file(path)
-    state = make()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_tensors(path, state)
-    return state

@@ -1,4 +1,6 @@
-"""Contrastive diversity: images of a batch are pushed apart in what the teachers see in them.
+"""Terms of inversion's loss: contrastive diversity, and disagreement with the student (for `adversarial.HardImages`).
+
+Diversity pushes the images of a batch apart in what the teachers see in them.
 
 After CMI (Contrastive Model Inversion, Fang et al. 2021, arXiv 2105.08584), which asks that each image can be told from
 all others by the teacher's features. For image i and teacher k
@@ -25,11 +27,13 @@ Letters: B images, T teachers of one step, D embedding.
 from __future__ import annotations
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
 from fedmitr_flwr.settings import InversionSettings
 from fedmitr_flwr.terms import Seen, Term
+from fedmitr_flwr.vit import forward_patches
 
 
 class Diversity:
@@ -69,3 +73,30 @@ def similarities(features: Tensor) -> Tensor:
     """Cosines of all pairs of images, ``(T, B, B)``, of ``(T, B, D)`` features less their mean over D."""
     unit = F.normalize(features - features.mean(-1, keepdim=True), dim=-1)
     return unit @ unit.mT
+
+
+class Disagreement:
+    """The competition term, weighted.
+
+    Parameters
+    ----------
+    student
+        In eval mode; it sees what the ensemble sees, and its weights get no gradient.
+    weight
+        a; 0 makes it a waste of time.
+    """
+
+    def __init__(self, student: VisionTransformer, weight: float) -> None:
+        self._student, self._weight = student, weight
+
+    def __call__(self, seen: Seen) -> Tensor:
+        """See `terms.Term`."""
+        logits = forward_patches(self._student, seen.patches, seen.index).logits
+        return -self._weight * jensen_shannon(seen.probabilities, logits.float().softmax(-1)).sum()
+
+
+def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
+    """Divergence of each image's two distributions in nats, ``(B,)``, of ``(B, C)`` probabilities; at most log 2."""
+    p, q = p.clamp_min(1e-12), q.clamp_min(1e-12)
+    mean = ((p + q) / 2).log()
+    return ((p * (p.log() - mean)).sum(-1) + (q * (q.log() - mean)).sum(-1)) / 2

@@ -18,8 +18,8 @@ from typing import Literal
 import psutil
 from packaging.requirements import InvalidRequirement, Requirement
 
-import fedmitr_flwr
 from fedmitr_flwr.private_flower import bin_dir
+from fedmitr_flwr.version import __version__
 
 Level = Literal["ok", "note", "problem"]
 
@@ -104,7 +104,7 @@ def _packages() -> Finding:
                 wrong.append(f"{requirement.name} {here}, needs {requirement.specifier}")
     if wrong:
         return Finding("packages", "problem", f"{'; '.join(wrong)}; pip install -e . mends it")
-    return Finding("packages", "ok", f"fedmitr-flwr {fedmitr_flwr.__version__}, {', '.join(seen)}")
+    return Finding("packages", "ok", f"fedmitr-flwr {__version__}, {', '.join(seen)}")
 
 
 def _flower() -> Finding:

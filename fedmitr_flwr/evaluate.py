@@ -13,8 +13,8 @@ from torch import Tensor
 
 from fedmitr_flwr.data import ImageSet, ImageSpec
 from fedmitr_flwr.grid import PatchGrid
+from fedmitr_flwr.inputs import PipelineResult
 from fedmitr_flwr.models import build_model
-from fedmitr_flwr.pipeline import PipelineResult
 from fedmitr_flwr.settings import ModelSettings
 from fedmitr_flwr.vit import forward_images
 

@@ -7,74 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from itertools import pairwise
-from typing import cast
 
 import torch
-from timm.layers.mlp import Mlp
-from timm.models.vision_transformer import Block, VisionTransformer
+from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
-from torch.utils.flop_counter import FlopCounterMode
 
-from fedmitr_flwr.centring import growth
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.packed import architecture_of
-from fedmitr_flwr.schedule import most_attended, patches_left
+from fedmitr_flwr.model_flops import count_flops
+from fedmitr_flwr.schedule import growth, most_attended, patches_left
 from fedmitr_flwr.settings import InversionSettings, Settings
-from fedmitr_flwr.vit import forward_patches
-
-
-def count_flops(model: VisionTransformer, grid: PatchGrid, patches: int, *, pixel_gradient: bool = False) -> int:
-    """FLOPs of one image through one model, a multiplication and an addition counted as two.
-
-    Parameters
-    ----------
-    model
-        Its weights are not changed and get no gradient.
-    patches
-        L, how many patches go in; the count depends on nothing else.
-    pixel_gradient
-        Whether to count the way back to the pixels as well.
-    """
-    weight = next(model.parameters())
-    pixels = torch.zeros(1, patches, grid.channels * grid.patch[0] * grid.patch[1], device=weight.device)
-    pixels.requires_grad_(pixel_gradient)
-    index = torch.arange(patches, device=weight.device)[None]
-    training, wanted = model.training, [parameter.requires_grad for parameter in model.parameters()]
-    model.eval().requires_grad_(False)
-    try:
-        with FlopCounterMode(display=False) as counter, torch.set_grad_enabled(pixel_gradient):
-            logits = forward_patches(model, pixels, index).logits
-            if pixel_gradient:
-                torch.autograd.grad(logits.sum(), pixels)
-    finally:
-        model.train(training)
-        for parameter, flag in zip(model.parameters(), wanted, strict=True):
-            parameter.requires_grad_(flag)
-    return int(counter.get_total_flops())
-
-
-def pass_flops(model: VisionTransformer, grid: PatchGrid, patches: int) -> int:
-    """FLOPs of the forward and backward pass of one image through one teacher under inversion, as `engine.py` does it.
-
-    The matrix products of all blocks but the last for all tokens; of the last one those that the head reads. Of a
-    model that runs by autograd: two forward passes and the way back.
-
-    Parameters
-    ----------
-    patches
-        L.
-    """
-    architecture = architecture_of(model)
-    if architecture is None:
-        return count_flops(model, grid, patches) + count_flops(model, grid, patches, pixel_gradient=True)
-    D, E, N = model.embed_dim, model.patch_embed.proj.weight[0].numel(), patches + model.num_prefix_tokens
-    hidden = cast(int, cast(Mlp, cast(Block, model.blocks[0]).mlp).fc1.out_features)
-    Q = 2 if architecture.distilled else 1
-    block = N * 2 * 2 * (4 * D * D + 2 * D * hidden) + 12 * N * N * D
-    last = Q * 2 * 2 * (4 * D * D + 2 * D * hidden) + 12 * architecture.heads * Q * N * D
-    head = 2 * 2 * model.num_classes * Q * D
-    total: int = block * (len(model.blocks) - 1) + last + head + 2 * 2 * patches * D * E
-    return total
 
 
 def kept_schedule(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import string
 from importlib.metadata import version
 from pathlib import Path
@@ -26,11 +25,13 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedmitr_flwr.augment import augment
-from fedmitr_flwr.data import ImageSpec
+from fedmitr_flwr.data import ImageSpec, cache_dir
+from fedmitr_flwr.models import build_model
+from fedmitr_flwr.optimizer import make_optimizer
 from fedmitr_flwr.settings import ModelSettings, Settings, TrainSettings
 from fedmitr_flwr.tensor_files import write_tensors
-from fedmitr_flwr.training import make_optimizer
 from fedmitr_flwr.vit import forward_images, patch_size, patchify
+from fedmitr_flwr.weights import seed_weights
 
 log = logging.getLogger("fedmitr.glyphs")
 
@@ -54,8 +55,6 @@ def glyph_state(settings: Settings, spec: ImageSpec) -> dict[str, Tensor]:
     dict
         State dict of the model, fp32 on the CPU.
     """
-    from fedmitr_flwr.models import build_model, seed_weights  # models calls this function
-
     path = cache_path(settings, spec)
     model = build_model(settings.model, spec)
     seed_weights(model, settings.run.seed)
@@ -91,10 +90,7 @@ def cache_path(settings: Settings, spec: ImageSpec) -> Path:
         "versions": [version("torch"), version("timm"), version("pillow")],
     }
     digest = hashlib.sha256(json.dumps(recipe, sort_keys=True).encode()).hexdigest()[:20]
-    root = (
-        os.environ.get("FEDMITR_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "fedmitr"
-    )
-    return Path(root) / "initial" / f"glyphs-{digest}.safetensors"
+    return cache_dir() / "initial" / f"glyphs-{digest}.safetensors"
 
 
 def render_letters(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:

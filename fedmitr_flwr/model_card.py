@@ -6,12 +6,12 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 
-import fedmitr_flwr
 from fedmitr_flwr.atomic import atomic_path
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.evaluate import Evaluation
 from fedmitr_flwr.quorum import ClientCounts
 from fedmitr_flwr.settings import Method, Settings
+from fedmitr_flwr.version import __version__
 
 CARD = "README.md"
 _FEDMITR = "FedMITR ([arXiv 2605.10748](https://arxiv.org/abs/2605.10748))"
@@ -52,7 +52,7 @@ def model_card(settings: Settings, spec: ImageSpec, evaluation: Evaluation | Non
     sections = [
         _front_matter(settings, evaluation, name),
         f"# {name}\n",
-        f"A Vision Transformer for {spec.num_classes} classes, made with fedmitr-flwr {fedmitr_flwr.__version__} by "
+        f"A Vision Transformer for {spec.num_classes} classes, made with fedmitr-flwr {__version__} by "
         f"{_METHODS[settings.run.method]}.\n",
         "## How it was made\n",
         f"{clients.accepted} clients trained on their own images and uploaded their weights {exchange}. An upload "

@@ -9,18 +9,16 @@ them.
 from __future__ import annotations
 
 import logging
-import re
-import resource
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
+
+from fedmitr_flwr.memory import peak_rss_mb
 
 log = logging.getLogger("fedmitr.pipeline")
 
@@ -141,20 +139,6 @@ class Observer:
             event = Event(kind, stage, round(time.perf_counter() - self._start, 3), values)
             for listener in self.listeners:
                 listener.receive(event)
-
-
-_STATUS = Path("/proc/self/status")
-
-
-def peak_rss_mb() -> float:
-    """Return the peak resident memory of this process in MiB.
-
-    Linux says it of the program that runs; what `getrusage` says begins with the peak of the process that started it.
-    """
-    if _STATUS.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())):
-        return int(found[1]) / 2**10
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak / 2**20 if sys.platform == "darwin" else peak / 2**10
 
 
 def memory() -> dict[str, Value]:

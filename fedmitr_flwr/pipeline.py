@@ -5,179 +5,32 @@ Letters: B images, K teachers, C classes, D embedding.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Protocol
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from fedmitr_flwr.adversarial import HardImages
-from fedmitr_flwr.averaging import fedavg, merged
+from fedmitr_flwr.averaging import merged
+from fedmitr_flwr.batch import NOBODY
 from fedmitr_flwr.branches import Branches
-from fedmitr_flwr.checkpoints import Checkpoints
-from fedmitr_flwr.data import ImageSpec
-from fedmitr_flwr.density import PatchSplit
-from fedmitr_flwr.diagnostics import Diagnostics, diagnose
+from fedmitr_flwr.density import PatchSplit, split_patches
 from fedmitr_flwr.distill import distill
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
+from fedmitr_flwr.inputs import PipelineInputs
 from fedmitr_flwr.models import build_model
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.outliers import trust
-from fedmitr_flwr.pool import Pool, make_pool
+from fedmitr_flwr.pool import Pool
 from fedmitr_flwr.progress import FINISHED_SHOWN, DistillProgress, InversionProgress
+from fedmitr_flwr.relabel import LowTargets, relabel
 from fedmitr_flwr.settings import DistillSettings, Settings
-from fedmitr_flwr.synthesis import invert_batch, split_and_relabel
+from fedmitr_flwr.synthesis import invert_batch
 from fedmitr_flwr.synthetic import SyntheticImages
 from fedmitr_flwr.teachers import MemoryLimits, PagedTeachers, load_teachers
-from fedmitr_flwr.watch import NOBODY
 from fedmitr_flwr.weighting import class_weights, evidence
-
-
-@dataclass(frozen=True)
-class ClientModel:
-    """One accepted upload.
-
-    Attributes
-    ----------
-    state
-        State dict of the client's model, fp32.
-    num_examples
-        Number of images that it was trained on.
-    histogram
-        Number of them in each of the C classes; None if withheld.
-    """
-
-    state: Mapping[str, Tensor]
-    num_examples: int
-    histogram: tuple[int, ...] | None
-
-
-@dataclass(frozen=True)
-class PipelineInputs:
-    """What a pipeline is given.
-
-    Attributes
-    ----------
-    settings
-        All stages' settings.
-    spec
-        Classes, geometry and normalisation.
-    clients
-        K >= 1 uploads, in an order that does not depend on their arrival.
-    initial
-        State dict of the common initialisation.
-    seed
-        Seed of noise, jitter, order and augmentation.
-    device
-        Where the stages run.
-    observer
-        Receives events and times.
-    checkpoints
-        Keeps what is finished; what it holds already is not made again.
-    """
-
-    settings: Settings
-    spec: ImageSpec
-    clients: Sequence[ClientModel]
-    initial: Mapping[str, Tensor]
-    seed: int = 0
-    device: torch.device = field(default_factory=partial(torch.device, "cpu"))
-    observer: Observer = field(default_factory=Observer)
-    checkpoints: Checkpoints | None = None
-
-    @property
-    def num_examples(self) -> Tensor:
-        """``(K,)`` int64 number of examples of each client."""
-        return torch.tensor([client.num_examples for client in self.clients])
-
-    def average(self) -> dict[str, Tensor]:
-        """Return the one-shot FedAvg of the uploads."""
-        return fedavg([client.state for client in self.clients], self.num_examples)
-
-
-@dataclass(frozen=True)
-class PipelineResult:
-    """What came out, and what evaluation and the report look at.
-
-    Attributes
-    ----------
-    state, fedavg
-        State dicts of the global model and of the one-shot average, fp32 on the CPU.
-    ensemble
-        The teachers with their weights.
-    synthetic, split
-        The synthetic images and the density split of their patches; None of a method that makes none.
-    diagnostics
-        Of the synthetic images; None without them.
-    seconds
-        Wall-clock seconds of ``invert``, ``relabel`` and ``distill``.
-    """
-
-    state: dict[str, Tensor]
-    fedavg: dict[str, Tensor]
-    ensemble: Ensemble
-    synthetic: SyntheticImages | None
-    split: PatchSplit | None
-    diagnostics: Diagnostics | None
-    seconds: dict[str, float]
-
-
-class Pipeline(Protocol):
-    """What turns uploads into a global model: `run_pipeline` or a baseline."""
-
-    def __call__(self, inputs: PipelineInputs) -> PipelineResult:
-        """Run it; see `run_pipeline`."""
-
-
-def run_pipeline(inputs: PipelineInputs) -> PipelineResult:
-    """Run FedMITR on validated uploads.
-
-    Raises
-    ------
-    SettingsError, ValueError
-        If the weighting needs histograms that clients withheld.
-    InversionDivergedError, RuntimeError
-        If a loss stops being finite.
-    """
-    settings, observer, checkpoints = inputs.settings, inputs.observer, inputs.checkpoints
-    ensemble, known = make_ensemble(inputs)
-    model = build_model(settings.model, inputs.spec)
-    grid = PatchGrid.of(model, inputs.spec)
-    with observer.stage("invert"):
-        synthetic = invert_all(ensemble, known, grid, inputs)
-        found = diagnose(ensemble, synthetic, grid, settings.inversion)
-        observer.event("diagnostics", **found.as_dict())
-        for warning in found.warnings():
-            observer.event("diagnostics", warning=warning)
-    with observer.stage("relabel"):
-        split, targets = split_and_relabel(ensemble, synthetic, grid, settings, observer)
-        observer.event(
-            "relabel",
-            high_density=float(split.high.float().mean()),
-            ensemble_agrees=float((targets.probabilities.argmax(1) == synthetic.labels)[targets.present].float().mean())
-            if bool(targets.present.any())
-            else 0.0,
-        )
-    average = inputs.average()
-    state = checkpoints.model() if checkpoints is not None else None
-    if state is None:
-        with observer.stage("distill"):
-            model.load_state_dict(student_start(inputs, ensemble, average))
-            generator = torch.Generator().manual_seed(inputs.seed)
-            pool = make_pool(ensemble, synthetic, split, targets, grid, settings.distill, generator=generator)
-            observer.event("distill", labelled_images=len(pool.labels))
-            harder = HardImages(
-                ensemble, model, known, grid, settings, pool, seed=inputs.seed, generator=generator, observer=observer
-            )
-            grow = harder if settings.distill.adversarial_rounds > 0 else None
-            state = distilled(inputs, ensemble, model, pool, settings.distill, generator, grow)
-        if checkpoints is not None:
-            checkpoints.save_model(state)
-    return PipelineResult(state, average, ensemble, synthetic, split, found, dict(observer.seconds))
 
 
 def make_ensemble(inputs: PipelineInputs) -> tuple[Ensemble, Tensor]:
@@ -276,3 +129,25 @@ def distilled(
 def cpu_state(model: VisionTransformer) -> dict[str, Tensor]:
     """A copy of a model's state dict on the CPU."""
     return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+
+
+@torch.no_grad()
+def split_and_relabel(
+    ensemble: Ensemble,
+    synthetic: SyntheticImages,
+    grid: PatchGrid,
+    settings: Settings,
+    observer: Observer | None = None,
+) -> tuple[PatchSplit, LowTargets]:
+    """Stages 2 and 3. The attention over the full grid is taken anew on the finished images."""
+    patches = grid.to_patches(synthetic.images)
+    attention, seen = [], []
+    for part, labels in zip(patches.split(256), synthetic.labels.split(256), strict=True):
+        out = ensemble(part, attention=True, labels=labels)
+        assert out.attention is not None
+        attention.append(out.attention)
+        seen.append(out.probabilities)
+    split = split_patches(synthetic.kept, torch.cat(attention), settings.density)
+    if observer is not None:
+        observer.snapshot("density", attention=torch.cat(attention), probabilities=torch.cat(seen))
+    return split, relabel(ensemble, patches, split, settings.relabel)

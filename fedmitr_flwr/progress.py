@@ -10,12 +10,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from fedmitr_flwr.distill import LossTerms
+from fedmitr_flwr.batch import Watch
+from fedmitr_flwr.losses import LossTerms
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.pool import Pool
 from fedmitr_flwr.settings import InversionSettings
 from fedmitr_flwr.vit import forward_patches
-from fedmitr_flwr.watch import Watch
 
 REPORTS = 40  # of one inversion batch
 LATER_REPORTS = 5  # of one after the first ten: their curves look alike, and there may be thousands

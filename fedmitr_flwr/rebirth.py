@@ -19,14 +19,13 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from fedmitr_flwr.batch import NOBODY, InversionBatch, Watch, optimise, starting_images
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import InversionBatch, optimise, starting_images
 from fedmitr_flwr.schedule import patches_left
 from fedmitr_flwr.settings import InversionSettings, SettingsError
 from fedmitr_flwr.synthetic import SyntheticImages
 from fedmitr_flwr.terms import Term
-from fedmitr_flwr.watch import NOBODY, Watch
 
 
 def invert_by_rebirth(

@@ -12,7 +12,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import fedmitr_flwr
 from fedmitr_flwr.resume import resumed_settings, stored_config
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError, flat_fields
 from fedmitr_flwr.settings.docs import CONFIG_TABLE, flatten, takes_text, toml_value
@@ -42,7 +41,7 @@ def app_directory(given: Path | None = None) -> Path:
     SettingsError
         There is no ``pyproject.toml`` with a ``[tool.flwr.app]`` table.
     """
-    app = (given or Path(fedmitr_flwr.__file__).parent.parent).expanduser().resolve()
+    app = (given or Path(__file__).parents[1]).expanduser().resolve()
     table = _read_toml(app / "pyproject.toml", "--app")
     if "app" not in table.get("tool", {}).get("flwr", {}):
         allowed = "its pyproject.toml has no [tool.flwr.app] table; name the folder of a Flower app"

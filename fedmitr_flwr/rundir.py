@@ -13,10 +13,8 @@ from types import TracebackType
 from typing import IO, Self
 
 from fedmitr_flwr.atomic import TEMPORARY_SUFFIX, Json, write_json
+from fedmitr_flwr.log import LIBRARY_LOGGER, file_log
 from fedmitr_flwr.settings import SettingsError
-
-LIBRARY_LOGGER = "fedmitr"
-FLOWER_LOGGER = "flwr"
 
 STATUS = "status.json"
 METRICS = "metrics.json"
@@ -143,14 +141,8 @@ class RunDirectory:
     @contextmanager
     def logging(self) -> Iterator[None]:
         """Copy the log of this library (with details) and of Flower into ``log.txt``."""
-        handler = logging.FileHandler(self.path / LOG, encoding="utf-8")
-        handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-8s %(message)s"))
-        handler.addFilter(lambda record: record.levelno >= logging.INFO or record.name.startswith(LIBRARY_LOGGER))
-        with _attached(handler, LIBRARY_LOGGER), _attached(handler, FLOWER_LOGGER):
-            try:
-                yield
-            finally:
-                handler.close()
+        with file_log(self.path / LOG):
+            yield
 
     def __enter__(self) -> Self:
         self._write_status("running", None)
@@ -176,53 +168,6 @@ class RunDirectory:
     def _write_status(self, state: str, error: str | None) -> None:
         ended = None if state == "running" else _now()
         self.write_json(STATUS, {"state": state, "error": error, "started": self._started, "ended": ended})
-
-
-@contextmanager
-def console_log() -> Iterator[None]:
-    """Show this library's log on stderr, in Flower's style, while the block runs."""
-    handler = logging.StreamHandler()
-    handler.setLevel(logging.INFO)
-    handler.setFormatter(_FlowerStyle())
-    library = logging.getLogger(LIBRARY_LOGGER)
-    level, propagate = library.level, library.propagate
-    library.setLevel(logging.DEBUG)
-    library.propagate = False
-    try:
-        with _attached(handler, LIBRARY_LOGGER):
-            yield
-    finally:
-        library.setLevel(level)
-        library.propagate = propagate
-
-
-class _FlowerStyle(logging.Formatter):
-    """``INFO :      message``, in line with what Flower logs before and after."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        """Format a record; without its traceback, which belongs into the file."""
-        return f"{record.levelname} : {'':{max(0, 8 - len(record.levelname))}} {record.getMessage()}"
-
-
-@contextmanager
-def failures_logged() -> Iterator[None]:
-    """Log an exception on its way through: one plain message, and the traceback among the details."""
-    try:
-        yield
-    except Exception as error:
-        logger.error("The run failed. %s: %s", type(error).__name__, error)
-        logger.debug("Traceback:", exc_info=True)
-        raise
-
-
-@contextmanager
-def _attached(handler: logging.Handler, name: str) -> Iterator[None]:
-    target = logging.getLogger(name)
-    target.addHandler(handler)
-    try:
-        yield
-    finally:
-        target.removeHandler(handler)
 
 
 def _take_lock(path: Path, name: str) -> IO[str]:

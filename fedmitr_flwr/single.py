@@ -6,14 +6,13 @@ Letters: B images, C classes.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, cast
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from fedmitr_flwr.checkpoint import load_checkpoint
+from fedmitr_flwr.batch import Watch
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
@@ -21,7 +20,6 @@ from fedmitr_flwr.inversion import invert
 from fedmitr_flwr.settings import InversionSettings, SettingsError
 from fedmitr_flwr.synthetic import SyntheticImages
 from fedmitr_flwr.vit import check_supported
-from fedmitr_flwr.watch import Watch
 
 
 def spec_of(model: VisionTransformer) -> ImageSpec:
@@ -35,21 +33,6 @@ def spec_of(model: VisionTransformer) -> ImageSpec:
     mean = tuple(source.get("mean", ())) if len(source.get("mean", ())) == channels else (0.5,) * channels
     std = tuple(source.get("std", ())) if len(source.get("std", ())) == channels else (0.5,) * channels
     return ImageSpec(tuple(named), channels, size, mean, std)
-
-
-def load_weights(model: VisionTransformer, checkpoint: Path) -> None:
-    """Load a safetensors file, or a folder with one, into a model; the head must fit too.
-
-    Raises
-    ------
-    SettingsError
-        If it cannot be read or does not fit.
-    """
-    try:
-        state = load_checkpoint(f"file:{checkpoint}", model, spec_of(model))
-    except SettingsError as error:
-        raise SettingsError(*(("--checkpoint", str(checkpoint), allowed) for _, _, allowed in error.problems)) from None
-    model.load_state_dict({key: value.float() for key, value in state.items()})
 
 
 def invert_model(

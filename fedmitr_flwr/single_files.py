@@ -12,9 +12,10 @@ from timm.models.vision_transformer import VisionTransformer
 
 from fedmitr_flwr.atomic import atomic_path
 from fedmitr_flwr.data import ImageSpec
+from fedmitr_flwr.export import load_checkpoint
 from fedmitr_flwr.models import FROM_DATA, parse_options
 from fedmitr_flwr.settings import SettingsError
-from fedmitr_flwr.single import load_weights
+from fedmitr_flwr.single import spec_of
 from fedmitr_flwr.synthetic import SyntheticImages
 from fedmitr_flwr.vit import check_supported
 
@@ -72,3 +73,18 @@ def save_images(synthetic: SyntheticImages, spec: ImageSpec, folder: Path) -> li
     with atomic_path(folder / "inverted.safetensors") as temporary:
         temporary.write_bytes(save(tensors))
     return files
+
+
+def load_weights(model: VisionTransformer, checkpoint: Path) -> None:
+    """Load a safetensors file, or a folder with one, into a model; the head must fit too.
+
+    Raises
+    ------
+    SettingsError
+        If it cannot be read or does not fit.
+    """
+    try:
+        state = load_checkpoint(f"file:{checkpoint}", model, spec_of(model))
+    except SettingsError as error:
+        raise SettingsError(*(("--checkpoint", str(checkpoint), allowed) for _, _, allowed in error.problems)) from None
+    model.load_state_dict({key: value.float() for key, value in state.items()})

@@ -13,11 +13,11 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedmitr_flwr import schedule
+from fedmitr_flwr.batch import InversionBatch
 from fedmitr_flwr.engine import activation_bytes
+from fedmitr_flwr.engine_flops import pass_flops
 from fedmitr_flwr.ensemble import Ensemble
-from fedmitr_flwr.flops import pass_flops
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import InversionBatch
 from fedmitr_flwr.precision import compute_dtype
 from fedmitr_flwr.schedule import most_attended
 from fedmitr_flwr.settings import InversionSettings

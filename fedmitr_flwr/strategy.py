@@ -22,8 +22,9 @@ from fedmitr_flwr.collection import Collection, close_collection, closed_collect
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.digest import code_digest, short
 from fedmitr_flwr.exchange import WindowedGrid
+from fedmitr_flwr.fedmitr import run_pipeline
+from fedmitr_flwr.inputs import ClientModel, Pipeline, PipelineInputs, PipelineResult
 from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.pipeline import ClientModel, Pipeline, PipelineInputs, PipelineResult, run_pipeline
 from fedmitr_flwr.quorum import ClientCounts, check_quorum, wait_for_nodes
 from fedmitr_flwr.roster import Roster
 from fedmitr_flwr.rundir import COLLECTED, RunDirectory

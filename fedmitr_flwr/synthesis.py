@@ -11,17 +11,14 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from fedmitr_flwr.density import PatchSplit, split_patches
+from fedmitr_flwr.batch import NOBODY, Watch
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.inversion import invert
-from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.rebirth import invert_by_rebirth
-from fedmitr_flwr.relabel import LowTargets, relabel
-from fedmitr_flwr.settings import InversionSettings, Settings
+from fedmitr_flwr.settings import InversionSettings
 from fedmitr_flwr.synthetic import SyntheticImages
 from fedmitr_flwr.terms import Term
-from fedmitr_flwr.watch import NOBODY, Watch
 
 
 class InversionMethod(Protocol):
@@ -73,25 +70,3 @@ def invert_batch(
     few = ensemble.draw(settings.teachers_per_batch, labels, generator)
     method = INVERSION[settings.method]
     return method(few, labels, grid, settings, generator=generator, watch=watch, terms=terms)
-
-
-@torch.no_grad()
-def split_and_relabel(
-    ensemble: Ensemble,
-    synthetic: SyntheticImages,
-    grid: PatchGrid,
-    settings: Settings,
-    observer: Observer | None = None,
-) -> tuple[PatchSplit, LowTargets]:
-    """Stages 2 and 3. The attention over the full grid is taken anew on the finished images."""
-    patches = grid.to_patches(synthetic.images)
-    attention, seen = [], []
-    for part, labels in zip(patches.split(256), synthetic.labels.split(256), strict=True):
-        out = ensemble(part, attention=True, labels=labels)
-        assert out.attention is not None
-        attention.append(out.attention)
-        seen.append(out.probabilities)
-    split = split_patches(synthetic.kept, torch.cat(attention), settings.density)
-    if observer is not None:
-        observer.snapshot("density", attention=torch.cat(attention), probabilities=torch.cat(seen))
-    return split, relabel(ensemble, patches, split, settings.relabel)

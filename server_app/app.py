@@ -13,21 +13,21 @@ from flwr.superlink.grid import InMemoryGrid
 
 from fedmitr_flwr.actors import close_pool, end_busy_actors, replace_dead_actors
 from fedmitr_flwr.baselines import METHODS
-from fedmitr_flwr.budget import check_disk
-from fedmitr_flwr.checkpoints import initial_or_stored
 from fedmitr_flwr.exchange import WindowedGrid
+from fedmitr_flwr.initial import initial_or_stored, initial_state
 from fedmitr_flwr.listeners import JsonLines, Keeper, boards
-from fedmitr_flwr.memory_plan import within_memory
-from fedmitr_flwr.models import initial_state
+from fedmitr_flwr.log import console_log, failures_logged
+from fedmitr_flwr.memory_plan import check_disk, within_memory
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.quorum import wait_for_nodes
 from fedmitr_flwr.resume import changes_in, is_complete, resumed_settings, simulation_config
-from fedmitr_flwr.rundir import CONFIG, EVENTS, INITIAL, RunDirectory, console_log, failures_logged
-from fedmitr_flwr.server import Federation, describe_run, prepare, write_results
+from fedmitr_flwr.rundir import CONFIG, EVENTS, INITIAL, RunDirectory
+from fedmitr_flwr.server import Federation, describe_run, prepare
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.stopping import stopped_with_flower
 from fedmitr_flwr.strategy import FedMITR
 from fedmitr_flwr.wire import encode_state
+from fedmitr_flwr.write import write_results
 
 log = logging.getLogger("fedmitr.run")
 

@@ -17,7 +17,8 @@ from fedmitr_flwr.baselines.fedavg import one_shot_fedavg
 from fedmitr_flwr.baselines.hard_labels import hard_labels
 from fedmitr_flwr.baselines.head_aggregation import head_aggregation
 from fedmitr_flwr.baselines.random_images import ensemble_on_random_images
-from fedmitr_flwr.pipeline import Pipeline, run_pipeline
+from fedmitr_flwr.fedmitr import run_pipeline
+from fedmitr_flwr.inputs import Pipeline
 from fedmitr_flwr.settings import Method, Settings
 
 METHODS: dict[Method, Pipeline] = {

@@ -25,7 +25,7 @@ from torch import Tensor
 from fedmitr_flwr.baselines.generated import InTurn, cross_entropy, divergence
 from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.pipeline import PipelineInputs, PipelineResult
+from fedmitr_flwr.inputs import PipelineInputs, PipelineResult
 from fedmitr_flwr.pool import Pool, label_patches, unnamed_pool
 from fedmitr_flwr.relabel import soften
 

@@ -6,7 +6,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from fedmitr_flwr.ensemble import Ensemble
-from fedmitr_flwr.pipeline import PipelineInputs, PipelineResult, make_ensemble, run_pipeline
+from fedmitr_flwr.fedmitr import run_pipeline
+from fedmitr_flwr.inputs import PipelineInputs, PipelineResult
+from fedmitr_flwr.pipeline import make_ensemble
 from fedmitr_flwr.settings import RunConfigValue
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from fedmitr_flwr.baselines.generated import InTurn, cross_entropy, divergence
-from fedmitr_flwr.pipeline import PipelineInputs, PipelineResult
+from fedmitr_flwr.inputs import PipelineInputs, PipelineResult
 from fedmitr_flwr.pool import Pool, Targets, label_patches, unnamed_pool
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from fedmitr_flwr.baselines.common import untrained_result
-from fedmitr_flwr.pipeline import PipelineInputs, PipelineResult
+from fedmitr_flwr.inputs import PipelineInputs, PipelineResult
 
 
 def one_shot_fedavg(inputs: PipelineInputs) -> PipelineResult:

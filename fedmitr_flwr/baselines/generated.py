@@ -37,8 +37,9 @@ from fedmitr_flwr.augment import augment
 from fedmitr_flwr.baselines.common import untrained_result
 from fedmitr_flwr.density import PatchSplit
 from fedmitr_flwr.grid import PatchGrid
+from fedmitr_flwr.inputs import PipelineInputs, PipelineResult
 from fedmitr_flwr.models import build_model
-from fedmitr_flwr.pipeline import PipelineInputs, PipelineResult, distilled, make_ensemble, student_start
+from fedmitr_flwr.pipeline import distilled, make_ensemble, student_start
 from fedmitr_flwr.pool import Pool, gather
 from fedmitr_flwr.relabel import soften
 from fedmitr_flwr.settings import GeneratorSettings

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from fedmitr_flwr.averaging import merged
 from fedmitr_flwr.baselines.common import untrained_result
-from fedmitr_flwr.pipeline import PipelineInputs, PipelineResult
+from fedmitr_flwr.inputs import PipelineInputs, PipelineResult
 
 
 def head_aggregation(inputs: PipelineInputs) -> PipelineResult:

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from fedmitr_flwr.baselines.common import untrained_result
 from fedmitr_flwr.grid import PatchGrid
+from fedmitr_flwr.inputs import PipelineInputs, PipelineResult
 from fedmitr_flwr.models import build_model
 from fedmitr_flwr.noise import random_images
-from fedmitr_flwr.pipeline import PipelineInputs, PipelineResult, distilled, student_start
+from fedmitr_flwr.pipeline import distilled, student_start
 from fedmitr_flwr.pool import label_patches, unnamed_pool
 
 

@@ -6,7 +6,6 @@ from typing import Annotated
 
 import typer
 
-import fedmitr_flwr
 from fedmitr_flwr.cli.certs import certs
 from fedmitr_flwr.cli.common import BAD_INPUT
 from fedmitr_flwr.cli.doctor import doctor
@@ -22,6 +21,7 @@ from fedmitr_flwr.cli.run import run
 from fedmitr_flwr.cli.settings import settings
 from fedmitr_flwr.cli.simulate import simulate
 from fedmitr_flwr.cli.split import split
+from fedmitr_flwr.version import __version__
 
 __all__ = ["BAD_INPUT", "app", "main"]
 
@@ -46,7 +46,7 @@ def main() -> None:
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"fedmitr {fedmitr_flwr.__version__}")
+        typer.echo(f"fedmitr {__version__}")
         raise typer.Exit
 
 

@@ -20,8 +20,9 @@ def export(
     model differs by more than 1e-4 in a logit, 2 bad input.
     """
     with bad_input():
+        from fedmitr_flwr.onnx_export import export_onnx
         from fedmitr_flwr.report.load import load_run
-        from fedmitr_flwr.run_model import export_onnx, load_run_model
+        from fedmitr_flwr.run_model import load_run_model
 
         file = onnx.expanduser().absolute()
         try:

@@ -20,8 +20,8 @@ def initial(conf: ConfArgument = None, overrides: SetOption = None, app_dir: App
         # PyTorch takes seconds to import, and most commands do without it.
         from fedmitr_flwr.data import load_spec
         from fedmitr_flwr.glyphs import cache_path
-        from fedmitr_flwr.models import initial_state
-        from fedmitr_flwr.rundir import console_log
+        from fedmitr_flwr.initial import initial_state
+        from fedmitr_flwr.log import console_log
 
         with console_log():
             spec = load_spec(run.data)

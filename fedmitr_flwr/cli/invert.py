@@ -51,7 +51,7 @@ def invert(
         settings = _settings(iterations, stops, fraction, rate, tv, batch)
         import torch
 
-        from fedmitr_flwr.inversion import InversionDivergedError
+        from fedmitr_flwr.batch import InversionDivergedError
         from fedmitr_flwr.server import choose_device
         from fedmitr_flwr.single import invert_model, spec_of
         from fedmitr_flwr.single_files import load_timm, save_images

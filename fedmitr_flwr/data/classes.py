@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from fedmitr_flwr.data.images import Labels
@@ -101,6 +103,6 @@ def match_classes(labels: Labels, header: Header, class_names: tuple[str, ...]) 
     return new_label[labels]
 
 
-def listed(names: tuple[str, ...], most: int = 20) -> str:
-    """Write names for an error message, the first of very many."""
+def listed(names: Sequence[str], most: int = 20) -> str:
+    """Join names for a sentence; of more than `most` the first ones and how many more there are."""
     return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -20,13 +20,13 @@ from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.evaluate import Evaluation
 from fedmitr_flwr.flops import stage_flops
 from fedmitr_flwr.grid import PatchGrid
+from fedmitr_flwr.inputs import PipelineResult
 from fedmitr_flwr.listeners import Keeper
-from fedmitr_flwr.pipeline import PipelineResult
+from fedmitr_flwr.report.load import FORMAT
 from fedmitr_flwr.rundir import REPORT_DATA, REPORT_PICTURES
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.synthetic import SyntheticImages
 
-FORMAT = 1
 MOST_PICTURES = 240
 PICTURES_OF_A_CLASS = 8
 LARGEST_PICTURE = 112  # pixels a side; nobody sees more on the page, and 224 would be four times the file

@@ -14,11 +14,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
 
-import fedmitr_flwr
 from fedmitr_flwr.listeners.jsonl import read_events
-from fedmitr_flwr.report.data import FORMAT
 from fedmitr_flwr.rundir import CONFIG, EVENTS, METRICS, REPORT_DATA, REPORT_PICTURES, STATUS
 from fedmitr_flwr.settings import Settings, SettingsError
+from fedmitr_flwr.version import __version__
 
 
 @dataclass(frozen=True)
@@ -59,7 +58,7 @@ class FinishedRun:
             return Settings.from_run_config(self.config["settings"])
         except (SettingsError, KeyError, TypeError, AttributeError) as error:
             said = str(error).splitlines()[0]
-            allowed = f"written by version {self.version}, this is {fedmitr_flwr.__version__}: {said}"
+            allowed = f"written by version {self.version}, this is {__version__}: {said}"
             raise SettingsError(("RUN", str(self.path), allowed)) from None
 
     @property
@@ -128,3 +127,6 @@ def _pictures(path: Path) -> dict[str, Tensor]:
         return load_file(file)
     except (SafetensorError, OSError) as error:
         raise SettingsError(("RUN", str(path), f"its {REPORT_PICTURES} can't be read: {error}")) from None
+
+
+FORMAT = 1

@@ -9,7 +9,6 @@ from typing import Any
 from jinja2 import Environment
 from markupsafe import Markup
 
-import fedmitr_flwr
 from fedmitr_flwr.atomic import atomic_path
 from fedmitr_flwr.report import charts, words
 from fedmitr_flwr.report.clients import clients_section
@@ -18,10 +17,10 @@ from fedmitr_flwr.report.curves import curves_of
 from fedmitr_flwr.report.gallery import gallery_of
 from fedmitr_flwr.report.images import matrix
 from fedmitr_flwr.report.load import FinishedRun, load_run
-from fedmitr_flwr.report.style import CSS
-from fedmitr_flwr.report.template import FOOT, HEAD, RUN
+from fedmitr_flwr.report.template import CSS, FOOT, HEAD, RUN
 from fedmitr_flwr.rundir import REPORT
 from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.version import __version__
 
 _LARGEST_TABLE = 30  # classes; a larger confusion matrix is a picture
 
@@ -49,7 +48,7 @@ def render(body: str, title: str, **values: object) -> str:
     """Fill a body of `template` between head and foot."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(HEAD + body + FOOT)
-    return page.render(title=title, css=Markup(CSS), version=fedmitr_flwr.__version__, **values)
+    return page.render(title=title, css=Markup(CSS), version=__version__, **values)
 
 
 def run_page(run: FinishedRun) -> str:

@@ -127,3 +127,118 @@ COMPARISON = """
 {% for strip in strips %}<h3>{{ strip.name }}</h3><div class="panel"><div class="strip">{% for uri in strip.uris %}<span class="pic"
 ><img src="{{ uri }}" alt="synthetic image"></span>{% endfor %}</div></div>{% endfor %}</section>{% endif %}
 """
+
+CSS = """
+:root{color-scheme:light dark;--bg:#fbfbfa;--panel:#fff;--ink:#1c1f23;--soft:#5b6470;--line:#e2e4e8;--track:#eef0f3;
+--accent:#2f62c4;--s1:#8a93a0;--s2:#d9822b;--s3:#2f62c4;--s4:#2b9a66;--warn:#9a5b00;--warnbg:#fff5e0;
+--heat:#3969c9;--heatink:#fff}
+@media (prefers-color-scheme:dark){:root{--bg:#14161a;--panel:#1c1f25;--ink:#e8eaee;--soft:#9aa3b0;--line:#30353d;
+--track:#272b32;--accent:#7aa5f5;--s1:#8a93a0;--s2:#f0a152;--s3:#7aa5f5;--s4:#5cc796;--warn:#f4c069;--warnbg:#332a17;
+--heat:#6c9bf0;--heatink:#10131a}}
+*{box-sizing:border-box}
+html{-webkit-text-size-adjust:100%}
+body{margin:0;background:var(--bg);color:var(--ink);font:16px/1.55 system-ui,-apple-system,"Segoe UI",Roboto,sans-serif}
+main{max-width:1080px;margin:0 auto;padding:24px 16px 64px}
+h1{font-size:1.05rem;color:var(--soft);font-weight:600;margin:0 0 8px;overflow-wrap:anywhere}
+.verdict{font-size:clamp(1.25rem,3.6vw,1.75rem);line-height:1.3;font-weight:600;margin:0 0 16px;text-wrap:pretty}
+h2{font-size:1.2rem;margin:40px 0 4px}
+h3{font-size:1rem;margin:20px 0 6px}
+p{margin:4px 0 12px;max-width:72ch}
+.note,figcaption{color:var(--soft);font-size:.9rem}
+.facts{display:flex;flex-wrap:wrap;gap:8px;margin:0 0 8px;padding:0;list-style:none}
+.facts li{border:1px solid var(--line);border-radius:999px;padding:2px 12px;font-size:.85rem;color:var(--soft)}
+.facts b{color:var(--ink);font-weight:600}
+.panel{background:var(--panel);border:1px solid var(--line);border-radius:12px;padding:16px;margin:10px 0}
+.two{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,400px),1fr));gap:0 16px;align-items:start}
+.two>*{min-width:0}
+.warnings{background:var(--warnbg);border-radius:12px;padding:12px 16px 12px 36px;margin:12px 0}
+.warnings li{margin:4px 0}
+.rows{display:grid;grid-template-columns:fit-content(38%) minmax(0,1fr) max-content;gap:6px 12px;align-items:center;
+font-size:.9rem}
+.row{display:contents}
+.row .name{overflow:hidden;text-overflow:ellipsis;overflow-wrap:anywhere}
+.row .value{font-variant-numeric:tabular-nums;text-align:right}
+.row.strong{font-weight:650}
+.track{position:relative;height:18px;background:linear-gradient(var(--track),var(--track)) center/100% 4px no-repeat;
+border-radius:3px}
+.track.plain{background:none}
+.track .range{position:absolute;top:5px;height:8px;border-radius:4px;background:var(--s1);opacity:.55}
+.track .dot{position:absolute;top:3px;width:12px;height:12px;margin-left:-6px;border-radius:50%;background:var(--s1);
+border:2px solid var(--panel)}
+.track .tick{position:absolute;top:0;width:3px;height:18px;margin-left:-1.5px;border-radius:2px;background:var(--ink)}
+.row.strong .range{background:var(--accent)}
+.row small{color:var(--soft);font-weight:400;font-size:.85em;margin-left:4px}
+.track .bar{position:absolute;left:0;top:2px;height:14px;border-radius:0 4px 4px 0;min-width:1px}
+.scale .track{background:none;height:1.2em}
+.scale b{position:absolute;white-space:nowrap;transform:translateX(-50%);font-weight:400;font-size:.75rem;
+color:var(--soft)}
+.scroll{max-height:480px;overflow:auto}
+.legend{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:.85rem;color:var(--soft);margin:0 0 8px}
+.legend i{display:inline-block;width:12px;height:12px;border-radius:3px;margin-right:6px;vertical-align:-1px}
+.plot{position:relative;margin-left:52px;height:180px}
+.plot svg{position:absolute;inset:0;width:100%;height:100%;overflow:visible}
+.plot path{fill:none;stroke-width:2;vector-effect:non-scaling-stroke;stroke-linejoin:round}
+.plot line{stroke:var(--line);vector-effect:non-scaling-stroke}
+.yaxis b{position:absolute;left:-52px;width:46px;text-align:right;transform:translateY(-50%);font-weight:400;
+font-size:.75rem;color:var(--soft)}
+.xaxis{display:flex;justify-content:space-between;margin-left:52px;font-size:.75rem;color:var(--soft);padding-top:6px}
+.wide{overflow-x:auto;max-width:100%;background:linear-gradient(90deg,var(--panel) 40%,transparent) 0 0/40px 100%,
+linear-gradient(270deg,var(--panel) 40%,transparent) 100% 0/40px 100%,
+linear-gradient(90deg,var(--line),transparent) 0 0/14px 100%,
+linear-gradient(270deg,var(--line),transparent) 100% 0/14px 100%;background-repeat:no-repeat;
+background-attachment:local,local,scroll,scroll}
+table{border-collapse:collapse;font-size:.88rem;width:100%}
+th{text-align:left;font-weight:600}
+th,td{padding:4px 8px;border-bottom:1px solid var(--line);vertical-align:top}
+td.n,th.n{text-align:right;font-variant-numeric:tabular-nums;white-space:nowrap}
+td{overflow-wrap:anywhere}
+.wide td,.wide th{overflow-wrap:normal}
+.wide td:first-child{white-space:nowrap}
+.clients td:last-child{min-width:220px}
+.heat{width:auto;border-collapse:separate;border-spacing:2px;font-size:.8rem}
+.heat th{border:0;padding:2px 6px 2px 0;font-weight:400;color:var(--soft);white-space:nowrap;max-width:160px;
+overflow:hidden;text-overflow:ellipsis}
+.heat th[scope=col]{text-align:center;padding:2px;vertical-align:bottom}
+.heat th[scope=col] span{display:inline-block;max-width:72px;overflow:hidden;text-overflow:ellipsis}
+.heat td{border:0;min-width:30px;height:26px;padding:2px 4px;text-align:center;border-radius:4px;vertical-align:middle;
+font-variant-numeric:tabular-nums;background:color-mix(in srgb,var(--heat) var(--v),var(--track))}
+.heat td.full{color:var(--heatink)}
+.good{color:var(--s4)}.bad{color:var(--warn)}
+.gallery input{position:absolute;opacity:0;pointer-events:none}
+.gallery>label{display:inline-block;border:1px solid var(--line);border-radius:999px;padding:3px 14px;
+margin:0 6px 10px 0;font-size:.88rem;cursor:pointer}
+.gallery input:checked+label{background:var(--accent);border-color:var(--accent);color:var(--panel)}
+.gallery input:focus-visible+label{outline:2px solid var(--ink);outline-offset:2px}
+.class{display:flex;gap:8px;align-items:center;margin:6px 0}
+.class>div{min-width:0}
+.class>span{flex:none;min-width:1.6em;max-width:110px;font-size:.88rem;overflow-wrap:anywhere}
+.strip{display:flex;flex-wrap:wrap;gap:5px}
+.pic{position:relative;width:46px;aspect-ratio:1;display:block}
+.pic img{position:absolute;inset:0;width:100%;height:100%;image-rendering:pixelated;border-radius:4px}
+.pic .over{display:none}
+#view-stopped:checked~.classes .stopped,#view-density:checked~.classes .density{display:block}
+.steps{display:flex;gap:10px;overflow-x:auto;padding-bottom:6px}
+.steps figure{margin:0;flex:none;width:72px}
+.steps .pic{width:100%}
+.classes,.evolution{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,440px),1fr));gap:0 24px}
+.evolution>p{grid-column:1/-1}
+.evolution .over{display:block}
+.matrix{width:min(100%,480px);image-rendering:pixelated;border:1px solid var(--line);background:var(--track)}
+details{border-top:1px solid var(--line);padding:8px 0}
+summary{cursor:pointer;font-weight:600}
+code{font:0.88em ui-monospace,SFMono-Regular,Menlo,monospace;overflow-wrap:anywhere}
+.changed td:first-child::after{content:" ●";color:var(--accent)}
+footer{margin-top:40px;color:var(--soft);font-size:.85rem}
+.compare th,.compare td{min-width:110px}
+@media (max-width:520px){.panel{padding:12px}
+.rows.stacked{display:block}
+.stacked .row{display:grid;grid-template-columns:1fr max-content;gap:0 12px;margin:0 0 8px}
+.stacked .row .track{grid-column:1/-1;grid-row:2}
+.stacked .scale>span:not(.track){display:none}
+.stacked .scale .track{margin:0 18px 0 6px}
+.heat{border-spacing:1px;font-size:.72rem}
+.heat td{min-width:23px;height:24px;padding:1px}
+.heat th{max-width:92px}
+}
+@media print{body{background:#fff}.panel{break-inside:avoid}}
+""".strip()

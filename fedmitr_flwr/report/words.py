@@ -6,6 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedmitr_flwr.data.classes import listed
+
 NAMES = {
     "local_mean": "Local models, mean",
     "fedavg": "One-shot FedAvg",
@@ -95,7 +97,7 @@ def cautions(
     missing = [name for name, number in zip(class_names, per_class, strict=True) if number == 0]
     if missing:
         found.append(
-            f"No client knows {listing(missing)}: there are no synthetic images of it, and no model can learn it."
+            f"No client knows {listed(missing, 6)}: there are no synthetic images of it, and no model can learn it."
         )
     if evaluation is None:
         return [
@@ -119,12 +121,5 @@ def cautions(
         if value is not None and value == 0.0 and name not in missing
     ]
     if never:
-        found.append(f"The global model never recognises {listing(never)}.")
+        found.append(f"The global model never recognises {listed(never, 6)}.")
     return found
-
-
-def listing(names: Sequence[str], most: int = 6) -> str:
-    """Join names for a sentence, the first few of many."""
-    shown = [str(name) for name in names[:most]]
-    more = f" and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(shown) + more

@@ -18,8 +18,8 @@ from client_app.app import app as client
 from fedmitr_flwr import exchange, quorum
 from fedmitr_flwr.client import ClientTask, ClientUpload
 from fedmitr_flwr.data import ImageSpec
+from fedmitr_flwr.inputs import ClientModel, PipelineInputs, PipelineResult
 from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.pipeline import ClientModel, PipelineInputs, PipelineResult
 from fedmitr_flwr.rundir import RunDirectory
 from fedmitr_flwr.settings import RunConfigValue, Settings
 from fedmitr_flwr.strategy import FedMITR

@@ -10,15 +10,17 @@ import torch
 
 from fedmitr_flwr.baselines import METHODS
 from fedmitr_flwr.data import load_source
+from fedmitr_flwr.initial import initial_state
+from fedmitr_flwr.inputs import ClientModel, PipelineInputs
 from fedmitr_flwr.listeners import JsonLines, Keeper
-from fedmitr_flwr.models import build_model, initial_state
+from fedmitr_flwr.models import build_model
 from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.pipeline import ClientModel, PipelineInputs
 from fedmitr_flwr.quorum import ClientCounts
 from fedmitr_flwr.rundir import CONFIG, EVENTS, RunDirectory
-from fedmitr_flwr.server import Federation, describe_run, write_results
+from fedmitr_flwr.server import Federation, describe_run
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.training import train_local
+from fedmitr_flwr.write import write_results
 
 SETTINGS = Settings.from_run_config(
     {

@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from fedmitr_flwr import distill, synthesis
-from fedmitr_flwr.adversarial import Disagreement, jensen_shannon, round_steps
+from fedmitr_flwr.adversarial import round_steps
 from fedmitr_flwr.checkpoints import Checkpoints
 from fedmitr_flwr.density import PatchSplit
+from fedmitr_flwr.diversity import Disagreement, jensen_shannon
 from fedmitr_flwr.flops import stage_flops
 from fedmitr_flwr.grid import PatchGrid
 from fedmitr_flwr.inversion import invert

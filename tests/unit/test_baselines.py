@@ -6,9 +6,11 @@ from fedmitr_flwr.averaging import fedavg, merged
 from fedmitr_flwr.baselines import METHODS
 from fedmitr_flwr.evaluate import evaluate
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.models import build_model, initial_state
+from fedmitr_flwr.initial import initial_state
+from fedmitr_flwr.inputs import PipelineInputs
+from fedmitr_flwr.models import build_model
 from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.pipeline import PipelineInputs, make_ensemble
+from fedmitr_flwr.pipeline import make_ensemble
 from tests.unit.test_pipeline import CPU, SETTINGS, SOURCE, clients  # noqa: F401 - a fixture
 
 INITIAL = initial_state(SETTINGS, SOURCE.spec)

@@ -12,7 +12,7 @@ from benchmarks.federation import Federation
 from benchmarks.time_to_quality import SMI, accuracies
 from fedmitr_flwr.baselines import METHODS
 from fedmitr_flwr.data import load_source
-from fedmitr_flwr.pipeline import ClientModel
+from fedmitr_flwr.inputs import ClientModel
 
 ENSEMBLES = {"uniform": 0.80, "competence": 0.90}
 

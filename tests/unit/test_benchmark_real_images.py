@@ -11,8 +11,8 @@ from benchmarks.accuracy import settings_for
 from benchmarks.federation import Federation
 from fedmitr_flwr.baselines import random_images
 from fedmitr_flwr.data import load_source
+from fedmitr_flwr.inputs import ClientModel
 from fedmitr_flwr.models import build_model
-from fedmitr_flwr.pipeline import ClientModel
 
 SHORT = {
     "model.init": "seeded",

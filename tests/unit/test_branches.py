@@ -7,8 +7,9 @@ import torch
 from timm.models.deit import VisionTransformerDistilled
 
 from fedmitr_flwr.branches import Branches
-from fedmitr_flwr.distill import distill, loss_terms
+from fedmitr_flwr.distill import distill
 from fedmitr_flwr.ensemble import Ensemble
+from fedmitr_flwr.losses import loss_terms
 from fedmitr_flwr.pool import Pool, label_patches, unnamed_pool
 from fedmitr_flwr.settings import DistillSettings
 from tests.unit.test_distill import IMAGES, B

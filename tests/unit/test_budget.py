@@ -9,11 +9,12 @@ from pathlib import Path
 import pytest
 
 from fedmitr_flwr.atomic import TEMPORARY_SUFFIX
-from fedmitr_flwr.budget import check_disk, disk_bytes
-from fedmitr_flwr.checkpoints import Checkpoints, initial_or_stored
+from fedmitr_flwr.checkpoints import Checkpoints
 from fedmitr_flwr.data import ImageSpec
-from fedmitr_flwr.models import initial_state
-from fedmitr_flwr.pipeline import ClientModel, PipelineInputs, run_pipeline
+from fedmitr_flwr.fedmitr import run_pipeline
+from fedmitr_flwr.initial import initial_or_stored, initial_state
+from fedmitr_flwr.inputs import ClientModel, PipelineInputs
+from fedmitr_flwr.memory_plan import check_disk, disk_bytes
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError
 from fedmitr_flwr.uploads import UploadStore
 

@@ -19,7 +19,7 @@ from fedmitr_flwr import collection
 from fedmitr_flwr.client import ClientTask, ClientUpload
 from fedmitr_flwr.collection import failure_reason
 from fedmitr_flwr.data import load_spec
-from fedmitr_flwr.models import initial_state
+from fedmitr_flwr.initial import initial_state
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.rundir import RunDirectory
 from fedmitr_flwr.settings import RunConfigValue, Settings

@@ -8,15 +8,17 @@ from torch.nn import functional as F
 
 from fedmitr_flwr import steady
 from fedmitr_flwr.baselines import METHODS
-from fedmitr_flwr.cuda_graph import WARM_UP, GraphRunner
-from fedmitr_flwr.ensemble import Ensemble, MemoryLimits
-from fedmitr_flwr.inversion import InversionBatch, InversionDivergedError, invert
-from fedmitr_flwr.models import build_model, initial_state
-from fedmitr_flwr.pipeline import ClientModel, PipelineInputs
+from fedmitr_flwr.batch import InversionBatch, InversionDivergedError, Watch
+from fedmitr_flwr.ensemble import Ensemble
+from fedmitr_flwr.initial import initial_state
+from fedmitr_flwr.inputs import ClientModel, PipelineInputs
+from fedmitr_flwr.inversion import invert
+from fedmitr_flwr.models import build_model
 from fedmitr_flwr.schedule import most_attended
 from fedmitr_flwr.settings import InversionSettings
+from fedmitr_flwr.steady import WARM_UP, GraphRunner
+from fedmitr_flwr.teachers import MemoryLimits
 from fedmitr_flwr.training import train_local
-from fedmitr_flwr.watch import Watch
 from tests.unit.test_engine import GRID, LABELS, batch, variant
 from tests.unit.test_pipeline import SETTINGS, SOURCE
 from tests.unit.tiny import CLASSES, tiny_ensemble, tiny_grid
@@ -98,7 +100,7 @@ def test_graphs_replay_exactly_what_they_recorded(activations, precision, record
     settings, limits = LONG.model_copy(update={"precision": precision}), MemoryLimits(activations)
     got = run(there(tiny_ensemble(), limits), settings)
     assert len(recorded) == 2
-    monkeypatch.setattr("fedmitr_flwr.cuda_graph.WARM_UP", 10**6)  # the same code, launched kernel by kernel
+    monkeypatch.setattr("fedmitr_flwr.steady.WARM_UP", 10**6)  # the same code, launched kernel by kernel
     expected = run(there(tiny_ensemble(), limits), settings)
     assert len(recorded) == 2
     assert torch.equal(got.kept, expected.kept)
@@ -124,7 +126,7 @@ def test_a_teacher_that_runs_by_autograd_is_recorded_too(recorded, monkeypatch):
     ensemble = there(Ensemble([model], torch.ones(1, CLASSES)))
     got = run(ensemble)
     assert len(recorded) == 2
-    monkeypatch.setattr("fedmitr_flwr.cuda_graph.WARM_UP", 10**6)
+    monkeypatch.setattr("fedmitr_flwr.steady.WARM_UP", 10**6)
     expected = run(ensemble)
     assert float((got.images - expected.images).abs().mean()) < 1e-4
 

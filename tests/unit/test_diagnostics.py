@@ -2,8 +2,8 @@ import pytest
 import torch
 
 from fedmitr_flwr.diagnostics import diagnose, diversity
+from fedmitr_flwr.engine_flops import pass_flops
 from fedmitr_flwr.ensemble import Ensemble
-from fedmitr_flwr.flops import pass_flops
 from fedmitr_flwr.inversion import invert
 from fedmitr_flwr.settings import InversionSettings
 from fedmitr_flwr.stage_costs import stage_costs

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from fedmitr_flwr.density import PatchSplit
-from fedmitr_flwr.distill import distill, kl_divergence, loss_terms
+from fedmitr_flwr.distill import distill
+from fedmitr_flwr.losses import kl_divergence, loss_terms
 from fedmitr_flwr.noise import random_images
 from fedmitr_flwr.pool import Pool, Targets, make_pool, mix_patches
 from fedmitr_flwr.relabel import LowTargets, relabel

@@ -7,8 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from fedmitr_flwr.diversity import Diversity, contrast, similarities
-from fedmitr_flwr.ensemble import Ensemble, MemoryLimits
+from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.settings import InversionSettings, Settings, SettingsError
+from fedmitr_flwr.teachers import MemoryLimits
 from fedmitr_flwr.vit import forward_patches
 from tests.unit.test_engine import variant
 from tests.unit.test_inversion import LABELS, run

@@ -6,12 +6,13 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.reference import PlainInversion
-from fedmitr_flwr.ensemble import Ensemble, MemoryLimits
+from fedmitr_flwr.ensemble import Ensemble
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import scatter
 from fedmitr_flwr.packed import architecture_of, pack
+from fedmitr_flwr.pixel_adam import scatter
 from fedmitr_flwr.prior import Prior
 from fedmitr_flwr.settings import InversionSettings
+from fedmitr_flwr.teachers import MemoryLimits
 from fedmitr_flwr.vit import forward_patches
 from tests.unit.tiny import CLASSES, tiny_ensemble, tiny_grid, tiny_vit
 

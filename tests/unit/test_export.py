@@ -11,7 +11,8 @@ from torch import Tensor
 
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.export import save_timm
-from fedmitr_flwr.models import build_model, initial_state
+from fedmitr_flwr.initial import initial_state
+from fedmitr_flwr.models import build_model
 from fedmitr_flwr.settings import ModelSettings, Settings
 
 TINY = ModelSettings(options="patch_size=4,embed_dim=32,depth=2,num_heads=2,qk_norm=true,drop_path_rate=0.1")

@@ -5,7 +5,8 @@ import torch
 
 from fedmitr_flwr import glyphs
 from fedmitr_flwr.data import load_spec
-from fedmitr_flwr.models import build_model, initial_state
+from fedmitr_flwr.initial import initial_state
+from fedmitr_flwr.models import build_model
 from fedmitr_flwr.settings import DataSettings, Settings
 
 SETTINGS = Settings.from_run_config(

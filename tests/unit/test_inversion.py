@@ -3,7 +3,9 @@ import torch
 from torch.nn import functional as F
 
 from benchmarks.reference import PlainInversion
-from fedmitr_flwr.inversion import InversionBatch, InversionDivergedError, invert, scatter
+from fedmitr_flwr.batch import InversionBatch, InversionDivergedError
+from fedmitr_flwr.inversion import invert
+from fedmitr_flwr.pixel_adam import scatter
 from fedmitr_flwr.prior import Prior
 from fedmitr_flwr.schedule import most_attended, patches_left
 from fedmitr_flwr.settings import InversionSettings

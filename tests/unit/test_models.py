@@ -16,9 +16,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedmitr_flwr.data import ImageSpec
-from fedmitr_flwr.models import build_model, initial_state, parse_options, seed_weights
+from fedmitr_flwr.initial import initial_state
+from fedmitr_flwr.models import build_model, parse_options
 from fedmitr_flwr.settings import ModelSettings, Settings, SettingsError
 from fedmitr_flwr.vit import forward_images
+from fedmitr_flwr.weights import seed_weights
 
 TINY = "patch_size=4,embed_dim=32,depth=2,num_heads=2"
 

@@ -10,11 +10,14 @@ import torch
 from torch import Tensor
 
 from fedmitr_flwr.data import load_source
-from fedmitr_flwr.models import build_model, initial_state
-from fedmitr_flwr.outliers import LEAST_TRUST, known_classes, trust_by_opinion, trust_by_weights
-from fedmitr_flwr.pipeline import ClientModel, PipelineInputs, make_ensemble
+from fedmitr_flwr.initial import initial_state
+from fedmitr_flwr.inputs import ClientModel, PipelineInputs
+from fedmitr_flwr.models import build_model
+from fedmitr_flwr.outliers import LEAST_TRUST
+from fedmitr_flwr.pipeline import make_ensemble
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.training import train_local
+from fedmitr_flwr.trust import known_classes, trust_by_opinion, trust_by_weights
 from fedmitr_flwr.weighting import class_weights
 
 CPU = torch.device("cpu")

@@ -5,12 +5,14 @@ import torch
 from fedmitr_flwr.averaging import fedavg
 from fedmitr_flwr.checkpoints import Checkpoints, Progress
 from fedmitr_flwr.data import load_source
-from fedmitr_flwr.distill import loss_terms
 from fedmitr_flwr.evaluate import evaluate
+from fedmitr_flwr.fedmitr import run_pipeline
 from fedmitr_flwr.figures import save_synthetic, shown
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.models import build_model, initial_state
-from fedmitr_flwr.pipeline import ClientModel, PipelineInputs, run_pipeline
+from fedmitr_flwr.initial import initial_state
+from fedmitr_flwr.inputs import ClientModel, PipelineInputs
+from fedmitr_flwr.losses import loss_terms
+from fedmitr_flwr.models import build_model
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.training import train_local
 from fedmitr_flwr.vit import forward_images

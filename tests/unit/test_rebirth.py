@@ -3,12 +3,11 @@
 import pytest
 import torch
 
+from fedmitr_flwr.batch import Watch, starting_images
 from fedmitr_flwr.flops import kept_schedule
-from fedmitr_flwr.inversion import starting_images
 from fedmitr_flwr.rebirth import invert_by_rebirth
 from fedmitr_flwr.schedule import patches_left
 from fedmitr_flwr.settings import InversionSettings, Settings, SettingsError
-from fedmitr_flwr.watch import Watch
 from tests.unit.test_inversion import LABELS
 from tests.unit.test_inversion import run as invert
 from tests.unit.test_pipeline import clients  # noqa: F401 - a fixture

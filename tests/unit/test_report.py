@@ -17,8 +17,9 @@ from typer.testing import CliRunner
 
 from fedmitr_flwr.cli import app
 from fedmitr_flwr.data import ImageSpec
-from fedmitr_flwr.flops import count_flops, kept_schedule
+from fedmitr_flwr.flops import kept_schedule
 from fedmitr_flwr.grid import PatchGrid
+from fedmitr_flwr.model_flops import count_flops
 from fedmitr_flwr.report import FinishedRun, charts, comparison_page, load_run, run_page, words
 from fedmitr_flwr.report.data import _pixels
 from fedmitr_flwr.settings import InversionSettings, SettingsError

@@ -2,9 +2,9 @@
 
 import pytest
 
+from fedmitr_flwr.claims import UploadRefused
 from fedmitr_flwr.roster import Roster
 from fedmitr_flwr.settings import Settings, SettingsError
-from fedmitr_flwr.uploads import UploadRefused
 
 
 def test_a_site_may_use_its_own_name_only():

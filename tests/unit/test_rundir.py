@@ -9,7 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from fedmitr_flwr.rundir import RunDirectory, console_log, failures_logged
+from fedmitr_flwr.log import console_log, failures_logged
+from fedmitr_flwr.rundir import RunDirectory
 from fedmitr_flwr.settings import SettingsError
 
 

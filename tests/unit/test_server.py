@@ -9,19 +9,13 @@ import torch
 
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.evaluate import Evaluation
+from fedmitr_flwr.memory import peak_rss_mb
 from fedmitr_flwr.observe import Observer
 from fedmitr_flwr.quorum import ClientCounts
 from fedmitr_flwr.rundir import RunDirectory
-from fedmitr_flwr.server import (
-    Federation,
-    accuracy_table,
-    choose_device,
-    describe_run,
-    make_metrics,
-    peak_rss_mb,
-    prepare,
-)
+from fedmitr_flwr.server import Federation, choose_device, describe_run, prepare
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError
+from fedmitr_flwr.write import accuracy_table, make_metrics
 
 SPEC = ImageSpec(("cat", "dog"), 1, 8, (0.5,), (0.5,))
 EVALUATION = Evaluation(

@@ -8,15 +8,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from fedmitr_flwr import steady
-from fedmitr_flwr.cuda_graph import WARM_UP, GraphRunner
-from fedmitr_flwr.ensemble import Ensemble, MemoryLimits
-from fedmitr_flwr.inversion import InversionBatch, InversionDivergedError, invert
+from fedmitr_flwr.batch import InversionBatch, InversionDivergedError, Watch
+from fedmitr_flwr.ensemble import Ensemble
+from fedmitr_flwr.inversion import invert
 from fedmitr_flwr.pixel_adam import PixelAdam
 from fedmitr_flwr.rebirth import invert_by_rebirth
 from fedmitr_flwr.settings import InversionSettings
-from fedmitr_flwr.steady import MIN_STEPS, stretches, suits
+from fedmitr_flwr.steady import MIN_STEPS, WARM_UP, GraphRunner, stretches, suits
+from fedmitr_flwr.teachers import MemoryLimits
 from fedmitr_flwr.views import View
-from fedmitr_flwr.watch import Watch
 from tests.unit.tiny import tiny_ensemble, tiny_grid
 
 LABELS = torch.tensor([0, 1, 2, 3, 4, 0])

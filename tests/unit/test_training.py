@@ -3,9 +3,11 @@ import pytest
 import torch
 
 from fedmitr_flwr.data import load_source
-from fedmitr_flwr.models import build_model, seed_weights
+from fedmitr_flwr.models import build_model
+from fedmitr_flwr.optimizer import WarmupCosine
 from fedmitr_flwr.settings import DataSettings, ModelSettings, TrainSettings
-from fedmitr_flwr.training import WarmupCosine, class_targets, total_steps, train_local
+from fedmitr_flwr.training import class_targets, total_steps, train_local
+from fedmitr_flwr.weights import seed_weights
 
 SOURCE = load_source(DataSettings(source="digits"))
 MODEL = ModelSettings(options="patch_size=4,embed_dim=32,depth=2,num_heads=2")

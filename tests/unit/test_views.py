@@ -4,14 +4,13 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from fedmitr_flwr.centring import growth
+from fedmitr_flwr.batch import InversionBatch, Watch, starting_images
 from fedmitr_flwr.flops import kept_schedule
 from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inversion import InversionBatch, starting_images
 from fedmitr_flwr.rebirth import invert_by_rebirth
+from fedmitr_flwr.schedule import growth
 from fedmitr_flwr.settings import InversionSettings, Settings, SettingsError
 from fedmitr_flwr.views import View
-from fedmitr_flwr.watch import Watch
 from tests.unit.test_inversion import LABELS, run
 from tests.unit.tiny import plain_ensemble, tiny_ensemble, tiny_grid
 

@@ -11,9 +11,6 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 
 import fedmitr_flwr as fm
-from fedmitr_flwr.rundir import RunDirectory, console_log
-from fedmitr_flwr.server import choose_device
-from fedmitr_flwr.wire import encode_state
 
 app = ServerApp()
 
@@ -35,10 +32,10 @@ def main(grid: Grid, context: Context) -> None:
     """Run one exchange and save the model."""
     settings = fm.Settings.from_run_config(SETTINGS)
     source = fm.load_source(settings.data)
-    device = choose_device(settings.run.device)
-    with console_log(), RunDirectory.create(str(context.run_config["output"]), "own") as run:
+    device = fm.choose_device(settings.run.device)
+    with fm.console_log(), fm.RunDirectory.create(str(context.run_config["output"]), "own") as run:
         strategy = fm.FedMITR(settings, source.spec, run, device=device, observer=fm.Observer())
-        strategy.start(grid, encode_state(fm.initial_state(settings, source.spec)), num_rounds=1)
+        strategy.start(grid, fm.encode_state(fm.initial_state(settings, source.spec)), num_rounds=1)
         assert strategy.outcome is not None
         state = strategy.outcome.result.state
         fm.save_timm(state, settings.model, source.spec, run.path / "model", {"made-by": "own_flower_app"})
