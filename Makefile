@@ -87,10 +87,11 @@ test-deployment: $(STAMP) ## build the image, test it, and federations of contai
 faults: $(STAMP) ## kill, stop and starve real runs, and go on with them
 	$(BIN)/python -m pytest tests/integration/test_faults.py tests/integration/test_resume.py $(PYTEST_ARGS)
 
-lint: $(STAMP) ## check style, format and types
+lint: $(STAMP) ## check style, format, types and who may import whom
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(STAMP) ## format the code and mend what ruff can mend
 	$(BIN)/ruff check --fix .

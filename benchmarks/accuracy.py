@@ -31,13 +31,13 @@ from rich.table import Table
 from benchmarks.federation import Federation, train_federation
 from benchmarks.fingerprint import results_code
 from benchmarks.recipes import parse_value, split_changes
-from fedmitr_flwr.baselines import GENERATED, METHODS, UNTRAINED, effective_settings
-from fedmitr_flwr.evaluate import batches, evaluate
-from fedmitr_flwr.flops import stage_flops
-from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.model_flops import count_flops
-from fedmitr_flwr.models import build_model
-from fedmitr_flwr.pipeline import make_ensemble
+from fedmitr_flwr.models.build import build_model
+from fedmitr_flwr.models.flops import count_flops
+from fedmitr_flwr.models.patch_grid import PatchGrid
+from fedmitr_flwr.pipeline.methods import GENERATED, METHODS, UNTRAINED, effective_settings
+from fedmitr_flwr.pipeline.steps import make_ensemble
+from fedmitr_flwr.results.evaluate import batches, evaluate
+from fedmitr_flwr.results.flops import stage_flops
 from fedmitr_flwr.settings import EnsembleSettings, Method, RunConfigValue, Settings
 
 ROOT = Path(__file__).resolve().parents[1]

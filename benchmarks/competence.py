@@ -24,7 +24,7 @@ from torchmetrics.functional.regression import pearson_corrcoef
 
 from benchmarks.accuracy import ROOT, ensemble_accuracies, name_of, settings_for
 from benchmarks.federation import Federation, train_federation
-from fedmitr_flwr.weighting import competence
+from fedmitr_flwr.ensemble.weighting import competence
 
 COLUMNS = ("log correlation", "presence AUC", "histogram", "competence", "examples", "uniform")
 

@@ -16,15 +16,16 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from fedmitr_flwr import augment, models, training, vit
 from fedmitr_flwr.data import ImageSpec, Source, load_source, partition_indices
-from fedmitr_flwr.initial import initial_state
-from fedmitr_flwr.inputs import ClientModel, PipelineInputs
-from fedmitr_flwr.models import build_model
-from fedmitr_flwr.observe import Observer
+from fedmitr_flwr.models import build, vit, weights
+from fedmitr_flwr.models.build import build_model
+from fedmitr_flwr.pipeline.inputs import ClientModel, PipelineInputs
+from fedmitr_flwr.runs.observer import Observer
+from fedmitr_flwr.runs.tensors import checksum, write_tensors
 from fedmitr_flwr.settings import Settings
-from fedmitr_flwr.tensor_files import checksum, write_tensors
-from fedmitr_flwr.training import train_local
+from fedmitr_flwr.training import augment, local, optimizer
+from fedmitr_flwr.training.initial import initial_state
+from fedmitr_flwr.training.local import train_local
 
 CLIENT_STAGES = ("data", "partition", "model", "train")
 
@@ -83,7 +84,7 @@ def train_federation(settings: Settings, num_clients: int, cache: Path) -> Feder
 
 
 def _digest(settings: Settings, initial: Mapping[str, torch.Tensor], num_clients: int) -> str:
-    code = [Path(str(module.__file__)).read_text() for module in (augment, models, training, vit)]
+    code = [Path(str(module.__file__)).read_text() for module in (augment, build, local, optimizer, vit, weights)]
     seen = {key: value for key, value in settings.flat().items() if key.split(".")[0] in CLIENT_STAGES}
     machine = [torch.__version__, torch.get_num_threads()]
     recipe = json.dumps([seen, settings.run.seed, checksum(initial), num_clients, code, machine], sort_keys=True)

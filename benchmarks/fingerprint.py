@@ -14,10 +14,19 @@ from functools import cache
 from importlib.util import find_spec
 from pathlib import Path
 
-ROOTS = ("fedmitr_flwr.baselines", "fedmitr_flwr.data", "fedmitr_flwr.evaluate", "benchmarks.federation")
+ROOTS = ("fedmitr_flwr.pipeline.methods", "fedmitr_flwr.data", "fedmitr_flwr.results.evaluate", "benchmarks.federation")
 OWN = ("fedmitr_flwr", "benchmarks")
 ASIDE = {
-    f"fedmitr_flwr.{name}" for name in ("atomic", "checkpoints", "observe", "progress", "tensor_files", "uncached")
+    f"fedmitr_flwr.{name}"
+    for name in (
+        "pipeline.checkpoints",
+        "pipeline.progress",
+        "runs.atomic",
+        "runs.direct_io",
+        "runs.observer",
+        "runs.process_memory",
+        "runs.tensors",
+    )
 }
 """Modules that keep results or tell of them."""
 SAME = Path(__file__).parent / "results" / "same-code.json"

@@ -27,10 +27,12 @@ import typer
 from torch import Tensor
 
 from benchmarks.federation import Federation, train_federation
-from fedmitr_flwr.baselines import METHODS
-from fedmitr_flwr.listeners import JsonLines, Keeper, TensorBoard
-from fedmitr_flwr.observe import Listener, Observer, Value
-from fedmitr_flwr.run_files import run_settings
+from fedmitr_flwr.launch.settings_files import run_settings
+from fedmitr_flwr.pipeline.methods import METHODS
+from fedmitr_flwr.runs.jsonl import JsonLines
+from fedmitr_flwr.runs.observer import Listener, Observer, Value
+from fedmitr_flwr.runs.snapshots import Keeper
+from fedmitr_flwr.runs.tensorboard import TensorBoard
 from fedmitr_flwr.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[1]

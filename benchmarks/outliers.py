@@ -21,15 +21,15 @@ import typer
 
 from benchmarks.federation import Federation, train_federation
 from fedmitr_flwr.data import partition_indices
-from fedmitr_flwr.evaluate import evaluate
-from fedmitr_flwr.fedmitr import run_pipeline
-from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inputs import ClientModel
-from fedmitr_flwr.models import build_model
-from fedmitr_flwr.observe import Observer, Value
-from fedmitr_flwr.pipeline import make_ensemble
+from fedmitr_flwr.models.build import build_model
+from fedmitr_flwr.models.patch_grid import PatchGrid
+from fedmitr_flwr.pipeline.inputs import ClientModel
+from fedmitr_flwr.pipeline.methods.fedmitr import run_pipeline
+from fedmitr_flwr.pipeline.steps import make_ensemble
+from fedmitr_flwr.results.evaluate import evaluate
+from fedmitr_flwr.runs.observer import Observer, Value
 from fedmitr_flwr.settings import Settings
-from fedmitr_flwr.training import train_local
+from fedmitr_flwr.training.local import train_local
 
 BAD = (0, 1)
 CPU = torch.device("cpu")

@@ -26,13 +26,13 @@ from benchmarks.accuracy import ROOT, hardware, name_of, read, settings_for
 from benchmarks.federation import Federation, train_federation
 from benchmarks.fingerprint import results_code
 from benchmarks.recipes import split_changes
-from fedmitr_flwr.augment import augment
-from fedmitr_flwr.baselines import METHODS
-from fedmitr_flwr.baselines.random_images import distil_on
-from fedmitr_flwr.evaluate import evaluate
-from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.inputs import PipelineInputs, PipelineResult
+from fedmitr_flwr.models.patch_grid import PatchGrid
+from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
+from fedmitr_flwr.pipeline.methods import METHODS
+from fedmitr_flwr.pipeline.methods.random_images import distil_on
+from fedmitr_flwr.results.evaluate import evaluate
 from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.training.augment import augment
 
 IMAGES = ("random", "real")
 

@@ -25,8 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 from benchmarks.federation import train_federation
-from fedmitr_flwr.baselines import METHODS
-from fedmitr_flwr.evaluate import evaluate
+from fedmitr_flwr.pipeline.methods import METHODS
+from fedmitr_flwr.results.evaluate import evaluate
 from fedmitr_flwr.settings import RunConfigValue, Settings
 
 COLUMNS = ("local_mean", "fedavg", "ensemble", "global")

@@ -93,17 +93,17 @@ def exchange(arguments: argparse.Namespace) -> dict[str, Any]:
     from flwr.serverapp import Grid, ServerApp
     from flwr.simulation import run_simulation
 
-    from fedmitr_flwr.actors import close_pool, end_busy_actors, replace_dead_actors
     from fedmitr_flwr.data import ImageSpec
-    from fedmitr_flwr.exchange import WindowedGrid
-    from fedmitr_flwr.log import console_log
-    from fedmitr_flwr.memory import peak_rss_mb
-    from fedmitr_flwr.observe import Observer
-    from fedmitr_flwr.quorum import wait_for_nodes
-    from fedmitr_flwr.rundir import RunDirectory
+    from fedmitr_flwr.federation.exchange.windowed_grid import WindowedGrid
+    from fedmitr_flwr.federation.quorum import wait_for_nodes
+    from fedmitr_flwr.federation.strategy import FedMITR
+    from fedmitr_flwr.federation.uploads.records import encode_state
+    from fedmitr_flwr.federation.workers import close_pool, end_busy_actors, replace_dead_actors
+    from fedmitr_flwr.runs.directory import RunDirectory
+    from fedmitr_flwr.runs.log import console_log
+    from fedmitr_flwr.runs.observer import Observer
+    from fedmitr_flwr.runs.process_memory import peak_rss_mb
     from fedmitr_flwr.settings import Settings
-    from fedmitr_flwr.strategy import FedMITR
-    from fedmitr_flwr.wire import encode_state
 
     result: dict[str, Any] = {"variant": arguments.variant, "rss_after_imports_mb": rss_mb()}
     window = arguments.window or 2 * len(psutil.Process().cpu_affinity())

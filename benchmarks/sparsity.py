@@ -17,8 +17,8 @@ import torch
 import typer
 
 from benchmarks.federation import train_federation
-from fedmitr_flwr.grid import PatchGrid
-from fedmitr_flwr.pipeline import invert_all, make_ensemble
+from fedmitr_flwr.models.patch_grid import PatchGrid
+from fedmitr_flwr.pipeline.steps import invert_all, make_ensemble
 from fedmitr_flwr.settings import Settings
 
 

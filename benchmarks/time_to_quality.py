@@ -22,9 +22,9 @@ import torch
 import typer
 
 from benchmarks.accuracy import ROOT, Row, mean_of, read
-from benchmarks.inversion import DEMO_MODEL, Bench, Case, hardware, schedule
-from fedmitr_flwr.inversion import invert
+from benchmarks.inversion.bench import DEMO_MODEL, Bench, Case, hardware, schedule
 from fedmitr_flwr.settings import InversionSettings, Settings
+from fedmitr_flwr.stages.inversion.sparse import invert
 
 SMI = {"inversion.iterations": "4000", "inversion.stops": "50,100,200,300"}
 

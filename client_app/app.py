@@ -10,12 +10,12 @@ from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, Record
 from flwr.clientapp import ClientApp
 from flwr.common.constant import ErrorCode
 
-from fedmitr_flwr.client import ClientTask, client_name, train_client
 from fedmitr_flwr.data import ImageSpec
-from fedmitr_flwr.digest import check_digest
+from fedmitr_flwr.federation.code_digest import check_digest
+from fedmitr_flwr.federation.uploads.records import decode_trusted, encode_state
 from fedmitr_flwr.settings import Settings
-from fedmitr_flwr.watchdog import time_limit
-from fedmitr_flwr.wire import decode_trusted, encode_state
+from fedmitr_flwr.training.client import ClientTask, client_name, train_client
+from fedmitr_flwr.training.time_limit import time_limit
 
 log = logging.getLogger("fedmitr.client")
 

@@ -13,56 +13,56 @@ from fedmitr_flwr.version import __version__
 
 if TYPE_CHECKING:
     from fedmitr_flwr.data import ImageSet, ImageSpec, load_source
-    from fedmitr_flwr.evaluate import Evaluation, evaluate
-    from fedmitr_flwr.export import save_timm
-    from fedmitr_flwr.fedmitr import run_pipeline
-    from fedmitr_flwr.initial import initial_state
-    from fedmitr_flwr.inputs import ClientModel, PipelineInputs, PipelineResult
-    from fedmitr_flwr.log import console_log
-    from fedmitr_flwr.models import build_model
-    from fedmitr_flwr.observe import Event, Listener, Observer
-    from fedmitr_flwr.report.load import FinishedRun, load_run
-    from fedmitr_flwr.run_model import RunModel, load_run_model
-    from fedmitr_flwr.rundir import RunDirectory
-    from fedmitr_flwr.server import choose_device
+    from fedmitr_flwr.federation.prepare import choose_device
+    from fedmitr_flwr.federation.strategy import FedMITR
+    from fedmitr_flwr.federation.uploads.records import encode_state
+    from fedmitr_flwr.models.build import build_model
+    from fedmitr_flwr.models.timm_checkpoint import save_timm
+    from fedmitr_flwr.pipeline.inputs import ClientModel, PipelineInputs, PipelineResult
+    from fedmitr_flwr.pipeline.methods.fedmitr import run_pipeline
+    from fedmitr_flwr.results.evaluate import Evaluation, evaluate
+    from fedmitr_flwr.results.finished_model import RunModel, load_run_model
+    from fedmitr_flwr.results.finished_run import FinishedRun, load_run
+    from fedmitr_flwr.runs.directory import RunDirectory
+    from fedmitr_flwr.runs.log import console_log
+    from fedmitr_flwr.runs.observer import Event, Listener, Observer
     from fedmitr_flwr.settings import InversionSettings, Settings, SettingsError
-    from fedmitr_flwr.single import invert_model
-    from fedmitr_flwr.strategy import FedMITR
-    from fedmitr_flwr.synthetic import SyntheticImages
-    from fedmitr_flwr.training import train_local
-    from fedmitr_flwr.wire import encode_state
+    from fedmitr_flwr.stages.inversion.single import invert_model
+    from fedmitr_flwr.stages.synthetic import SyntheticImages
+    from fedmitr_flwr.training.initial import initial_state
+    from fedmitr_flwr.training.local import train_local
 
 _HOMES = {
     "ImageSet": "data",
     "ImageSpec": "data",
     "load_source": "data",
-    "Evaluation": "evaluate",
-    "evaluate": "evaluate",
-    "save_timm": "export",
-    "SyntheticImages": "synthetic",
-    "build_model": "models",
-    "initial_state": "initial",
-    "Event": "observe",
-    "Listener": "observe",
-    "Observer": "observe",
-    "ClientModel": "inputs",
-    "PipelineInputs": "inputs",
-    "PipelineResult": "inputs",
-    "run_pipeline": "fedmitr",
-    "FinishedRun": "report.load",
-    "load_run": "report.load",
-    "RunModel": "run_model",
-    "load_run_model": "run_model",
+    "Evaluation": "results.evaluate",
+    "evaluate": "results.evaluate",
+    "save_timm": "models.timm_checkpoint",
+    "SyntheticImages": "stages.synthetic",
+    "build_model": "models.build",
+    "initial_state": "training.initial",
+    "Event": "runs.observer",
+    "Listener": "runs.observer",
+    "Observer": "runs.observer",
+    "ClientModel": "pipeline.inputs",
+    "PipelineInputs": "pipeline.inputs",
+    "PipelineResult": "pipeline.inputs",
+    "run_pipeline": "pipeline.methods.fedmitr",
+    "FinishedRun": "results.finished_run",
+    "load_run": "results.finished_run",
+    "RunModel": "results.finished_model",
+    "load_run_model": "results.finished_model",
     "InversionSettings": "settings",
     "Settings": "settings",
     "SettingsError": "settings",
-    "invert_model": "single",
-    "FedMITR": "strategy",
-    "RunDirectory": "rundir",
-    "console_log": "log",
-    "choose_device": "server",
-    "encode_state": "wire",
-    "train_local": "training",
+    "invert_model": "stages.inversion.single",
+    "FedMITR": "federation.strategy",
+    "RunDirectory": "runs.directory",
+    "console_log": "runs.log",
+    "choose_device": "federation.prepare",
+    "encode_state": "federation.uploads.records",
+    "train_local": "training.local",
 }
 
 __all__ = [

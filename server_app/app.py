@@ -11,23 +11,25 @@ from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
 from flwr.superlink.grid import InMemoryGrid
 
-from fedmitr_flwr.actors import close_pool, end_busy_actors, replace_dead_actors
-from fedmitr_flwr.baselines import METHODS
-from fedmitr_flwr.exchange import WindowedGrid
-from fedmitr_flwr.initial import initial_or_stored, initial_state
-from fedmitr_flwr.listeners import JsonLines, Keeper, boards
-from fedmitr_flwr.log import console_log, failures_logged
-from fedmitr_flwr.memory_plan import check_disk, within_memory
-from fedmitr_flwr.observe import Observer
-from fedmitr_flwr.quorum import wait_for_nodes
-from fedmitr_flwr.resume import changes_in, is_complete, resumed_settings, simulation_config
-from fedmitr_flwr.rundir import CONFIG, EVENTS, INITIAL, RunDirectory
-from fedmitr_flwr.server import Federation, describe_run, prepare
+from fedmitr_flwr.federation.exchange.windowed_grid import WindowedGrid
+from fedmitr_flwr.federation.plan import check_disk, within_memory
+from fedmitr_flwr.federation.prepare import Federation, describe_run, prepare
+from fedmitr_flwr.federation.quorum import wait_for_nodes
+from fedmitr_flwr.federation.stopping import stopped_with_flower
+from fedmitr_flwr.federation.strategy import FedMITR
+from fedmitr_flwr.federation.uploads.records import encode_state
+from fedmitr_flwr.federation.workers import close_pool, end_busy_actors, replace_dead_actors
+from fedmitr_flwr.pipeline.methods import METHODS
+from fedmitr_flwr.results.write import write_results
+from fedmitr_flwr.runs.directory import CONFIG, EVENTS, INITIAL, RunDirectory
+from fedmitr_flwr.runs.jsonl import JsonLines
+from fedmitr_flwr.runs.log import console_log, failures_logged
+from fedmitr_flwr.runs.observer import Observer
+from fedmitr_flwr.runs.resume import changes_in, is_complete, resumed_settings, simulation_config
+from fedmitr_flwr.runs.snapshots import Keeper
+from fedmitr_flwr.runs.tensorboard import boards
 from fedmitr_flwr.settings import Settings
-from fedmitr_flwr.stopping import stopped_with_flower
-from fedmitr_flwr.strategy import FedMITR
-from fedmitr_flwr.wire import encode_state
-from fedmitr_flwr.write import write_results
+from fedmitr_flwr.training.initial import initial_or_stored, initial_state
 
 log = logging.getLogger("fedmitr.run")
 

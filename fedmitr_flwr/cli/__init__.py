@@ -6,21 +6,21 @@ from typing import Annotated
 
 import typer
 
-from fedmitr_flwr.cli.certs import certs
 from fedmitr_flwr.cli.common import BAD_INPUT
+from fedmitr_flwr.cli.deployment.certs import certs
+from fedmitr_flwr.cli.deployment.run import run
+from fedmitr_flwr.cli.deployment.split import split
 from fedmitr_flwr.cli.doctor import doctor
-from fedmitr_flwr.cli.evaluate import evaluate
-from fedmitr_flwr.cli.export import export
 from fedmitr_flwr.cli.initial import initial
 from fedmitr_flwr.cli.invert import invert
 from fedmitr_flwr.cli.plain_help import PlainHelpCommand
-from fedmitr_flwr.cli.predict import predict
-from fedmitr_flwr.cli.report import report
-from fedmitr_flwr.cli.resume import resume
-from fedmitr_flwr.cli.run import run
+from fedmitr_flwr.cli.runs.evaluate import evaluate
+from fedmitr_flwr.cli.runs.export import export
+from fedmitr_flwr.cli.runs.predict import predict
+from fedmitr_flwr.cli.runs.report import report
+from fedmitr_flwr.cli.runs.resume import resume
+from fedmitr_flwr.cli.runs.simulate import simulate
 from fedmitr_flwr.cli.settings import settings
-from fedmitr_flwr.cli.simulate import simulate
-from fedmitr_flwr.cli.split import split
 from fedmitr_flwr.version import __version__
 
 __all__ = ["BAD_INPUT", "app", "main"]

@@ -21,7 +21,7 @@ def doctor(
 
     Exit code: 0 runs can work, 1 something would make them fail.
     """
-    from fedmitr_flwr.doctor import examine
+    from fedmitr_flwr.launch.doctor import examine
 
     findings = examine(output)
     if as_json:

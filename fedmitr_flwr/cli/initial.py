@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import typer
 
-from fedmitr_flwr import run_files
 from fedmitr_flwr.cli.common import AppOption, ConfArgument, SetOption, bad_input
+from fedmitr_flwr.launch import settings_files
 
 
 def initial(conf: ConfArgument = None, overrides: SetOption = None, app_dir: AppOption = None) -> None:
@@ -16,12 +16,12 @@ def initial(conf: ConfArgument = None, overrides: SetOption = None, app_dir: App
     Exit code: 0 made, 2 bad input.
     """
     with bad_input():
-        run = run_files.run_settings(run_files.app_directory(app_dir), conf, overrides or [])
+        run = settings_files.run_settings(settings_files.app_directory(app_dir), conf, overrides or [])
         # PyTorch takes seconds to import, and most commands do without it.
         from fedmitr_flwr.data import load_spec
-        from fedmitr_flwr.glyphs import cache_path
-        from fedmitr_flwr.initial import initial_state
-        from fedmitr_flwr.log import console_log
+        from fedmitr_flwr.runs.log import console_log
+        from fedmitr_flwr.training.glyphs import cache_path
+        from fedmitr_flwr.training.initial import initial_state
 
         with console_log():
             spec = load_spec(run.data)

@@ -51,10 +51,10 @@ def invert(
         settings = _settings(iterations, stops, fraction, rate, tv, batch)
         import torch
 
-        from fedmitr_flwr.batch import InversionDivergedError
-        from fedmitr_flwr.server import choose_device
-        from fedmitr_flwr.single import invert_model, spec_of
-        from fedmitr_flwr.single_files import load_timm, save_images
+        from fedmitr_flwr.cli.invert_files import load_timm, save_images
+        from fedmitr_flwr.federation.prepare import choose_device
+        from fedmitr_flwr.stages.inversion.batch import InversionDivergedError
+        from fedmitr_flwr.stages.inversion.single import invert_model, spec_of
 
         where = choose_device(device)
         model = load_timm(name, options, checkpoint)

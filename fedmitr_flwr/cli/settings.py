@@ -8,8 +8,8 @@ from typing import Annotated
 
 import typer
 
-from fedmitr_flwr import run_files
 from fedmitr_flwr.cli.common import AppOption, ConfArgument, SetOption, bad_input
+from fedmitr_flwr.launch import settings_files
 from fedmitr_flwr.settings import docs
 
 
@@ -37,8 +37,8 @@ def settings(
     checked = None
     if conf is not None or overrides:
         with bad_input():
-            directory = run_files.app_directory(app_dir)
-            checked = run_files.run_settings(directory, conf, overrides or [], absolute=False)
+            directory = settings_files.app_directory(app_dir)
+            checked = settings_files.run_settings(directory, conf, overrides or [], absolute=False)
     if style is Format.TABLE:
         text = docs.to_table(checked, shutil.get_terminal_size((100, 24)).columns)
     elif style is Format.JSON:

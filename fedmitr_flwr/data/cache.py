@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmitr_flwr.atomic import atomic_path
+from fedmitr_flwr.runs.atomic import atomic_path
 
 log = logging.getLogger("fedmitr.data")
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from fedmitr_flwr.data.images import Labels
-from fedmitr_flwr.data.raw import Header, Origin
+from fedmitr_flwr.data.sources.raw import Header, Origin
 from fedmitr_flwr.settings import DataSettings, SettingsError
 
 

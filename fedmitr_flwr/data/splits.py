@@ -6,7 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmitr_flwr.data.images import Labels
-from fedmitr_flwr.data.raw import TEST, TRAIN, VALIDATION
+from fedmitr_flwr.data.sources.raw import TEST, TRAIN, VALIDATION
 from fedmitr_flwr.settings import DataSettings
 
 

@@ -19,7 +19,7 @@ from typing import Any
 
 import pytest
 
-from fedmitr_flwr.digest import code_digest
+from fedmitr_flwr.federation.code_digest import code_digest
 from tests.deployment.federation import CONTROL, Federation
 from tests.deployment.lab import SITES, Lab
 from tests.pages import ROOT

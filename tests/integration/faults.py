@@ -14,7 +14,7 @@ from typing import Any
 
 import psutil
 
-from fedmitr_flwr.private_flower import bin_dir
+from fedmitr_flwr.launch.private_flower import bin_dir
 
 ROOT = Path(__file__).resolve().parents[2]
 QUICK = ROOT / "conf" / "quick.toml"

@@ -12,9 +12,9 @@ import timm
 import torch
 
 from fedmitr_flwr.data import load_spec
-from fedmitr_flwr.digest import code_digest
-from fedmitr_flwr.private_flower import PrivateFlower, bin_dir
-from fedmitr_flwr.run_files import run_settings
+from fedmitr_flwr.federation.code_digest import code_digest
+from fedmitr_flwr.launch.private_flower import PrivateFlower, bin_dir
+from fedmitr_flwr.launch.settings_files import run_settings
 from fedmitr_flwr.settings import Settings
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,10 +11,10 @@ from pathlib import Path
 import timm
 import torch
 
-from benchmarks.peak_memory import PeakMemory
-from fedmitr_flwr.ensemble import Ensemble
-from fedmitr_flwr.teachers import MemoryLimits, load_teachers
-from fedmitr_flwr.tensor_files import StoredState
+from benchmarks.inversion.peak_memory import PeakMemory
+from fedmitr_flwr.ensemble.engine.teachers import MemoryLimits, load_teachers
+from fedmitr_flwr.ensemble.ensemble import Ensemble
+from fedmitr_flwr.runs.tensors import StoredState
 
 
 def measure(model: dict[str, int], teachers: int, images: int, limits: dict[str, int], file: str | None) -> float:

@@ -6,8 +6,8 @@ import timm
 import torch
 from torch import Tensor, nn
 
-from fedmitr_flwr.ensemble import Ensemble
-from fedmitr_flwr.grid import PatchGrid
+from fedmitr_flwr.ensemble.ensemble import Ensemble
+from fedmitr_flwr.models.patch_grid import PatchGrid
 
 CLASSES, SIZE, PATCH = 5, 16, 4
 

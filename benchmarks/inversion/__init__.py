@@ -1,0 +1,1 @@
+"""Speed of sparse inversion: our engine against a plain reference with the same mathematics."""

@@ -1,0 +1,62 @@
+"""``fedmitr evaluate``."""
+
+from __future__ import annotations
+
+import json
+from enum import StrEnum
+from typing import Annotated
+
+import typer
+
+from fedmitr_flwr.cli.common import JsonOption, RunArgument, bad_input
+
+
+class Split(StrEnum):
+    """Parts of a source that no client of the run saw."""
+
+    TEST = "test"
+    VALIDATION = "validation"
+
+
+def evaluate(
+    run: RunArgument,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            "--data",
+            metavar="SOURCE",
+            help="folder:PATH or npz:PATH, all of it; or as data.source. Default: the run's own data.",
+        ),
+    ] = None,
+    split: Annotated[
+        Split, typer.Option("--split", help="Which part of a source that isn't taken whole.")
+    ] = Split.TEST,
+    as_json: JsonOption = False,
+) -> None:
+    """Measure a run's global model on labelled images.
+
+    Classes of a folder are matched by name. Exit code: 0, or 2 for bad input.
+    """
+    with bad_input():
+        import torch
+
+        from fedmitr_flwr.results.finished_model import evaluation_images, load_run_model, measure
+        from fedmitr_flwr.results.finished_run import load_run
+        from fedmitr_flwr.results.report.words import percent, wilson
+
+        finished = load_run(run)
+        model = load_run_model(finished)
+        images = evaluation_images(finished, model.spec, data, split.value)
+        found = measure(model, images, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    names = model.spec.class_names
+    if as_json:
+        answer = {**vars(found), "class_names": names}
+        typer.echo(json.dumps(answer, indent=2))
+        return
+    low, high = wilson(found.accuracy, found.num_images)
+    typer.echo(
+        f"accuracy {percent(found.accuracy)} on {found.num_images:,} images (95 %: {percent(low)} to {percent(high)})"
+    )
+    width = max(map(len, names))
+    for name, rate in zip(names, found.per_class, strict=True):
+        typer.echo(f"    {name:<{width}}  {percent(rate):>7}")

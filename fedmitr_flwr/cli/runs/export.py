@@ -1,0 +1,34 @@
+"""``fedmitr export``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedmitr_flwr.cli.common import FAILED, RunArgument, bad_input, show_error
+
+
+def export(
+    run: RunArgument,
+    onnx: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="File to write, such as model.onnx.")],
+) -> None:
+    """Write a run's global model as ONNX, checked against torch with ONNX Runtime.
+
+    RUN/model is a timm checkpoint with a model card already, and needs no export. Exit code: 0 written, 1 the exported
+    model differs by more than 1e-4 in a logit, 2 bad input.
+    """
+    with bad_input():
+        from fedmitr_flwr.results.finished_model import load_run_model
+        from fedmitr_flwr.results.finished_run import load_run
+        from fedmitr_flwr.results.onnx_export import export_onnx
+
+        file = onnx.expanduser().absolute()
+        try:
+            difference = export_onnx(load_run_model(load_run(run)), file)
+        except RuntimeError as error:
+            show_error(f"fedmitr: {error}")
+            raise typer.Exit(FAILED) from None
+    typer.echo(f"largest difference from torch: {difference:.2g}", err=True)
+    typer.echo(file)

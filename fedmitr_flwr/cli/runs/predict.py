@@ -1,0 +1,47 @@
+"""``fedmitr predict``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from fedmitr_flwr.cli.common import JsonOption, RunArgument, bad_input
+
+
+def predict(
+    run: RunArgument,
+    images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files (PNG, JPEG, ...).")],
+    count: Annotated[int, typer.Option("--top", "-k", min=1, help="Classes to print for each image.")] = 3,
+    as_json: JsonOption = False,
+) -> None:
+    """Classify images with a run's global model: the likeliest classes and their probabilities.
+
+    An image is cropped to its central square and resized to what the model takes. Exit code: 0, or 2 for bad input;
+    then nothing is classified.
+    """
+    with bad_input():
+        import torch
+
+        from fedmitr_flwr.results.finished_model import load_run_model, read_image, top
+        from fedmitr_flwr.results.finished_run import load_run
+
+        model = load_run_model(load_run(run))
+        pixels = torch.stack([read_image(path, model.spec) for path in images])
+    names = model.spec.class_names
+    found = [
+        top(row, names, len(names) if as_json else count)
+        for part in pixels.split(64)
+        for row in model.probabilities(part)
+    ]
+    if as_json:
+        answer = [
+            {"image": str(path), "classes": [{"name": name, "probability": round(rate, 6)} for name, rate in ranks]}
+            for path, ranks in zip(images, found, strict=True)
+        ]
+        typer.echo(json.dumps(answer, indent=2))
+        return
+    for path, ranks in zip(images, found, strict=True):
+        typer.echo(f"{path}: " + ", ".join(f"{name} {100 * rate:.1f} %" for name, rate in ranks))

@@ -1,0 +1,87 @@
+"""``fedmitr simulate``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import typer
+from rich.console import Console
+
+from fedmitr_flwr.cli.common import FAILED, AppOption, ConfArgument, SetOption, bad_input, echo, show_error
+from fedmitr_flwr.launch import settings_files
+from fedmitr_flwr.launch.live_view import LiveView
+from fedmitr_flwr.launch.simulate import simulate as run_simulation
+from fedmitr_flwr.runs.directory import EVENTS, fresh_name
+from fedmitr_flwr.settings import Settings
+
+
+def simulate(
+    conf: ConfArgument = None,
+    overrides: SetOption = None,
+    clients: Annotated[
+        int | None, typer.Option("--clients", "-n", help="Simulated clients. Default: as in --federation, else 10.")
+    ] = None,
+    federation: Annotated[
+        Path | None,
+        typer.Option("--federation", metavar="FILE", help="Simulation config, such as conf/federation/100.toml."),
+    ] = None,
+    cpus: Annotated[
+        int | None, typer.Option("--cpus", help="CPU cores for the clients. Default: all, or as in --federation.")
+    ] = None,
+    output: Annotated[
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where results go; run.output.")
+    ] = None,
+    app_dir: AppOption = None,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all that Flower and Ray print.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="No live view: plain lines, as when piped.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show the log only when the run fails.")] = False,
+) -> None:
+    """Run a simulation on this machine: a real `flwr run` on Ray, and nothing left behind.
+
+    CONF is a settings file, such as conf/demo.toml; without it the app's defaults apply, which are the demo's.
+
+    Relative paths count from the current directory. The last line printed is the absolute path of the run's
+    results. Exit code: 0 completed, 1 failed (also below its quorum), 2 bad input, 130 interrupted.
+    """
+    with bad_input():
+        directory = settings_files.app_directory(app_dir)
+        settings = settings_files.run_settings(directory, conf, overrides or [], output)
+        config = settings_files.federation_config(federation, clients, cpus)
+    settings = settings if settings.run.name else settings.replace(**{"run.name": fresh_name()})
+    run_and_exit(directory, settings, config, live=not (plain or verbose or quiet), verbose=verbose, quiet=quiet)
+
+
+def run_and_exit(
+    directory: Path,
+    settings: Settings,
+    config: dict[str, settings_files.FederationValue],
+    *,
+    live: bool,
+    verbose: bool,
+    quiet: bool,
+) -> NoReturn:
+    """Run a simulation, print where its results are, and end with its exit code."""
+    with _shown(settings, live=live) as show:
+        outcome = run_simulation(directory, settings, config, echo=show, verbose=verbose, quiet=quiet)
+    if outcome.error:
+        failed = "the run failed: " if outcome.exit_code == FAILED else ""
+        show_error(f"fedmitr: {failed}{outcome.error}")
+        if outcome.directory is not None and any(outcome.directory.glob("uploads/*/*.safetensors")):
+            typer.echo(f"fedmitr: go on from what is finished: fedmitr resume {outcome.directory}", err=True)
+    if outcome.directory is not None:
+        typer.echo(outcome.directory)
+    raise typer.Exit(outcome.exit_code)
+
+
+@contextmanager
+def _shown(settings: Settings, *, live: bool) -> Iterator[Callable[[str], None]]:
+    """Give the function that shows a line of the log: below a terminal's live view, or plainly."""
+    console = Console()
+    if not live or not console.is_terminal or console.is_dumb_terminal:
+        yield echo
+        return
+    with LiveView(Path(settings.run.output) / settings.run.name / EVENTS, console) as view:
+        yield view.echo

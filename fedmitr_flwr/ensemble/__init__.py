@@ -1,0 +1,1 @@
+"""K teachers as one function."""

@@ -1,0 +1,1 @@
+"""How the teachers run fast: packed weights, hand-written passes, groups, precision."""

@@ -1,0 +1,200 @@
+"""Teachers in groups that run together: packed ones by the hand-written passes, others by autograd.
+
+Letters: B images, K teachers, T teachers of a step, L patches, N tokens, C classes, D embedding, E pixels of a patch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from fedmitr_flwr.ensemble.engine.kernels import Arena
+from fedmitr_flwr.ensemble.engine.packing import Architecture, Pack, architecture_of, pack
+from fedmitr_flwr.ensemble.engine.passes import Pass, activation_bytes, backward, forward
+from fedmitr_flwr.ensemble.engine.teachers import PagedTeachers
+from fedmitr_flwr.models.vit import forward_patches
+
+STEP_ROWS = 1600
+"""Tokens, of all teachers of a step together, up to which teachers run as one batched product.
+
+Measured on one CPU thread (fp32, ViT d = 64, depth 4, K = 10): batching gains 8 % at 40 x 12 tokens and 30 % at 4 x 50;
+at 40 x 50 tokens nothing, and batching all ten loses 15 %, because activations leave the cache.
+"""
+STEP_BYTES = 16 << 20
+"""Weights, of all teachers of a step together, as fp32, up to which teachers run as one batched product.
+
+Where weights are packed anew for every pass, those of a step are in memory some four times over; the matrices of larger
+models leave the cache between two images anyway.
+"""
+
+
+@dataclass(frozen=True)
+class StepOutput:
+    """What some teachers say of a batch.
+
+    Attributes
+    ----------
+    logits
+        ``(T, B, C)`` fp32.
+    attention
+        ``(T, B, L)`` as in `passes.Pass`.
+    features
+        ``(T, B, D)`` fp32, likewise.
+    """
+
+    logits: Tensor
+    attention: Tensor
+    features: Tensor
+
+
+class Step(Protocol):
+    """Some teachers on one batch."""
+
+    members: slice | Tensor
+    """Their places among all teachers: an index that is on the device of the batch, so that nothing waits for it."""
+
+    def forward(self, scratch: Arena, keep: Arena | None) -> StepOutput:
+        """Run forward; with `keep` the activations stay there for `backward`."""
+        ...
+
+    def backward(self, scratch: Arena, of_logits: Tensor, of_features: Tensor | None) -> Tensor:
+        """``(B, L, E)`` gradient for the pixels, given those for the logits and, if there is one, for the features.
+
+        Without activations the forward pass is repeated.
+        """
+        ...
+
+    def bytes(self) -> int:
+        """Size of the activations that `backward` reads."""
+        ...
+
+
+class Group(Protocol):
+    """Teachers of one architecture, or one teacher."""
+
+    def steps(self, patches: Tensor, index: Tensor | None) -> list[Step]:
+        """Divide the work on ``(B, L, E)`` patches at ``(B, L)`` positions."""
+        ...
+
+
+def group_teachers(teachers: Sequence[VisionTransformer], dtype: torch.dtype, hold: bool = True) -> list[Group]:
+    """Pack teachers of the same architecture together, in `dtype`; those that can't be packed stay alone.
+
+    Without `hold` a pack is made anew for every pass and forgotten, so that the teachers are in memory once.
+    """
+    if isinstance(teachers, PagedTeachers):
+        if architecture_of(teachers.blank) is None:
+            return [_ModuleGroup(k, teachers) for k in range(len(teachers))]
+        return [_PackedGroup(list(range(len(teachers))), teachers, teachers.blank, dtype, hold=False)]
+    alike: dict[Architecture, list[int]] = {}
+    groups: list[Group] = []
+    for k, teacher in enumerate(teachers):
+        architecture = architecture_of(teacher)
+        if architecture is None:
+            groups.append(_ModuleGroup(k, teachers))
+        else:
+            alike.setdefault(architecture, []).append(k)
+    packed = []
+    for members in alike.values():
+        models = [teachers[k] for k in members]
+        packed.append(_PackedGroup(members, models, models[0], dtype, hold))
+    return [*groups, *packed]
+
+
+class _PackedGroup:
+    def __init__(
+        self,
+        members: list[int],
+        models: Sequence[VisionTransformer],
+        like: VisionTransformer,
+        dtype: torch.dtype,
+        hold: bool,
+    ) -> None:
+        self._members, self._models, self._like, self._dtype = members, models, like, dtype
+        self._places = torch.tensor(members)
+        self._weight_bytes = 4 * sum(parameter.numel() for parameter in like.parameters())
+        self._held = pack(models, dtype) if hold else None
+
+    def steps(self, patches: Tensor, index: Tensor | None) -> list[Step]:
+        B, N = patches.shape[0], patches.shape[1] + self._like.num_prefix_tokens
+        size = max(1, min(STEP_ROWS // (B * N), STEP_BYTES // self._weight_bytes))
+        return [
+            _PackedStep(self, slice(start, start + size), patches, index)
+            for start in range(0, len(self._members), size)
+        ]
+
+    def members(self, part: slice, device: torch.device) -> slice | Tensor:
+        chosen = self._members[part]
+        if chosen[-1] - chosen[0] == len(chosen) - 1:
+            return slice(chosen[0], chosen[-1] + 1)
+        self._places = self._places.to(device)
+        return self._places[part]
+
+    def pack(self, part: slice) -> Pack:
+        if self._held is not None:
+            return self._held.part(part.start, part.stop)
+        return pack(self._models[part], self._dtype)
+
+    def bytes(self, part: slice, B: int, L: int) -> int:
+        return activation_bytes(self._like, len(self._members[part]), B, L, self._dtype)
+
+
+class _PackedStep:
+    def __init__(self, group: _PackedGroup, part: slice, patches: Tensor, index: Tensor | None) -> None:
+        self.members = group.members(part, patches.device)
+        self._group, self._part, self._patches, self._index = group, part, patches, index
+        self._done: Pass | None = None
+
+    def forward(self, scratch: Arena, keep: Arena | None) -> StepOutput:
+        done = forward(self._group.pack(self._part), self._patches, self._index, scratch, keep)
+        self._done = None if keep is None else done
+        return StepOutput(done.logits, done.attention, done.features)
+
+    def backward(self, scratch: Arena, of_logits: Tensor, of_features: Tensor | None) -> Tensor:
+        done, self._done = self._done, None
+        pack = self._group.pack(self._part)
+        if done is None:
+            done = forward(pack, self._patches, self._index, scratch, scratch)
+        return backward(pack, done, of_logits, scratch, of_features)
+
+    def bytes(self) -> int:
+        return self._group.bytes(self._part, *self._patches.shape[:2])
+
+
+@dataclass(frozen=True)
+class _ModuleGroup:
+    member: int
+    teachers: Sequence[VisionTransformer]
+
+    def steps(self, patches: Tensor, index: Tensor | None) -> list[Step]:
+        return [_ModuleStep(self.member, self.teachers, patches, index)]
+
+
+class _ModuleStep:
+    def __init__(
+        self, member: int, teachers: Sequence[VisionTransformer], patches: Tensor, index: Tensor | None
+    ) -> None:
+        self.members: slice | Tensor = slice(member, member + 1)
+        self._member, self._teachers, self._patches, self._index = member, teachers, patches, index
+
+    def forward(self, scratch: Arena, keep: Arena | None) -> StepOutput:
+        out = forward_patches(self._teachers[self._member], self._patches, self._index, attention=True)
+        assert out.attention is not None
+        return StepOutput(out.logits.float()[None], out.attention[None], out.features.float()[None])
+
+    def backward(self, scratch: Arena, of_logits: Tensor, of_features: Tensor | None) -> Tensor:
+        with torch.enable_grad():
+            patches = self._patches.detach().requires_grad_(True)
+            out = forward_patches(self._teachers[self._member], patches, self._index)
+            outputs, upstream = [out.logits.float()], [of_logits[0]]
+            if of_features is not None:
+                outputs, upstream = [*outputs, out.features.float()], [*upstream, of_features[0]]
+            return torch.autograd.grad(outputs, patches, upstream)[0]
+
+    def bytes(self) -> int:
+        return 0

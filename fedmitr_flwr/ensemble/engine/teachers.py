@@ -1,0 +1,125 @@
+"""The client models as teachers: held in memory, held in bf16, or read from the uploads whenever they are needed.
+
+Letters: K teachers.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal, overload
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from fedmitr_flwr.ensemble.engine.packing import WIDE, architecture_of
+from fedmitr_flwr.runs.tensors import StoredState
+
+State = Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class MemoryLimits:
+    """What the ensemble may hold, in MiB; the defaults are those of the settings.
+
+    Attributes
+    ----------
+    activations
+        Of all teachers together between the forward and the backward pass. With more, each teacher runs forward twice.
+    teachers
+        Weights of all teachers, as they came and packed. With more, they are held once, in bf16, and packed anew for
+        every pass; with more even so, `load_teachers` holds none of them.
+    """
+
+    activations: int = 640
+    teachers: int = 4096
+
+    def place(self, teacher: VisionTransformer, count: int) -> Literal["held", "bf16", "paged"]:
+        """Where `count` teachers like this fp32 one belong."""
+        numbers, limit = sum(parameter.numel() for parameter in teacher.parameters()) * count, self.teachers << 20
+        if architecture_of(teacher) is None:  # runs as it is: neither packed nor rounded
+            return "held" if 4 * numbers <= limit else "paged"
+        copies = 3 if teacher.embed_dim >= WIDE else 2  # as it came, packed, and transposed
+        if 4 * copies * numbers <= limit:
+            return "held"
+        return "bf16" if 2 * numbers <= limit else "paged"
+
+    def shrink(self, teacher: VisionTransformer, count: int) -> bool:
+        """Change one of `count` teachers in memory to bf16 in place if they are too large; whether it is bf16 now."""
+        if not is_bf16(teacher) and architecture_of(teacher) is not None and self.place(teacher, count) != "held":
+            teacher.to(torch.bfloat16)
+        return is_bf16(teacher)
+
+
+class PagedTeachers(Sequence[VisionTransformer]):
+    """K frozen teachers of one architecture, each built from its state when it is asked for, and forgotten by us.
+
+    What they compute is what teachers in memory do, bit for bit; each use costs the time to read them.
+
+    Parameters
+    ----------
+    blank
+        A model of the architecture on the CPU, left as it is.
+    states
+        K state dicts, `tensors.StoredState` of files that stay where they are, or others that the caller holds.
+    device
+        Where the teachers go.
+    """
+
+    def __init__(self, blank: VisionTransformer, states: Sequence[State], device: torch.device) -> None:
+        self.blank = copy.deepcopy(blank).eval().requires_grad_(False)
+        self._states, self._device = states, device
+
+    def __len__(self) -> int:
+        return len(self._states)
+
+    @overload
+    def __getitem__(self, place: int) -> VisionTransformer: ...
+    @overload
+    def __getitem__(self, place: slice) -> list[VisionTransformer]: ...
+    def __getitem__(self, place: int | slice) -> VisionTransformer | list[VisionTransformer]:
+        if isinstance(place, slice):
+            return [self[k] for k in range(*place.indices(len(self)))]
+        state = self._states[place]
+        teacher = copy.deepcopy(self.blank)
+        # Nothing writes to the weights, so that they need not be copied out of the file's pages.
+        teacher.load_state_dict(state.read() if isinstance(state, StoredState) else dict(state), assign=True)
+        return teacher.to(self._device).eval().requires_grad_(False)
+
+    def take(self, members: Iterable[int], limits: MemoryLimits) -> Sequence[VisionTransformer]:
+        """Some of them, in memory if they fit."""
+        return load_teachers(self.blank, [self._states[k] for k in members], limits, self._device)
+
+
+def load_teachers(
+    blank: VisionTransformer, states: Sequence[State], limits: MemoryLimits, device: torch.device
+) -> Sequence[VisionTransformer]:
+    """Teachers from uploads, as precise as the memory limit allows while they fit, else `PagedTeachers`.
+
+    Parameters
+    ----------
+    blank
+        An fp32 model of the architecture, on the CPU.
+    states
+        K state dicts.
+    limits
+        How much memory they may take.
+    device
+        Where they go.
+    """
+    if limits.place(blank, len(states)) == "paged":
+        return PagedTeachers(blank, states, device)
+    teachers = []
+    for state in states:
+        teacher = copy.deepcopy(blank)
+        teacher.load_state_dict(state)
+        limits.shrink(teacher, len(states))
+        teachers.append(teacher.to(device))
+    return teachers
+
+
+def is_bf16(teacher: VisionTransformer) -> bool:
+    """Whether a teacher was shrunk."""
+    return bool(teacher.patch_embed.proj.weight.dtype == torch.bfloat16)

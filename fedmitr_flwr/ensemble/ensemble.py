@@ -1,0 +1,261 @@
+"""The K client models as one frozen function, A(x) = sum_k w_k(c) p_k(c|x).
+
+Teachers of one plain architecture are packed (`packing.py`) and run by hand-written passes (`passes.py`); others, and
+callers that want gradients from autograd, go through `vit.forward_patches`.
+
+Letters: B images, K teachers, C classes, L patches kept, E pixels of a patch.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from fedmitr_flwr.ensemble.engine.groups import Group, Step, group_teachers
+from fedmitr_flwr.ensemble.engine.kernels import Arena
+from fedmitr_flwr.ensemble.engine.teachers import MemoryLimits, PagedTeachers
+from fedmitr_flwr.ensemble.loss_terms import Seen, Term
+from fedmitr_flwr.ensemble.outputs import EnsembleOutput, LossGradient, TeacherOutputs
+from fedmitr_flwr.models.vit import forward_patches
+
+LABEL_ROWS = 1600
+"""Tokens of a forward pass without gradients: keeps a small ViT's activations in the L2 cache.
+
+One CPU thread, ViT d = 64, 128 images, K = 10: 386 ms in parts of 32 images, 470 ms at once, 444 ms in parts of 16.
+"""
+
+
+class Ensemble:
+    """K frozen teachers with class-wise weights.
+
+    The class-wise weighted sum of distributions is not a distribution over classes when the weights
+    differ from class to class, so it is divided by its sum over c. With weights that are the same for
+    all classes the sum is one and nothing changes.
+
+    Teachers are read once, at the first use without autograd; weights that change later are not seen.
+    Teachers above the memory limit are changed to bf16 in place, and paged ones stay on disk.
+
+    Parameters
+    ----------
+    teachers
+        K timm ViTs that `vit.check_supported` accepts, which are put into eval mode and frozen; or `PagedTeachers`.
+    weights
+        ``(K, C)`` non-negative, each column sums to one.
+    limits
+        How much memory to use.
+    """
+
+    def __init__(
+        self, teachers: Sequence[VisionTransformer], weights: Tensor, limits: MemoryLimits | None = None
+    ) -> None:
+        if weights.ndim != 2 or len(weights) != len(teachers) or len(teachers) == 0:
+            raise ValueError(f"weights of shape {tuple(weights.shape)} do not fit {len(teachers)} teachers")
+        self.limits = limits or MemoryLimits()
+        if isinstance(teachers, PagedTeachers):
+            self.teachers: Sequence[VisionTransformer] = teachers
+            self._hold = False
+        else:
+            self.teachers = [teacher.eval().requires_grad_(False) for teacher in teachers]
+            self._hold = sum(self.limits.shrink(teacher, len(teachers)) for teacher in self.teachers) == 0
+        self.weights = weights
+        self._groups: dict[torch.dtype, list[Group]] = {}
+        self._scratch = Arena()
+        self._kept: list[Arena] = []
+
+    def __call__(
+        self,
+        patches: Tensor,
+        index: Tensor | None = None,
+        *,
+        attention: bool = False,
+        labels: Tensor | None = None,
+    ) -> EnsembleOutput:
+        """Evaluate A on patches; gradients flow to `patches`.
+
+        Parameters
+        ----------
+        patches
+            ``(B, L, E)`` flattened normalised patches.
+        index
+            ``(B, L)`` int64 positions in the full grid; None for the full grid in order.
+        attention
+            Whether to return the attention as well.
+        labels
+            ``(B,)`` int64 classes that the images are meant to show. A teacher's share in the attention is its weight
+            for that class; without labels, its weights averaged over what the ensemble itself sees.
+
+        Raises
+        ------
+        ValueError
+            If paged teachers are asked for a graph, which would hold all of them; `loss_gradient` needs none.
+        """
+        if patches.requires_grad and torch.is_grad_enabled():
+            if isinstance(self.teachers, PagedTeachers):
+                raise ValueError("teachers that are read from disk keep no graph: use Ensemble.loss_gradient")
+            outputs = [forward_patches(_fp32(teacher), patches, index, attention=True) for teacher in self.teachers]
+            logits = torch.stack([out.logits.float() for out in outputs])
+            seen = torch.stack([out.attention.detach() for out in outputs if out.attention is not None])
+        else:
+            logits, seen, _ = self.see(patches, index)
+        probabilities = self.combine(logits)
+        return EnsembleOutput(probabilities, self._share(probabilities, seen, labels) if attention else None)
+
+    @torch.no_grad()
+    def see(self, patches: Tensor, index: Tensor | None = None, *, features: bool = False) -> TeacherOutputs:
+        """Run every teacher, without autograd."""
+        B, L, _ = patches.shape
+        logits = patches.new_empty(len(self.teachers), B, self.weights.shape[1])
+        attention = patches.new_empty(len(self.teachers), B, L)
+        tokens = None
+        size = max(1, LABEL_ROWS // L)
+        for start in range(0, B, size):
+            part = slice(start, start + size)
+            for step in self._steps(patches[part], None if index is None else index[part], torch.float32):
+                out = step.forward(self._scratch, None)
+                logits[step.members, part], attention[step.members, part] = out.logits, out.attention
+                if features:
+                    if tokens is None:
+                        tokens = patches.new_empty(len(self.teachers), B, out.features.shape[-1])
+                    tokens[step.members, part] = out.features
+        return TeacherOutputs(logits, attention, tokens)
+
+    def loss_gradient(
+        self,
+        patches: Tensor,
+        index: Tensor | None,
+        labels: Tensor,
+        dtype: torch.dtype = torch.float32,
+        terms: Sequence[Term] = (),
+    ) -> LossGradient:
+        """``-log A_y`` and its exact gradient for the pixels, with memory that is bounded whatever K is.
+
+        The gradient of the loss of the mean needs every teacher's output first. The teachers' activations are kept
+        until then if they fit into the limit; else each teacher runs forward a second time.
+
+        Parameters
+        ----------
+        patches, index
+            ``(B, L, E)`` and ``(B, L)`` as for `__call__`.
+        labels
+            ``(B,)`` int64.
+        dtype
+            What the teachers compute in, fp32 or bf16; loss and gradient are summed in fp32.
+        terms
+            Added to the sum of the losses before the gradient is taken, in the same pass; `LossGradient.loss` is
+            without them.
+        """
+        with torch.no_grad():
+            steps = self._steps(patches, index, dtype)
+            arenas = self._arenas(steps)
+            logits = patches.new_empty(len(self.teachers), len(patches), self.weights.shape[1])
+            seen = patches.new_empty(len(self.teachers), *patches.shape[:2])
+            features = []
+            for step, arena in zip(steps, arenas, strict=True):
+                out = step.forward(self._scratch, arena)
+                logits[step.members], seen[step.members] = out.logits, out.attention
+                features += [out.features] if terms else []
+        logits.requires_grad_(True)
+        with torch.enable_grad():
+            probabilities = self.combine(logits)
+            loss = -probabilities.gather(1, labels[:, None]).squeeze(1).clamp_min(1e-12).log()
+            total, leaves = loss.sum(), [logits]
+            if terms:
+                leaves += [leaf.detach().requires_grad_(True) for leaf in (patches, *features)]
+                shares = [self.weights[step.members][:, labels] for step in steps]
+                look = Seen(leaves[1], index, labels, probabilities, leaves[2:], shares)
+                total = total + sum(term(look) for term in terms)
+            upstream, *more = torch.autograd.grad(total, leaves, allow_unused=True)
+        nothing: list[Tensor | None] = [None] * (1 + len(steps))
+        direct, *of_features = more or nothing
+        probabilities = probabilities.detach()
+        with torch.no_grad():
+            gradient = steps[0].backward(self._scratch, upstream[steps[0].members], of_features[0])
+            for step, of in zip(steps[1:], of_features[1:], strict=True):
+                gradient += step.backward(self._scratch, upstream[step.members], of)
+            if direct is not None:
+                gradient += direct
+        return LossGradient(loss.detach(), gradient, self._share(probabilities, seen, labels), probabilities)
+
+    def combine(self, logits: Tensor) -> Tensor:
+        """Combine the teachers' ``(K, B, C)`` logits into the ensemble's ``(B, C)`` probabilities."""
+        total = (self.weights[:, None] * logits.softmax(-1)).sum(0)
+        return total / total.sum(-1, keepdim=True).clamp_min(1e-30)
+
+    def _share(self, probabilities: Tensor, seen: Tensor, labels: Tensor | None) -> Tensor:
+        """``(B, L)`` mean of the teachers' attention, weighted by what they have to say."""
+        if labels is None:
+            share = probabilities.detach() @ self.weights.T  # (B, K)
+            share = share / share.sum(-1, keepdim=True)
+        else:
+            share = self.weights[:, labels].T
+        return torch.einsum("bk,kbl->bl", share, seen)
+
+    def draw(self, count: int, labels: Tensor, generator: torch.Generator) -> Ensemble:
+        """An ensemble of `count` teachers drawn without replacement, by their weights for the classes of `labels`.
+
+        A teacher's weights are divided by how likely it is to be drawn (``1 - (1 - q)^count`` for its share q), so that
+        those that are rarely drawn count for the others like them, and are then normalised for each class again.
+
+        Parameters
+        ----------
+        count
+            0, or at least K: the ensemble itself, and nothing is drawn.
+        labels
+            ``(B,)`` int64.
+        generator
+            CPU generator.
+        """
+        K = len(self.teachers)
+        if count == 0 or count >= K:
+            return self
+        share = self.weights[:, labels].mean(1).double().cpu()
+        share = share / share.sum()
+        members = torch.multinomial(share + 1e-12, count, generator=generator).sort().values
+        likely = 1 - (1 - share[members]) ** count
+        weights = self.weights[members.to(labels.device)] / likely.to(self.weights)[:, None].clamp_min(1e-6)
+        total = weights.sum(0)
+        weights = torch.where(total > 0, weights / total.clamp_min(1e-30), torch.full_like(weights, 1 / count))
+        if isinstance(self.teachers, PagedTeachers):
+            return Ensemble(self.teachers.take(members.tolist(), self.limits), weights, self.limits)
+        return Ensemble([self.teachers[k] for k in members.tolist()], weights, self.limits)
+
+    def release(self) -> None:
+        """Give back the memory of activations."""
+        self._scratch = Arena()
+        self._kept = []
+
+    @property
+    def held(self) -> bool:
+        """Whether the weights stay packed between two passes, rather than being read or packed anew for each."""
+        return self._hold
+
+    @property
+    def buffers(self) -> list[Tensor]:
+        """What passes write to, until `release`."""
+        return [buffer for arena in (self._scratch, *self._kept) for buffer in arena.buffers]
+
+    @property
+    def activation_bytes(self) -> int:
+        """Size of the buffers that passes use, until `release`."""
+        return sum(arena.bytes for arena in (self._scratch, *self._kept))
+
+    def _steps(self, patches: Tensor, index: Tensor | None, dtype: torch.dtype) -> list[Step]:
+        if dtype not in self._groups:
+            self._groups[dtype] = group_teachers(self.teachers, dtype, self._hold)
+        return [step for group in self._groups[dtype] for step in group.steps(patches, index)]
+
+    def _arenas(self, steps: list[Step]) -> list[Arena] | list[None]:
+        """Where each step keeps its activations; nowhere if they are too many."""
+        if len(steps) > 1 and sum(step.bytes() for step in steps) > self.limits.activations << 20:
+            self._kept.clear()
+            return [None] * len(steps)
+        self._kept += [Arena() for _ in range(len(steps) - len(self._kept))]
+        return self._kept[: len(steps)]
+
+
+def _fp32(model: VisionTransformer) -> VisionTransformer:
+    return model if model.patch_embed.proj.weight.dtype == torch.float32 else copy.deepcopy(model).float()

@@ -1,0 +1,230 @@
+"""From replies to uploads on disk: each is validated, written, counted and dropped, one at a time.
+
+While one is on its way to the disk, the next reply is waited for: one more upload in memory, and no client waits for
+the disk.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Container, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+
+from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+
+from fedmitr_flwr.federation.code_digest import short
+from fedmitr_flwr.federation.quorum import ClientCounts
+from fedmitr_flwr.federation.roster import Roster
+from fedmitr_flwr.federation.uploads.records import decode_state, unguessable
+from fedmitr_flwr.federation.uploads.store import Upload, UploadStore
+from fedmitr_flwr.federation.uploads.validation import UploadRefused, check_name
+from fedmitr_flwr.runs.atomic import write_json
+from fedmitr_flwr.runs.observer import Observer
+from fedmitr_flwr.runs.process_memory import release_memory
+
+log = logging.getLogger("fedmitr.collection")
+
+
+class Collection:
+    """Takes the replies of one round.
+
+    Parameters
+    ----------
+    store
+        Validates and keeps the uploads.
+    digest
+        Of the code that clients must run.
+    histograms
+        Whether clients were asked for their label histogram.
+    roster
+        Which node may speak for which site; None: names are believed.
+    observer
+        Hears of every client; None: nobody does.
+
+    Attributes
+    ----------
+    working
+        Seconds that validating and writing took so far.
+    """
+
+    def __init__(
+        self,
+        store: UploadStore,
+        digest: str,
+        *,
+        histograms: bool,
+        roster: Roster | None = None,
+        observer: Observer | None = None,
+    ) -> None:
+        self.store = store
+        self.digest = digest
+        self.histograms = histograms
+        self.roster = roster or Roster("")
+        self.observer = observer or Observer()
+        self.working = 0.0
+
+    def take(self, replies: Iterable[Message], asked: int) -> ClientCounts:
+        """Go through the replies as they come.
+
+        Parameters
+        ----------
+        replies
+            Of nodes that were asked to train.
+        asked
+            Number of these nodes; those without a reply count as failed.
+
+        Raises
+        ------
+        OSError
+            If an upload cannot be written; the uploads taken before stay.
+        """
+        tally = {"accepted": 0, "refused": 0, "failed": 0, "empty": 0}
+        with ThreadPoolExecutor(1, "collection") as writer:
+            storing: Future[str] | None = None
+            for reply in replies:
+                if storing is not None:
+                    tally[storing.result()] += 1
+                storing = writer.submit(self._timed, reply)
+                del reply  # Flower makes the next one while this name would still hold the last
+            if storing is not None:
+                tally[storing.result()] += 1
+        silent = asked - sum(tally.values())
+        if silent > 0:
+            log.warning("\t├──! %d clients did not answer before the deadline", silent)
+            tally["failed"] += silent
+            self.observer.client("silent", count=silent)
+        return ClientCounts(asked=asked, **tally)
+
+    def _timed(self, reply: Message) -> str:
+        start = time.perf_counter()
+        try:
+            return self._receive(reply)
+        finally:
+            release_memory()
+            self.working += time.perf_counter() - start
+
+    def _receive(self, reply: Message) -> str:
+        """Take one reply and say which count it belongs to."""
+        node = reply.metadata.src_node_id
+        if reply.has_error():
+            reason = reply.error.reason or ""
+            log.warning("\t├──! node %d failed (code %d): %s", node, reply.error.code, failure_reason(reason))
+            log.debug("node %d, in full: %s", node, reason[:10_000])
+            self.observer.client("failed", client=f"node {node}", reason=failure_reason(reason))
+            return "failed"
+        try:
+            upload = self._accept(reply.content, node)
+        except UploadRefused as refusal:
+            log.warning("\t├──! upload of node %d refused: %s", node, refusal)
+            self.observer.client("refused", client=f"node {node}", reason=str(refusal))
+            return "refused"
+        except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AttributeError) as error:
+            # A reply that breaks the validation itself is a bad upload too: the others cannot be sent again.
+            log.warning("\t├──! upload of node %d refused: unreadable (%s)", node, type(error).__name__)
+            log.debug("node %d, in full:", node, exc_info=True)
+            self.observer.client("refused", client=f"node {node}", reason=f"unreadable ({type(error).__name__})")
+            return "refused"
+        finally:
+            reply.content.clear()  # Flower holds on to the message; its arrays need not stay in memory
+        if upload is None:
+            log.info("\t├──> node %d has no data", node)
+            self.observer.client("empty", client=f"node {node}")
+            return "empty"
+        log.info("\t├──> %s: %d images, local accuracy %.3f", upload.client, upload.num_examples, upload.accuracy)
+        self.observer.client(
+            "accepted",
+            client=upload.client,
+            num_examples=upload.num_examples,
+            loss=upload.loss,
+            accuracy=upload.accuracy,
+            histogram=upload.histogram or (),
+        )
+        return "accepted"
+
+    def _accept(self, content: RecordDict, node: int) -> Upload | None:
+        """Validate a reply's records and store the upload; None from a client without data."""
+        config = content.config_records.get("config", ConfigRecord())
+        metrics = content.metric_records.get("metrics", MetricRecord())
+        arrays = content.array_records.get("arrays")
+        digest = config.get("digest")
+        if digest != self.digest:
+            raise UploadRefused(f"made by other code: {short(str(digest))}, the server runs {short(self.digest)}")
+        # The roster first: whether the real site was faster has no say in the reason that its operator reads.
+        self.roster.check(node, check_name(config.get("client")))
+        client = self.store.check_client(config.get("client"))
+        num_examples = metrics.get("num-examples")
+        if arrays is None:
+            if num_examples == 0:
+                return None
+            raise UploadRefused("has no arrays")
+        return self.store.accept(
+            client,
+            decode_state(arrays, self.store, config.get("dtype")),
+            num_examples=num_examples,
+            loss=metrics.get("loss"),
+            accuracy=metrics.get("accuracy"),
+            # One that was not asked for is not kept, whatever the client thinks of it.
+            histogram=metrics.get("histogram") if self.histograms else None,
+        )
+
+
+def close_collection(path: Path, counts: ClientCounts, uploads: Sequence[Upload]) -> None:
+    """Write down that a round's collection is over, and what it has: nobody is asked again."""
+    write_json(path, {"clients": counts.as_dict(), "uploads": _checksums(uploads)})
+
+
+def closed_collection(path: Path, uploads: Sequence[Upload]) -> ClientCounts | None:
+    """Return the counts of a collection that an earlier process finished, or None.
+
+    Raises
+    ------
+    ValueError
+        If its uploads are no longer what they were.
+    """
+    if not path.exists():
+        return None
+    closed = json.loads(path.read_text("utf-8"))
+    if closed["uploads"] != _checksums(uploads):
+        raise ValueError(f"the uploads beside {path} are not those that were collected; put them back, or start anew")
+    return ClientCounts(**closed["clients"])
+
+
+def nodes_without(have: Container[str], nodes: Sequence[int], grid: Grid, patience: float) -> list[int]:
+    """Leave out the nodes of clients whose upload is there: each says its name, as Flower's ids change with every run.
+
+    Parameters
+    ----------
+    have
+        Names of these clients.
+    nodes
+        To ask.
+    grid
+        To ask them with.
+    patience
+        Seconds to wait for answers; nodes without one stay in.
+    """
+    done = set()
+    messages = [Message(RecordDict({"config": unguessable({})}), node, MessageType.QUERY) for node in nodes]
+    for reply in grid.send_and_receive(messages, timeout=patience):
+        if not reply.has_error():
+            name = reply.content.config_records.get("config", ConfigRecord()).get("client")
+            done |= {reply.metadata.src_node_id} if isinstance(name, str) and name in have else set()
+    return [node for node in nodes if node not in done]
+
+
+def _checksums(uploads: Sequence[Upload]) -> dict[str, str]:
+    return {upload.client: upload.checksum for upload in uploads}
+
+
+def failure_reason(text: str) -> str:
+    """Return the line of an error reply that says what happened.
+
+    Our ClientApp puts it first; Flower's own replies have it at the end of a traceback.
+    """
+    lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason given"]
+    own = not lines[0].startswith(("Traceback", "<class"))
+    return lines[0 if own else -1][:500]

@@ -1,0 +1,113 @@
+"""A run on the server's side, apart from Flower: checks before it, results after it."""
+
+from __future__ import annotations
+
+import logging
+import os
+import platform
+from dataclasses import dataclass
+from importlib.metadata import version
+
+import torch
+
+from fedmitr_flwr.data import ImageSet, ImageSpec, load_source, load_spec, partition_indices
+from fedmitr_flwr.federation.code_digest import code_digest
+from fedmitr_flwr.models.build import build_model
+from fedmitr_flwr.runs.atomic import Json
+from fedmitr_flwr.settings import Settings, SettingsError
+from fedmitr_flwr.version import __version__
+
+log = logging.getLogger("fedmitr.run")
+
+_PACKAGES = ("flwr", "torch", "torchvision", "timm", "ray", "numpy", "flwr-datasets", "safetensors")
+
+
+@dataclass(frozen=True)
+class Federation:
+    """What is known before any client is asked.
+
+    Attributes
+    ----------
+    spec
+        Classes, geometry and normalisation.
+    held_out
+        Images to evaluate on; None for `run.evaluate-on = none`.
+    device
+        Where the server's stages run.
+    """
+
+    spec: ImageSpec
+    held_out: ImageSet | None
+    device: torch.device
+
+
+def prepare(settings: Settings, num_partitions: int | None) -> Federation:
+    """Check everything that can be checked before a client starts.
+
+    Parameters
+    ----------
+    settings
+        Valid in themselves; here they meet data, model and machine.
+    num_partitions
+        Number of simulated clients; None in a deployment, where sites have their own data.
+
+    Raises
+    ------
+    SettingsError
+        If source, model, partition or device cannot work, with key, value and what is allowed.
+    """
+    device = choose_device(settings.run.device)
+    if settings.run.evaluate_on == "none":
+        spec, held_out = load_spec(settings.data), None
+    else:
+        source = load_source(settings.data)
+        spec = source.spec
+        held_out = source.test if settings.run.evaluate_on == "test" else source.validation
+        if num_partitions is not None:
+            partition_indices(source.train, settings.partition, num_partitions)
+    build_model(settings.model, spec)
+    return Federation(spec, held_out, device)
+
+
+def choose_device(name: str) -> torch.device:
+    """Return the device that `run.device` names; ``auto`` is a GPU when there is one.
+
+    Raises
+    ------
+    SettingsError
+        If this machine does not have it.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(name)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise SettingsError(("run.device", name, f'this machine has {torch.cuda.device_count()} GPUs; "cpu" or "auto"'))
+    return device
+
+
+def describe_run(settings: Settings, federation: Federation) -> dict[str, Json]:
+    """Return the content of ``config.json``: what it takes to run this again."""
+    return {
+        "settings": dict(settings.flat()),
+        "class_names": list(federation.spec.class_names),
+        "seeds": {
+            "run": settings.run.seed,
+            "partition": settings.partition.seed,
+            "split": settings.data.split_seed,
+        },
+        "digest": code_digest(),
+        "versions": {
+            "python": platform.python_version(),
+            "fedmitr-flwr": __version__,
+            **{package: version(package) for package in _PACKAGES},
+        },
+        "hardware": {
+            "machine": platform.machine(),
+            "system": platform.platform(),
+            "cpus": os.cpu_count(),
+            "threads": torch.get_num_threads(),
+            "memory_mb": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // 2**20,
+            "gpus": [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())],
+            "device": str(federation.device),
+        },
+    }

@@ -1,0 +1,291 @@
+"""FedMITR as a Flower strategy: Flower's four methods around uploads and pipeline.
+
+Letters: K clients that uploaded, C classes.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from flwr.app import ArrayRecord, ConfigRecord, Message, MessageType, MetricRecord, RecordDict
+from flwr.serverapp import Grid
+from flwr.serverapp.strategy import Result, Strategy
+from torch import Tensor
+
+from fedmitr_flwr.data import ImageSpec
+from fedmitr_flwr.federation.code_digest import code_digest, short
+from fedmitr_flwr.federation.collection import Collection, close_collection, closed_collection, nodes_without
+from fedmitr_flwr.federation.exchange.windowed_grid import WindowedGrid
+from fedmitr_flwr.federation.quorum import ClientCounts, check_quorum, wait_for_nodes
+from fedmitr_flwr.federation.roster import Roster
+from fedmitr_flwr.federation.uploads.records import decode_trusted, encode_state, unguessable
+from fedmitr_flwr.federation.uploads.store import Upload, UploadStore
+from fedmitr_flwr.pipeline.checkpoints import Checkpoints
+from fedmitr_flwr.pipeline.inputs import ClientModel, Pipeline, PipelineInputs, PipelineResult
+from fedmitr_flwr.pipeline.methods.fedmitr import run_pipeline
+from fedmitr_flwr.runs.directory import COLLECTED, RunDirectory
+from fedmitr_flwr.runs.observer import Observer
+from fedmitr_flwr.settings import Settings
+
+log = logging.getLogger("fedmitr.strategy")
+
+# Seconds that a train message outlives the deadline: when its time is over, Flower drops it and the reply to it.
+_TTL_MARGIN = 3600.0
+
+
+@dataclass(frozen=True)
+class RoundOutcome:
+    """What a round left behind.
+
+    Attributes
+    ----------
+    result
+        Of the pipeline.
+    uploads
+        The K accepted uploads, in the order in which the pipeline saw them.
+    clients
+        What became of the clients that were asked.
+    """
+
+    result: PipelineResult
+    uploads: tuple[Upload, ...]
+    clients: ClientCounts
+
+
+class FedMITR(Strategy):
+    """One-shot federated learning for Vision Transformers (FedMITR, arXiv 2605.10748).
+
+    Asks every connected client to train once, keeps the uploads that pass validation, and turns them into one
+    global model without any data. With more rounds the global model is the next round's initialisation.
+
+    Parameters
+    ----------
+    settings
+        All settings of the run; the clients get them with the train message.
+    spec
+        Classes, geometry and normalisation.
+    run
+        Where uploads are kept.
+    device
+        Where the pipeline runs.
+    observer
+        Receives the pipeline's events.
+    pipeline
+        What turns uploads into a model.
+
+    Attributes
+    ----------
+    outcome
+        Of the last finished round; None before.
+    seconds
+        Wall-clock seconds over all rounds: ``clients`` (from asking to the last reply) and ``collect``
+        (validating and writing uploads).
+    """
+
+    def __init__(
+        self,
+        settings: Settings,
+        spec: ImageSpec,
+        run: RunDirectory,
+        *,
+        device: torch.device,
+        observer: Observer,
+        pipeline: Pipeline = run_pipeline,
+    ) -> None:
+        self.settings = settings
+        self.spec = spec
+        self.run = run
+        self.device = device
+        self.observer = observer
+        self.pipeline = pipeline
+        self.digest = code_digest()
+        self.roster = Roster(settings.run.roster)
+        self.outcome: RoundOutcome | None = None
+        self.seconds = {"clients": 0.0, "collect": 0.0}
+        self._initial: dict[str, Tensor] = {}
+        self._asked = 0
+        self._asked_at = 0.0
+        self._store: UploadStore | None = None
+        self._closed: ClientCounts | None = None
+
+    def summary(self) -> None:
+        """Log the strategy's main settings in Flower's style."""
+        run, train, inversion = self.settings.run, self.settings.train, self.settings.inversion
+        stops = ", ".join(map(str, inversion.stops)) or "none (dense)"
+        log.info("\t├──> Method: %s", run.method)
+        log.info("\t├──> Quorum: %d uploads, %.0f %% of the asked", run.min_clients, 100 * run.min_fraction)
+        log.info("\t├──> Clients: %s weights, histograms %s", train.upload_dtype, _yes(train.share_label_histogram))
+        log.info("\t├──> Ensemble: weights by %s", self.settings.ensemble.weighting)
+        log.info("\t├──> Inversion: %d images, %d iterations", inversion.images, inversion.iterations)
+        log.info("\t│\t└── Patches stop at: %s", stops)
+        log.info("\t├──> Distillation: %d steps on %s", self.settings.distill.steps, self.device)
+        log.info("\t└──> Code: %s", short(self.digest))
+
+    def start(
+        self,
+        grid: Grid,
+        initial_arrays: ArrayRecord,
+        num_rounds: int = 1,
+        timeout: float | None = None,
+        train_config: ConfigRecord | None = None,
+        evaluate_config: ConfigRecord | None = None,
+        evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
+    ) -> Result:
+        """Run the rounds as Flower does, with one reply in memory at a time.
+
+        Parameters
+        ----------
+        timeout
+            Seconds for the clients of a round; default `run.deadline-seconds`.
+        """
+        run = self.settings.run
+        if not isinstance(grid, WindowedGrid):
+            grid = WindowedGrid(grid, run)
+        timeout = run.deadline_seconds if timeout is None else timeout
+        return super().start(grid, initial_arrays, num_rounds, timeout, train_config, evaluate_config, evaluate_fn)
+
+    def configure_train(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask every connected node to train, once there are `run.min-clients` of them.
+
+        Raises
+        ------
+        QuorumError
+            If too few nodes connect within `run.wait-nodes-seconds`.
+        """
+        run = self.settings.run
+        self._initial = decode_trusted(arrays)
+        self._asked, self._asked_at = 0, time.perf_counter()
+        self._store = self._open_store(server_round)
+        self._closed = closed_collection(self.run.uploads(server_round) / COLLECTED, self._store.uploads())
+        if self._closed is not None:
+            log.info("configure_train: all uploads of round %d are there", server_round)
+            return []
+        nodes = wait_for_nodes(grid.get_node_ids, run)
+        if have := {upload.client for upload in self._store.uploads()}:
+            log.info("configure_train: %d uploads are there already", len(have))
+            nodes = nodes_without(have, nodes, grid, run.wait_nodes_seconds + 0.5 * len(nodes))
+        shared = {
+            **config,
+            "digest": self.digest,
+            "settings": json.dumps(self.settings.flat()),
+            "spec": self.spec.to_json(),
+            "round": server_round,
+        }
+        ttl = run.deadline_seconds + _TTL_MARGIN
+        messages = [
+            Message(
+                RecordDict({"arrays": arrays, "config": unguessable(shared)}),
+                node,
+                MessageType.TRAIN,
+                ttl=ttl,
+                group_id=str(server_round),
+            )
+            for node in nodes
+        ]
+        log.info("configure_train: asking %d clients (round %d)", len(messages), server_round)
+        self._asked = len(messages)
+        self._asked_at = time.perf_counter()
+        self.observer.client("asked", count=len(messages))
+        return messages
+
+    def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
+        """Keep the good uploads and turn them into the global model.
+
+        Parameters
+        ----------
+        server_round
+            Counted from 1.
+        replies
+            Consumed one by one: each upload is validated, written to disk and dropped before the next is taken.
+
+        Returns
+        -------
+        arrays
+            The global model, fp32.
+        metrics
+            Counts of clients, and their mean local loss and accuracy weighted by examples.
+
+        Raises
+        ------
+        QuorumError
+            If fewer uploads are usable than `run.min-clients` and `run.min-fraction` ask for.
+        """
+        store, counts = self.collect(server_round, replies)
+        check_quorum(counts, self.settings.run)
+        uploads = store.uploads()
+        if self._closed is None:
+            close_collection(self.run.uploads(server_round) / COLLECTED, counts, uploads)
+        clients = [ClientModel(store.open(upload), upload.num_examples, upload.histogram) for upload in uploads]
+        seed = self.settings.run.seed + server_round - 1
+        checkpoints = Checkpoints(self.run.checkpoints(server_round), self.settings.run.checkpoint_seconds)
+        inputs = PipelineInputs(
+            self.settings, self.spec, clients, self._initial, seed, self.device, self.observer, checkpoints
+        )
+        result = self.pipeline(inputs)
+        self.outcome = RoundOutcome(result, tuple(uploads), counts)
+        return encode_state(result.state), _metrics(uploads, counts)
+
+    def collect(self, server_round: int, replies: Iterable[Message]) -> tuple[UploadStore, ClientCounts]:
+        """Keep the good uploads of a round; see `collection.Collection`."""
+        store = self._store
+        assert store is not None  # Flower calls configure_train first
+        if self._closed is not None:
+            return store, self._closed
+        before = len(store.uploads())
+        collection = Collection(
+            store,
+            self.digest,
+            histograms=self.settings.train.share_label_histogram,
+            roster=self.roster,
+            observer=self.observer,
+        )
+        new = collection.take(replies, self._asked)
+        self.seconds["collect"] += collection.working
+        self.seconds["clients"] += time.perf_counter() - self._asked_at - collection.working
+        counts = replace(new, asked=new.asked + before, accepted=new.accepted + before)
+        log.info("collected: %s", counts)
+        return store, counts
+
+    def _open_store(self, server_round: int) -> UploadStore:
+        """Open the round's directory of uploads, with those that an earlier process of the run took."""
+        store = UploadStore(
+            self.run.uploads(server_round),
+            self._initial,
+            self.spec.num_classes,
+            needs_histogram=self.settings.train.share_label_histogram,
+            max_update_norm=self.settings.run.max_update_norm,
+        )
+        store.recover()
+        return store
+
+    def configure_evaluate(
+        self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
+    ) -> Iterable[Message]:
+        """Ask nobody: the server evaluates on its own held-out images."""
+        return []
+
+    def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> None:
+        """Nobody was asked."""
+
+
+def _metrics(uploads: Sequence[Upload], counts: ClientCounts) -> MetricRecord:
+    total = sum(upload.num_examples for upload in uploads)
+    return MetricRecord(
+        {
+            **{f"clients-{name}": number for name, number in counts.as_dict().items()},
+            "num-examples": total,
+            "local-loss": sum(upload.loss * upload.num_examples for upload in uploads) / total,
+            "local-accuracy": sum(upload.accuracy * upload.num_examples for upload in uploads) / total,
+        }
+    )
+
+
+def _yes(value: bool) -> str:
+    return "shared" if value else "withheld"

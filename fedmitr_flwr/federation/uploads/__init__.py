@@ -1,0 +1,1 @@
+"""An upload from Flower's record to a file: validated, written, read back."""

@@ -1,0 +1,300 @@
+"""Client uploads on disk: each validated, written atomically as safetensors, listed in a fixed order.
+
+A one-shot exchange cannot be repeated, and an upload comes from a machine that is not ours. So nothing
+a client sends is trusted: an upload is accepted when it is exactly a set of weights for the common
+model with believable numbers beside it, and refused with the reason otherwise.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.linalg import vector_norm
+
+from fedmitr_flwr.federation.uploads.validation import (
+    UploadRefused,
+    brief,
+    check_accuracy,
+    check_count,
+    check_histogram,
+    check_name,
+    check_number,
+    file_stem,
+    natural_key,
+)
+from fedmitr_flwr.runs.tensors import StoredState, checksum, write_tensors
+
+log = logging.getLogger("fedmitr.collection")
+
+UPLOAD_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """Shape and dtype of a tensor, as declared before its bytes are looked at."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Upload:
+    """An accepted upload.
+
+    Attributes
+    ----------
+    client
+        Name that the client goes by in this run: its site or partition, not Flower's random node id.
+    num_examples
+        Number of its training images, at least 1.
+    histogram
+        Number of them in each of the C classes; None when it was not shared.
+    loss, accuracy
+        What it reached on its own training images; accuracy in 0..1.
+    path
+        The safetensors file, in the number format that was uploaded.
+    checksum
+        Over names, dtypes, shapes and values of the tensors.
+    """
+
+    client: str
+    num_examples: int
+    histogram: tuple[int, ...] | None
+    loss: float
+    accuracy: float
+    path: Path
+    checksum: str
+
+
+class UploadStore:
+    """The uploads of one round, in one directory.
+
+    Parameters
+    ----------
+    directory
+        Where the files go; made if it is missing.
+    reference
+        State of the common initialisation: the names, shapes and dtypes that every upload must have.
+        Floating-point tensors may come as fp32, fp16 or bf16, all others exactly as they are here.
+    num_classes
+        C, the length of a histogram.
+    needs_histogram
+        Refuse uploads without a label histogram.
+    max_update_norm
+        Refuse weights that lie further from the reference than this many times its L2 norm; 0: no limit.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        reference: Mapping[str, Tensor],
+        num_classes: int,
+        *,
+        needs_histogram: bool = False,
+        max_update_norm: float = 0.0,
+    ) -> None:
+        self.directory = directory
+        self.reference = reference
+        self.max_update_norm = max_update_norm
+        self.num_classes = num_classes
+        self.needs_histogram = needs_histogram
+        self.layout = {key: TensorLayout(tuple(value.shape), value.dtype) for key, value in reference.items()}
+        self._floating = {key: value for key, value in reference.items() if value.is_floating_point()}
+        self._start = math.sqrt(sum(float(vector_norm(value)) ** 2 for value in self._floating.values()))
+        self._max_distance = max_update_norm * max(1.0, self._start)
+        # Every difference is taken in the same memory: fresh pages for 23 MB cost more than the arithmetic.
+        self._difference = torch.empty(max((value.numel() for value in self._floating.values()), default=0))
+        self._uploads: dict[str, Upload] = {}
+        directory.mkdir(parents=True, exist_ok=True)
+
+    def check_client(self, client: object) -> str:
+        """Return the client's name.
+
+        Raises
+        ------
+        UploadRefused
+            If it is not a printable name of 1 to 128 characters, or its upload was accepted already.
+        """
+        name = check_name(client)
+        if name in self._uploads:
+            raise UploadRefused(f"second upload of client {name}")
+        return name
+
+    def check_layout(self, declared: Mapping[str, TensorLayout]) -> None:
+        """Compare declared names, shapes and dtypes with the reference; allocates nothing.
+
+        Raises
+        ------
+        UploadRefused
+            Names the first tensors that are missing, unexpected, or of another shape or dtype.
+        """
+        if not declared:
+            raise UploadRefused("holds no tensors")
+        _refuse_names("missing", [key for key in self.layout if key not in declared])
+        _refuse_names("unexpected", [key for key in declared if key not in self.layout])
+        for key, expected in self.layout.items():
+            found = declared[key]
+            # Equal, not merely broadcastable: (1, 64) in place of (64, 64) would average silently.
+            if found.shape != expected.shape:
+                raise UploadRefused(f"{key} has shape {brief(found.shape)}, expected {expected.shape}")
+            allowed = set(UPLOAD_DTYPES.values()) if expected.dtype.is_floating_point else {expected.dtype}
+            if found.dtype not in allowed:
+                raise UploadRefused(f"{key} has dtype {found.dtype}, expected {_dtype_names(allowed)}")
+
+    def accept(
+        self,
+        client: object,
+        state: Mapping[str, Tensor],
+        *,
+        num_examples: object,
+        loss: object,
+        accuracy: object,
+        histogram: object = None,
+    ) -> Upload:
+        """Validate one upload, write it to disk and add it to the list.
+
+        Parameters
+        ----------
+        client
+            The client's name.
+        state
+            Its weights; not kept after the call.
+        num_examples, loss, accuracy, histogram
+            What it says of them; of any type, since it comes from outside.
+
+        Raises
+        ------
+        UploadRefused
+            With the reason; nothing is written then.
+        OSError
+            If the disk refuses; the list is as before.
+        """
+        name = self.check_client(client)
+        self.check_layout({key: TensorLayout(tuple(value.shape), value.dtype) for key, value in state.items()})
+        count = check_count("num-examples", num_examples, 1)
+        counts = check_histogram(histogram, count, self.num_classes, needed=self.needs_histogram)
+        final_loss = check_number("loss", loss)
+        final_accuracy = check_accuracy(accuracy)
+        self._check_values(state)
+        path = self.directory / f"{file_stem(name)}.safetensors"
+        upload = Upload(name, count, counts, final_loss, final_accuracy, path, checksum(state))
+        self._write(upload, state)
+        self._uploads[name] = upload
+        return upload
+
+    def recover(self) -> list[Upload]:
+        """Take the uploads over that an earlier process accepted into this directory.
+
+        Files are believed when they are whole and still hold what was accepted; another is left out with a warning, so
+        that its client is asked again.
+
+        Returns
+        -------
+        list[Upload]
+            As `uploads`.
+        """
+        for path in sorted(self.directory.glob("*.safetensors")):
+            try:
+                upload = self._read(path)
+            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+                log.warning("\t├──! %s is not used: %s", path, error)
+                continue
+            self._uploads[upload.client] = upload
+        return self.uploads()
+
+    def _read(self, path: Path) -> Upload:
+        with safe_open(path, "pt") as file:
+            about = file.metadata()
+        counts = json.loads(about["histogram"])
+        upload = Upload(
+            about["client"],
+            int(about["num-examples"]),
+            None if counts is None else tuple(counts),
+            float(about["loss"]),
+            float(about["accuracy"]),
+            path,
+            about["checksum"],
+        )
+        if path.stem != file_stem(upload.client):
+            raise ValueError(f"it is named after another client than {upload.client}")
+        state = self.load(upload)
+        self.check_layout({key: TensorLayout(tuple(value.shape), value.dtype) for key, value in state.items()})
+        return upload
+
+    def uploads(self) -> list[Upload]:
+        """Return the accepted uploads by client name, numbers in it by value: the order of arrival has no say."""
+        return sorted(self._uploads.values(), key=lambda upload: natural_key(upload.client))
+
+    def load(self, upload: Upload) -> dict[str, Tensor]:
+        """Read an upload's tensors back, floating-point ones as fp32.
+
+        Raises
+        ------
+        ValueError
+            If the file is not what was accepted.
+        """
+        state = load_file(upload.path)
+        if checksum(state) != upload.checksum:
+            raise ValueError(f"{upload.path} has changed since the upload of {upload.client} was accepted")
+        return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+    def _check_values(self, state: Mapping[str, Tensor]) -> None:
+        """Refuse NaN, Inf, and weights too far from the common initialisation to come from training."""
+        # Short weights lie near the initialisation; their norm costs a quarter of a difference's and shows NaN and Inf.
+        size = math.sqrt(sum(float(vector_norm(state[key], dtype=torch.float32)) ** 2 for key in self._floating))
+        if size + self._start <= (self._max_distance if self.max_update_norm else math.inf) and math.isfinite(size):
+            return
+        update = 0.0
+        for key, expected in self._floating.items():
+            difference = self._difference[: expected.numel()].view(expected.shape)
+            norm = float(vector_norm(torch.sub(state[key], expected, out=difference)))
+            # The square of fp32's largest numbers is infinite in fp32 too: these are finite, and too large.
+            if not math.isfinite(norm) and not torch.isfinite(state[key]).all():
+                raise UploadRefused(f"{key} holds NaN or Inf")
+            update += norm**2
+        distance = math.sqrt(update)
+        if self.max_update_norm and not distance <= self._max_distance:
+            raise UploadRefused(
+                f"lies {distance:.4g} from the common initialisation, above run.max-update-norm = "
+                f"{self.max_update_norm:g} times its norm ({self._max_distance:.4g})"
+            )
+
+    def open(self, upload: Upload) -> StoredState:
+        """Return an upload's tensors as a mapping that reads them when asked for; the file is checked now.
+
+        Raises
+        ------
+        ValueError
+            If the file is not what was accepted.
+        """
+        return StoredState(upload.path, tuple(self.load(upload)))
+
+    def _write(self, upload: Upload, state: Mapping[str, Tensor]) -> None:
+        metadata = {
+            "client": upload.client,
+            "num-examples": str(upload.num_examples),
+            "histogram": json.dumps(upload.histogram),
+            "loss": repr(upload.loss),
+            "accuracy": repr(upload.accuracy),
+            "checksum": upload.checksum,
+        }
+        write_tensors(upload.path, state, metadata)
+
+
+def _refuse_names(kind: str, names: list[str]) -> None:
+    if names:
+        shown = ", ".join(brief(name) for name in names[:3]) + (", …" if len(names) > 3 else "")
+        raise UploadRefused(f"{len(names)} {kind} tensor{'s' if len(names) > 1 else ''}: {shown}")
+
+
+def _dtype_names(dtypes: set[torch.dtype]) -> str:
+    return " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

@@ -1,0 +1,1 @@
+"""Starting and following Flower from outside; keys, site data, checks of a machine."""

@@ -1,0 +1,235 @@
+"""Read what a user gives for a run: a settings file, single keys, a federation file.
+
+All of it becomes one validated `Settings` and one simulation config; every mistake is a `SettingsError`
+that names the key or file, the value and what is allowed.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedmitr_flwr.runs.resume import resumed_settings, stored_config
+from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError, flat_fields
+from fedmitr_flwr.settings.docs import CONFIG_TABLE, flatten, takes_text, toml_value
+
+FederationValue = bool | int | float | str
+
+# Flower's simulation config (flwr.proto.federation_config_pb2.SimulationConfig), in the kebab case of its files.
+_FEDERATION: dict[str, tuple[type | tuple[type, ...], str]] = {
+    "num-supernodes": (int, "an integer >= 1"),
+    "client-resources-num-cpus": (int, "an integer >= 1"),
+    "client-resources-num-gpus": ((int, float), "a number >= 0, a share of a GPU for each client"),
+    "init-args-num-cpus": (int, "an integer >= 1"),
+    "init-args-num-gpus": (int, "an integer >= 0"),
+    "init-args-logging-level": (str, "a name such as WARNING"),
+    "init-args-log-to-driver": (bool, "true or false"),
+    "backend": (str, '"ray"'),
+    "verbose": (bool, "true or false"),
+}
+_AT_LEAST_ONE = {"num-supernodes", "client-resources-num-cpus", "init-args-num-cpus"}
+
+
+def app_directory(given: Path | None = None) -> Path:
+    """Find the Flower app: the given folder, or the checkout that this code was imported from.
+
+    Raises
+    ------
+    SettingsError
+        There is no ``pyproject.toml`` with a ``[tool.flwr.app]`` table.
+    """
+    app = (given or Path(__file__).parents[2]).expanduser().resolve()
+    table = _read_toml(app / "pyproject.toml", "--app")
+    if "app" not in table.get("tool", {}).get("flwr", {}):
+        allowed = "its pyproject.toml has no [tool.flwr.app] table; name the folder of a Flower app"
+        raise SettingsError(("--app", str(app), allowed))
+    return app
+
+
+def run_settings(
+    app: Path,
+    conf: Path | None = None,
+    overrides: Sequence[str] = (),
+    output: Path | None = None,
+    *,
+    absolute: bool = True,
+) -> Settings:
+    """Merge an app's defaults, a settings file and single keys, the later ones winning, and validate them.
+
+    Parameters
+    ----------
+    app
+        Folder with the ``pyproject.toml`` whose ``[tool.flwr.app.config]`` holds the defaults.
+    conf
+        TOML file with run-config keys, dotted or in tables.
+    overrides
+        ``key=value`` strings; the value may be written with or without quotes.
+    output
+        Wins over ``run.output``.
+    absolute
+        Relative paths count from the current directory. False: they are another machine's, and stay as they are.
+
+    Returns
+    -------
+    Settings
+        With absolute paths, unless `absolute` is false.
+
+    Raises
+    ------
+    SettingsError
+        For a file that can't be read and for all keys that are wrong, in one error.
+    """
+    table = _read_toml(app / "pyproject.toml", "--app")
+    config: dict[str, Any] = dict(flatten(table.get("tool", {}).get("flwr", {}).get("app", {}).get("config", {})))
+    missing = [key for key in flat_fields() if key not in config]
+    if missing:
+        allowed = f"{CONFIG_TABLE} must declare {', '.join(missing)}, or Flower refuses them; run `make settings`"
+        raise SettingsError(("--app", str(app), allowed))
+    if conf is not None:
+        config |= dict(flatten(_read_toml(conf, "settings file")))
+    config |= dict(_override(text) for text in overrides)
+    if output is not None:
+        config["run.output"] = str(output)
+    lists = [(key, value) for key, value in config.items() if not isinstance(value, bool | int | float | str)]
+    if lists:
+        example = 'a list is written as a string with commas, such as "50,100"'
+        raise SettingsError(*((key, str(value), example) for key, value in lists))
+    settings = Settings.from_run_config(config)
+    return settings.replace(**_absolute_paths(settings)) if absolute else settings
+
+
+def resumed_run(run: Path, overrides: Sequence[str] = ()) -> tuple[Settings, Mapping[str, Any]]:
+    """Read what it takes to go on with a simulation.
+
+    Parameters
+    ----------
+    run
+        Directory of the run.
+    overrides
+        ``key=value`` strings to change in its settings.
+
+    Returns
+    -------
+    settings
+        Of the run, to be run again.
+    federation
+        Its simulation config.
+
+    Raises
+    ------
+    SettingsError
+        If there is no such run, it was no simulation, or a change contradicts what is finished.
+    """
+    federation = stored_config(run).get("federation")
+    if not federation:
+        allowed = "was not simulated here; go on with it by `flwr run` with run.resume in the run-config"
+        raise SettingsError(("run.resume", str(run), allowed))
+    return resumed_settings(run, dict(_override(text) for text in overrides)), federation
+
+
+def federation_config(
+    file: Path | None = None,
+    clients: int | None = None,
+    cpus: int | None = None,
+    base: Mapping[str, Any] | None = None,
+) -> dict[str, FederationValue]:
+    """Resolve the simulation config: a federation file over defaults for this machine.
+
+    Parameters
+    ----------
+    file
+        TOML file with keys of Flower's simulation config, as in ``conf/federation/``.
+    clients
+        Number of simulated clients; wins over the file; 10 when neither says.
+    cpus
+        CPU cores for the clients; wins over the file. When neither says: all that this process may use,
+        as long as there are clients to use them.
+    base
+        In place of a file: the simulation config of an earlier run.
+
+    Raises
+    ------
+    SettingsError
+        Unknown key, wrong type or value out of range.
+    """
+    config: dict[str, Any] = {"num-supernodes": 10, "client-resources-num-cpus": 1, "client-resources-num-gpus": 0.0}
+    given = dict(flatten(_read_toml(file, "federation file"))) if file is not None else dict(base or {})
+    given |= {"num-supernodes": clients} if clients is not None else {}
+    given |= {"init-args-num-cpus": cpus} if cpus is not None else {}
+    problems = [problem for key, value in given.items() if (problem := _federation_problem(key, value))]
+    if problems:
+        raise SettingsError(*problems)
+    config |= given
+    each, number = config["client-resources-num-cpus"], config["num-supernodes"]
+    available = _cpu_count()
+    if each > config.get("init-args-num-cpus", available):
+        most = config.get("init-args-num-cpus", available)
+        raise SettingsError(("client-resources-num-cpus", each, f"must not exceed the {most} CPU cores there are"))
+    config.setdefault("init-args-num-cpus", max(each, min(available, each * number)))
+    return config
+
+
+def federation_toml(config: Mapping[str, FederationValue]) -> str:
+    """Render a simulation config as a file for ``flwr run --federation-config``."""
+    return "".join(f"{key} = {toml_value(value)}\n" for key, value in config.items())
+
+
+def _federation_problem(key: str, value: object) -> tuple[str, object, str] | None:
+    if key not in _FEDERATION:
+        return key, value, "unknown key; known are " + ", ".join(_FEDERATION)
+    kind, allowed = _FEDERATION[key]
+    if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
+        return key, value, f"must be {allowed}"
+    smallest = 1 if key in _AT_LEAST_ONE else 0
+    if isinstance(value, int | float) and not isinstance(value, bool) and value < smallest:
+        return key, value, f"must be {allowed}"
+    return None
+
+
+def _cpu_count() -> int:
+    """CPU cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _read_toml(path: Path, what: str) -> dict[str, Any]:
+    try:
+        with path.expanduser().open("rb") as file:
+            return tomllib.load(file)
+    except OSError as error:
+        raise SettingsError((what, str(path), f"can't be read: {error.strerror or error}")) from None
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise SettingsError((what, str(path), f"is not TOML: {error}")) from None
+
+
+def _override(text: str) -> tuple[str, RunConfigValue]:
+    """Parse ``key=value``; what is a string in the run-config needs no quotes."""
+    key, sign, raw = text.partition("=")
+    key, raw = key.strip(), raw.strip()
+    if not sign or not key:
+        raise SettingsError(("--set", text, "must be key=value, such as run.seed=7"))
+    try:
+        value = tomllib.loads(f"value = {raw}")["value"]
+    except tomllib.TOMLDecodeError:
+        value = raw
+    if isinstance(value, str):
+        return key, value
+    if isinstance(value, list):
+        return key, ",".join(str(item) for item in value)
+    if key in flat_fields() and takes_text(key):
+        return key, raw
+    return key, value if isinstance(value, bool | int | float) else raw
+
+
+def _absolute_paths(settings: Settings) -> dict[str, RunConfigValue]:
+    """Make the settings that name files absolute; relative ones count from the current directory."""
+    changes: dict[str, RunConfigValue] = {"run.output": str(Path(settings.run.output).expanduser().resolve())}
+    for key, value in (("data.source", settings.data.source), ("model.init", settings.model.init)):
+        kind, _, path = value.partition(":")
+        if kind in ("npz", "folder", "file"):
+            changes[key] = f"{kind}:{Path(path).expanduser().resolve()}"
+    return changes

@@ -1,0 +1,1 @@
+"""The stages in order, and what is watched and kept on the way."""

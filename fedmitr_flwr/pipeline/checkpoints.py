@@ -1,0 +1,128 @@
+"""What the stages of a round have finished, on disk, so that a run that was cut off goes on from there.
+
+The stages know nothing of files: they are given `Checkpoints.batch` and `Progress`. A file is written whole or not at
+all, so whatever is there is finished.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedmitr_flwr.runs.tensors import write_tensors
+from fedmitr_flwr.stages.synthetic import SyntheticImages
+
+log = logging.getLogger("fedmitr.checkpoints")
+
+
+class Checkpoints:
+    """The checkpoints of one round.
+
+    Parameters
+    ----------
+    directory
+        Where the files go; made when the first is written.
+    seconds
+        Least time between two checkpoints of distillation; 0: one after each step.
+    """
+
+    def __init__(self, directory: Path, seconds: float) -> None:
+        self.directory = directory
+        self.seconds = seconds
+
+    def batch(self, number: int, make: Callable[[], SyntheticImages], device: torch.device) -> SyntheticImages:
+        """Return the inversion batch of this number: from disk, or made now and kept."""
+        path = self.directory / f"inversion-{number:06d}.safetensors"
+        if path.exists():
+            return SyntheticImages(**{name: value.to(device) for name, value in load_file(path).items()})
+        images = make()
+        self._write(path, {field.name: getattr(images, field.name) for field in fields(images)})
+        return images
+
+    def model(self) -> dict[str, Tensor] | None:
+        """Return the finished global model of the round, or None."""
+        path = self.directory / "model.safetensors"
+        return load_file(path) if path.exists() else None
+
+    def save_model(self, state: Mapping[str, Tensor]) -> None:
+        """Keep the finished global model, and drop what distillation no longer needs."""
+        self._write(self.directory / "model.safetensors", state)
+        (self.directory / "distill.safetensors").unlink(missing_ok=True)
+
+    def progress(self) -> Progress:
+        """Return what keeps the state of distillation."""
+        return Progress(self.directory / "distill.safetensors", self.seconds)
+
+    def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        write_tensors(path, tensors)
+
+
+class Progress:
+    """The state of a training loop, kept from time to time.
+
+    Parameters
+    ----------
+    path
+        The one file that it is in.
+    seconds
+        Least time between two writes.
+    """
+
+    def __init__(self, path: Path, seconds: float) -> None:
+        self.path = path
+        self.seconds = seconds
+        self._written = time.monotonic()
+
+    def load(self) -> dict[str, Any] | None:
+        """Return what was kept last, or None."""
+        if not self.path.exists():
+            return None
+        with safe_open(self.path, "pt") as file:
+            tensors = [file.get_tensor(str(number)) for number in range(len(file.keys()))]
+            state: dict[str, Any] = _joined(json.loads(file.metadata()["state"]), tensors)
+        log.info("├── distill: going on after step %d", state["step"])
+        return state
+
+    def offer(self, make: Callable[[], Mapping[str, Any]]) -> None:
+        """Keep what `make` returns, when it is time for it."""
+        if time.monotonic() - self._written < self.seconds:
+            return
+        tensors: list[Tensor] = []
+        text = json.dumps(_parted(make(), tensors))
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        write_tensors(self.path, {str(number): value for number, value in enumerate(tensors)}, {"state": text})
+        self._written = time.monotonic()
+
+
+def _parted(value: Any, tensors: list[Tensor]) -> Any:
+    """What JSON can hold of nested state, without its tensors, which join the list; keys may be numbers."""
+    if isinstance(value, Tensor):
+        tensors.append(value)
+        return {"tensor": len(tensors) - 1}
+    if isinstance(value, Mapping):
+        return {"mapping": [[key, _parted(part, tensors)] for key, part in value.items()]}
+    if isinstance(value, list | tuple):
+        return [_parted(part, tensors) for part in value]
+    return value
+
+
+def _joined(value: Any, tensors: list[Tensor]) -> Any:
+    """Nested state from what `_parted` returned; tuples have become lists."""
+    if isinstance(value, list):
+        return [_joined(part, tensors) for part in value]
+    if isinstance(value, dict):
+        if "tensor" in value:
+            return tensors[value["tensor"]]
+        return {key: _joined(part, tensors) for key, part in value["mapping"]}
+    return value

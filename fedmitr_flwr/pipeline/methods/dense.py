@@ -1,0 +1,49 @@
+"""DENSE (Zhang et al., NeurIPS 2022, arXiv 2112.12371): a generator against the ensemble, and the student in turn.
+
+The generator minimises ``CE(A(x), y) - l KL(A(x) || s(x))``, the second term only on images where student and ensemble
+disagree: images near the boundary between them. Its weight l is `generator.adversarial`, 1 in the authors' command.
+The student learns from all images generated so far. Departures stand in `baselines.generated`.
+"""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
+from fedmitr_flwr.pipeline.methods.generator import InTurn, cross_entropy, divergence
+from fedmitr_flwr.stages.distillation.pool import Pool, Targets, label_patches, unnamed_pool
+
+
+def dense(inputs: PipelineInputs) -> PipelineResult:
+    """See `pipeline.run_pipeline`."""
+    return _Dense(inputs).run()
+
+
+class _Dense(InTurn):
+    def __init__(self, inputs: PipelineInputs) -> None:
+        super().__init__(inputs)
+        self._targets: list[Targets] = []
+
+    def loss(self, patches: Tensor, labels: Tensor) -> Tensor:
+        seen = self.teachers(patches).probabilities
+        return boundary_loss(seen, self.student_logits(patches), labels, self.settings.adversarial)
+
+    def extend(self, patches: Tensor, labels: Tensor) -> None:
+        self._targets.append(label_patches(self.teachers, patches, self.recipe))
+
+    def pool(self, steps: int) -> Pool:
+        return unnamed_pool(self.patches, Targets.join(self._targets))
+
+
+def boundary_loss(probabilities: Tensor, logits: Tensor, labels: Tensor, weight: float) -> Tensor:
+    """``CE(A, y) - weight [argmax A != argmax s] KL(A || s)`` of each image, ``(B,)``.
+
+    Parameters
+    ----------
+    probabilities, logits
+        ``(B, C)`` A(x) and the student's logits; gradients flow to both.
+    labels
+        ``(B,)`` int64.
+    """
+    differ = probabilities.argmax(1) != logits.argmax(1)
+    return cross_entropy(probabilities, labels) - weight * differ * divergence(probabilities, logits)

@@ -1,0 +1,11 @@
+"""One-shot FedAvg (McMahan et al. 2017, arXiv 1602.05629): the mean of the weights by number of examples."""
+
+from __future__ import annotations
+
+from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
+from fedmitr_flwr.pipeline.methods.common import untrained_result
+
+
+def one_shot_fedavg(inputs: PipelineInputs) -> PipelineResult:
+    """Average the uploads; nothing is trained, so the seed is without effect. See `pipeline.run_pipeline`."""
+    return untrained_result(inputs)

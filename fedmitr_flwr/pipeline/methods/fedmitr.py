@@ -1,0 +1,60 @@
+"""FedMITR: the four stages in order, from uploads to one global ViT without any data."""
+
+from __future__ import annotations
+
+import torch
+
+from fedmitr_flwr.models.build import build_model
+from fedmitr_flwr.models.patch_grid import PatchGrid
+from fedmitr_flwr.pipeline.diagnostics import diagnose
+from fedmitr_flwr.pipeline.hard_images import HardImages
+from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
+from fedmitr_flwr.pipeline.steps import distilled, invert_all, make_ensemble, split_and_relabel, student_start
+from fedmitr_flwr.stages.distillation.pool import make_pool
+
+
+def run_pipeline(inputs: PipelineInputs) -> PipelineResult:
+    """Run FedMITR on validated uploads.
+
+    Raises
+    ------
+    SettingsError, ValueError
+        If the weighting needs histograms that clients withheld.
+    InversionDivergedError, RuntimeError
+        If a loss stops being finite.
+    """
+    settings, observer, checkpoints = inputs.settings, inputs.observer, inputs.checkpoints
+    ensemble, known = make_ensemble(inputs)
+    model = build_model(settings.model, inputs.spec)
+    grid = PatchGrid.of(model, inputs.spec)
+    with observer.stage("invert"):
+        synthetic = invert_all(ensemble, known, grid, inputs)
+        found = diagnose(ensemble, synthetic, grid, settings.inversion)
+        observer.event("diagnostics", **found.as_dict())
+        for warning in found.warnings():
+            observer.event("diagnostics", warning=warning)
+    with observer.stage("relabel"):
+        split, targets = split_and_relabel(ensemble, synthetic, grid, settings, observer)
+        observer.event(
+            "relabel",
+            high_density=float(split.high.float().mean()),
+            ensemble_agrees=float((targets.probabilities.argmax(1) == synthetic.labels)[targets.present].float().mean())
+            if bool(targets.present.any())
+            else 0.0,
+        )
+    average = inputs.average()
+    state = checkpoints.model() if checkpoints is not None else None
+    if state is None:
+        with observer.stage("distill"):
+            model.load_state_dict(student_start(inputs, ensemble, average))
+            generator = torch.Generator().manual_seed(inputs.seed)
+            pool = make_pool(ensemble, synthetic, split, targets, grid, settings.distill, generator=generator)
+            observer.event("distill", labelled_images=len(pool.labels))
+            harder = HardImages(
+                ensemble, model, known, grid, settings, pool, seed=inputs.seed, generator=generator, observer=observer
+            )
+            grow = harder if settings.distill.adversarial_rounds > 0 else None
+            state = distilled(inputs, ensemble, model, pool, settings.distill, generator, grow)
+        if checkpoints is not None:
+            checkpoints.save_model(state)
+    return PipelineResult(state, average, ensemble, synthetic, split, found, dict(observer.seconds))

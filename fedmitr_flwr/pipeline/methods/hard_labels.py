@@ -1,0 +1,19 @@
+"""FedMITR with hard labels everywhere: the ensemble's most probable class instead of its distribution.
+
+Both where the student learns from the full images and where it learns from the low-density patches. What each teacher
+makes of an image (`distill.feature-weight`, `distill.teacher-weight`) is no hard label, and is left out.
+"""
+
+from __future__ import annotations
+
+from fedmitr_flwr.pipeline.methods.common import FedMITRWith
+
+hard_labels = FedMITRWith(
+    {
+        "distill.labels": "hard",
+        "relabel.labels": "hard",
+        "distill.feature-weight": 0.0,
+        "distill.teacher-weight": 0.0,
+    }
+)
+"""See `pipeline.run_pipeline`."""

@@ -1,0 +1,21 @@
+"""Class-wise head aggregation: the mean update of the body, and each class's head row by who knows the class.
+
+The rows are weighted with `ensemble.weighting` and `ensemble.power`, the body is scaled by `distill.merge-scale`: the
+model that FedMITR's student starts from under ``distill.start = "merged"``, taken as it is.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fedmitr_flwr.ensemble.averaging import merged
+from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
+from fedmitr_flwr.pipeline.methods.common import untrained_result
+
+
+def head_aggregation(inputs: PipelineInputs) -> PipelineResult:
+    """Merge the uploads; nothing is trained, so the seed is without effect. See `pipeline.run_pipeline`."""
+    result = untrained_result(inputs)
+    states = [client.state for client in inputs.clients]
+    weights = result.ensemble.weights.cpu()
+    return replace(result, state=merged(inputs.initial, states, weights, inputs.settings.distill.merge_scale))

@@ -1,0 +1,62 @@
+"""Distillation on random images alone: the ensemble labels them, nothing is inverted.
+
+A strong baseline that costs no inversion at all, and must stand in every comparison. There are as many images as
+FedMITR's pool holds under the same settings, of the kind `distill.noise-kind`, and as many steps. The student learns
+by KL and, as FedMITR's does, by what each teacher makes of an image.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from fedmitr_flwr.models.build import build_model
+from fedmitr_flwr.models.patch_grid import PatchGrid
+from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
+from fedmitr_flwr.pipeline.methods.common import untrained_result
+from fedmitr_flwr.pipeline.steps import distilled, student_start
+from fedmitr_flwr.stages.distillation.pool import label_patches, unnamed_pool
+from fedmitr_flwr.stages.random_images import random_images
+
+
+def ensemble_on_random_images(inputs: PipelineInputs) -> PipelineResult:
+    """See `pipeline.run_pipeline`."""
+    kind = inputs.settings.distill.noise_kind
+    return distil_on(inputs, lambda count, grid, generator: random_images(kind, count, grid, generator))
+
+
+def distil_on(inputs: PipelineInputs, draw: Callable[[int, PatchGrid, torch.Generator], Tensor]) -> PipelineResult:
+    """Distillation on images that have neither pseudo-labels nor a density split.
+
+    Parameters
+    ----------
+    inputs
+        See `pipeline.run_pipeline`.
+    draw
+        Returns ``(N, ch, S, S)`` fp32 normalised images, given their number N, the grid and a CPU generator.
+
+    Returns
+    -------
+    PipelineResult
+        Without synthetic images.
+
+    Raises
+    ------
+    SettingsError, ValueError, RuntimeError
+        As `pipeline.run_pipeline`.
+    """
+    settings, result = inputs.settings, untrained_result(inputs)
+    student = build_model(settings.model, inputs.spec)
+    grid = PatchGrid.of(student, inputs.spec)
+    recipe = settings.distill.model_copy(update={"kl_weight": 1.0, "ce_weight": 0.0, "low_weight": 0.0})
+    with inputs.observer.stage("distill"):
+        student.load_state_dict(student_start(inputs, result.ensemble, result.fedavg))
+        generator = torch.Generator().manual_seed(inputs.seed)
+        count = round(settings.inversion.images * (recipe.views + recipe.mix + recipe.noise))
+        patches = grid.to_patches(draw(count, grid, generator).to(inputs.device))
+        pool = unnamed_pool(patches, label_patches(result.ensemble, patches, recipe))
+        state = distilled(inputs, result.ensemble, student, pool, recipe, generator)
+    return replace(result, state=state, seconds=dict(inputs.observer.seconds))

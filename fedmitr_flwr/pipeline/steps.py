@@ -1,0 +1,153 @@
+"""The four stages in order: from uploads to one global ViT, without any data.
+
+Letters: B images, K teachers, C classes, D embedding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from fedmitr_flwr.ensemble.averaging import merged
+from fedmitr_flwr.ensemble.engine.teachers import MemoryLimits, PagedTeachers, load_teachers
+from fedmitr_flwr.ensemble.ensemble import Ensemble
+from fedmitr_flwr.ensemble.weighting import class_weights, evidence
+from fedmitr_flwr.models.build import build_model
+from fedmitr_flwr.models.patch_grid import PatchGrid
+from fedmitr_flwr.pipeline.inputs import PipelineInputs
+from fedmitr_flwr.pipeline.outliers import trust
+from fedmitr_flwr.pipeline.progress import FINISHED_SHOWN, DistillProgress, InversionProgress
+from fedmitr_flwr.runs.observer import Observer
+from fedmitr_flwr.settings import DistillSettings, Settings
+from fedmitr_flwr.stages.density import PatchSplit, split_patches
+from fedmitr_flwr.stages.distillation.distill import distill
+from fedmitr_flwr.stages.distillation.pool import Pool
+from fedmitr_flwr.stages.distillation.teacher_heads import Branches
+from fedmitr_flwr.stages.inversion.batch import NOBODY
+from fedmitr_flwr.stages.inversion.methods import invert_batch
+from fedmitr_flwr.stages.relabel import LowTargets, relabel
+from fedmitr_flwr.stages.synthetic import SyntheticImages
+
+
+def make_ensemble(inputs: PipelineInputs) -> tuple[Ensemble, Tensor]:
+    """Load the uploads as teachers and weight them.
+
+    Returns
+    -------
+    ensemble
+        On the inputs' device.
+    known
+        ``(C',)`` int64 classes that at least one client knows something of.
+    """
+    settings, clients, device = inputs.settings, inputs.clients, inputs.device
+    limits = MemoryLimits(settings.inversion.activation_memory_mb, settings.inversion.teacher_memory_mb)
+    blank = build_model(settings.model, inputs.spec)
+    teachers = load_teachers(blank, [client.state for client in clients], limits, device)
+    if isinstance(teachers, PagedTeachers):
+        inputs.observer.event("ensemble", teachers="read from disk for every pass: above inversion.teacher-memory-mb")
+    num_examples = inputs.num_examples.double()
+    shared = [client.histogram for client in clients if client.histogram is not None]
+    histograms = torch.tensor(shared, dtype=torch.float64) if len(shared) == len(clients) else None
+    head_updates = torch.stack([client.state["head.weight"] - inputs.initial["head.weight"] for client in clients])
+    known_of = evidence(settings.ensemble.weighting, num_examples, histograms, head_updates)
+    heard = None
+    if settings.ensemble.outlier_guard:
+        grid = PatchGrid.of(blank, inputs.spec)
+        heard = trust(known_of, teachers, inputs.initial, grid, settings, inputs.observer)
+    weights = class_weights(known_of, settings.ensemble.power, heard)
+    inputs.observer.snapshot("ensemble", evidence=known_of, weights=weights)
+    known = (known_of.sum(0) > 0).nonzero().squeeze(1)
+    return Ensemble(teachers, weights.to(device), limits), known.to(device)
+
+
+def invert_all(ensemble: Ensemble, classes: Tensor, grid: PatchGrid, inputs: PipelineInputs) -> SyntheticImages:
+    """Stage 1 in batches; labels run through `classes` in turn, each batch has its own seed."""
+    settings, observer, checkpoints = inputs.settings.inversion, inputs.observer, inputs.checkpoints
+    labels = classes[torch.arange(settings.runs, device=classes.device) % len(classes)]
+    parts = []
+    progress = InversionProgress(observer, settings, len(classes)) if observer.watched else None
+    for number, batch in enumerate(labels.split(settings.batch_size)):
+        watch = progress.of_batch(number) if progress else NOBODY
+        make = partial(invert_batch, ensemble, batch, grid, settings, number=number, seed=inputs.seed, watch=watch)
+        parts.append(make() if checkpoints is None else checkpoints.batch(number, make, inputs.device))
+        done = sum(len(part.labels) for part in parts)
+        observer.event(
+            "invert", images=f"{done}/{settings.runs * settings.images_per_run}", loss=float(parts[-1].loss.mean())
+        )
+    synthetic = SyntheticImages.join(parts)
+    shown = synthetic.labels.argsort(stable=True)[:FINISHED_SHOWN]
+    observer.snapshot("finished", images=synthetic.images[shown], labels=synthetic.labels[shown])
+    return synthetic
+
+
+def student_start(inputs: PipelineInputs, ensemble: Ensemble, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Choose the student's first weights, by `distill.start`."""
+    chosen = inputs.settings.distill
+    if chosen.start == "initial":
+        return dict(inputs.initial)
+    if chosen.start == "merged":
+        states = [client.state for client in inputs.clients]
+        return merged(inputs.initial, states, ensemble.weights.cpu(), chosen.merge_scale)
+    return dict(average)
+
+
+def distilled(
+    inputs: PipelineInputs,
+    ensemble: Ensemble,
+    student: VisionTransformer,
+    pool: Pool,
+    settings: DistillSettings,
+    generator: torch.Generator,
+    grow: Callable[[int], Pool | None] | None = None,
+) -> dict[str, Tensor]:
+    """Stage 4, watched and kept from time to time; returns the student's state dict on the CPU.
+
+    With `grow` (see `distill.distill`) nothing is kept: a run that is cut off distils anew.
+    """
+    student.to(inputs.device)
+    report = DistillProgress(inputs.observer, settings.steps, student, pool)
+    progress = inputs.checkpoints.progress() if inputs.checkpoints is not None and grow is None else None
+    features = pool.targets.features
+    branches = None if features is None else Branches.of(ensemble, features)
+    distill(
+        student,
+        pool,
+        settings,
+        generator=generator,
+        branches=branches,
+        on_step=report,
+        progress=progress,
+        grow=grow,
+    )
+    return cpu_state(student)
+
+
+def cpu_state(model: VisionTransformer) -> dict[str, Tensor]:
+    """A copy of a model's state dict on the CPU."""
+    return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
+
+
+@torch.no_grad()
+def split_and_relabel(
+    ensemble: Ensemble,
+    synthetic: SyntheticImages,
+    grid: PatchGrid,
+    settings: Settings,
+    observer: Observer | None = None,
+) -> tuple[PatchSplit, LowTargets]:
+    """Stages 2 and 3. The attention over the full grid is taken anew on the finished images."""
+    patches = grid.to_patches(synthetic.images)
+    attention, seen = [], []
+    for part, labels in zip(patches.split(256), synthetic.labels.split(256), strict=True):
+        out = ensemble(part, attention=True, labels=labels)
+        assert out.attention is not None
+        attention.append(out.attention)
+        seen.append(out.probabilities)
+    split = split_patches(synthetic.kept, torch.cat(attention), settings.density)
+    if observer is not None:
+        observer.snapshot("density", attention=torch.cat(attention), probabilities=torch.cat(seen))
+    return split, relabel(ensemble, patches, split, settings.relabel)

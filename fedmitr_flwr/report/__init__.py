@@ -1,8 +1,0 @@
-"""``report.html``: what a run did and what came of it, on one self-contained page."""
-
-from fedmitr_flwr.report.compare import comparison_page
-from fedmitr_flwr.report.load import FinishedRun, load_run
-from fedmitr_flwr.report.render import run_page, write_page, write_run_report
-from fedmitr_flwr.rundir import REPORT
-
-__all__ = ["REPORT", "FinishedRun", "comparison_page", "load_run", "run_page", "write_page", "write_run_report"]

@@ -1,0 +1,148 @@
+"""Turn a run's files into one self-contained page."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment
+from markupsafe import Markup
+
+from fedmitr_flwr.results.finished_run import FinishedRun, load_run
+from fedmitr_flwr.results.report import charts, words
+from fedmitr_flwr.results.report.clients import clients_section
+from fedmitr_flwr.results.report.cost import cost_section
+from fedmitr_flwr.results.report.curves import curves_of
+from fedmitr_flwr.results.report.gallery import gallery_of
+from fedmitr_flwr.results.report.images import matrix
+from fedmitr_flwr.results.report.page import CSS, FOOT, HEAD, RUN
+from fedmitr_flwr.runs.atomic import atomic_path
+from fedmitr_flwr.runs.directory import REPORT
+from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.version import __version__
+
+_LARGEST_TABLE = 30  # classes; a larger confusion matrix is a picture
+
+
+def write_run_report(path: Path) -> Path:
+    """Render a run's directory into its ``report.html``; return the file.
+
+    Raises
+    ------
+    SettingsError
+        If the directory is no run, or one that this version cannot read.
+    """
+    file = path / REPORT
+    write_page(file, run_page(load_run(path, finished=False)))
+    return file
+
+
+def write_page(file: Path, page: str) -> None:
+    """Write a page atomically."""
+    with atomic_path(file) as temporary:
+        temporary.write_text(page, "utf-8")
+
+
+def render(body: str, title: str, **values: object) -> str:
+    """Fill a body of `template` between head and foot."""
+    environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    page = environment.from_string(HEAD + body + FOOT)
+    return page.render(title=title, css=Markup(CSS), version=__version__, **values)
+
+
+def run_page(run: FinishedRun) -> str:
+    """Return the page of one run."""
+    evaluation = run.report.get("evaluation")
+    counts = run.metrics.get("clients", {})
+    names = run.report.get("class_names", run.config.get("class_names", []))
+    settings: Mapping[str, Any] = run.config.get("settings", {})
+    per_class = run.report.get("synthetic", {}).get("per_class", [1] * len(names))
+    return render(
+        RUN,
+        f"{run.path.name} – fedmitr-flwr",
+        run=run,
+        verdict=words.verdict(counts, evaluation, int(settings.get("run.rounds", 1))),
+        facts=_facts(run),
+        warnings=words.cautions(counts, evaluation, names, per_class) + list(run.report.get("warnings", [])),
+        accuracy=_accuracy(evaluation, names) if evaluation else None,
+        clients=clients_section(run, names),
+        gallery=gallery_of(run, names),
+        curves=curves_of(run),
+        cost=cost_section(run),
+        tables=_tables(run),
+    )
+
+
+def accuracy_bars(evaluation: Mapping[str, Any]) -> list[charts.Bar]:
+    """Bars of all totals, baselines first; local models span from the worst to the best."""
+    rows = []
+    for key, rate in evaluation["accuracy"].items():
+        low, high = words.wilson(rate, evaluation["num_images"])
+        if key == "local_mean" and evaluation.get("local"):
+            low, high = min(evaluation["local"]), max(evaluation["local"])
+        name = words.NAMES.get(key, key.replace("_", " "))
+        rows.append(charts.Bar(name, words.percent(rate), rate, low, high, strong=key == "global"))
+    return rows
+
+
+def _facts(run: FinishedRun) -> list[tuple[str, str]]:
+    settings, hardware = run.config.get("settings", {}), run.config.get("hardware", {})
+    seconds = sum(run.metrics.get("seconds", {}).values())
+    gpus = hardware.get("gpus") or []
+    facts = [
+        ("data", settings.get("data.source")),
+        ("model", settings.get("model.name")),
+        ("method", settings.get("run.method")),
+        ("clients", str(run.metrics.get("clients", {}).get("accepted", "–"))),
+        ("took", words.duration(seconds)),
+        ("on", gpus[0] if gpus and hardware.get("device") != "cpu" else f"{hardware.get('cpus', '?')} CPU cores"),
+        ("started", str(run.status.get("started", ""))[:16].replace("T", " ") + " UTC"),
+    ]
+    return [(name, str(value)) for name, value in facts if value]
+
+
+def _accuracy(evaluation: Mapping[str, Any], names: list[str]) -> dict[str, object]:
+    table = evaluation["per_class"]
+    series = [(words.NAMES[key], table[key]) for key in ("fedavg", "ensemble", "global") if key in table]
+    shares = [[count / max(1, sum(row)) for count in row] for row in evaluation["confusion"]]
+    if len(names) <= _LARGEST_TABLE:
+        shown = [[f"{100 * share:.0f}" if share >= 0.005 else "" for share in row] for row in shares]
+        confusion = charts.heat(names, names, shares, shown=shown)
+    else:
+        import torch
+
+        picture = matrix(torch.tensor(shares))
+        confusion = Markup('<img class="matrix" alt="confusion matrix" src="{}">').format(picture)
+    return {
+        "count": f"{evaluation['num_images']:,}",
+        "split": evaluation["split"],
+        "local_range": bool(evaluation.get("local")),
+        "chart": charts.intervals(accuracy_bars(evaluation)),
+        "classes": charts.class_dots(names, series),
+        "confusion": confusion,
+    }
+
+
+def _tables(run: FinishedRun) -> list[dict[str, object]]:
+    defaults = Settings().flat()
+    settings = run.config.get("settings", {})
+    rows = [(key, _plain(value), key in defaults and defaults[key] != value) for key, value in settings.items()]
+    rows.sort(key=lambda row: not row[2])
+    versions = [(name, value, False) for name, value in run.config.get("versions", {}).items()]
+    versions.append(("code", str(run.config.get("digest", ""))[:12], False))
+    hardware = [(name, _plain(value), False) for name, value in run.config.get("hardware", {}).items()]
+    note = "● differs from the default. The same settings give the same numbers on a CPU."
+    return [
+        {"title": "Settings", "rows": rows, "note": note},
+        {"title": "Versions", "rows": versions, "note": ""},
+        {"title": "Machine", "rows": hardware, "note": ""},
+    ]
+
+
+def _plain(value: object) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, list):
+        return ", ".join(str(item) for item in value) or "none"
+    return str(value) if value != "" else '""'

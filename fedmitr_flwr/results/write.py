@@ -1,0 +1,117 @@
+"""What a run writes at its end: evaluation, model, pictures, report, metrics."""
+
+from __future__ import annotations
+
+import logging
+
+from fedmitr_flwr.data import ImageSpec
+from fedmitr_flwr.federation.code_digest import code_digest
+from fedmitr_flwr.federation.prepare import Federation
+from fedmitr_flwr.federation.quorum import ClientCounts
+from fedmitr_flwr.models.patch_grid import PatchGrid
+from fedmitr_flwr.models.timm_checkpoint import save_timm
+from fedmitr_flwr.pipeline.inputs import PipelineResult
+from fedmitr_flwr.results.evaluate import Evaluation, evaluate
+from fedmitr_flwr.results.model_card import write_model_card
+from fedmitr_flwr.results.report import write_run_report
+from fedmitr_flwr.results.report.data import write_report_data
+from fedmitr_flwr.runs.atomic import Json
+from fedmitr_flwr.runs.directory import METRICS, MODEL, SYNTHETIC, RunDirectory
+from fedmitr_flwr.runs.observer import Observer
+from fedmitr_flwr.runs.process_memory import peak_rss_mb
+from fedmitr_flwr.runs.snapshots import Keeper
+from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.version import __version__
+
+log = logging.getLogger("fedmitr.run")
+
+
+_STAGES = ("clients", "collect", "invert", "relabel", "distill", "evaluate")
+
+
+def write_results(
+    run: RunDirectory,
+    settings: Settings,
+    federation: Federation,
+    result: PipelineResult,
+    clients: ClientCounts,
+    observer: Observer,
+    keeper: Keeper | None = None,
+) -> None:
+    """Evaluate the last round and write model, figure, report and metrics into the run's directory.
+
+    Parameters
+    ----------
+    run
+        Where to write; ``metrics.json`` comes last.
+    settings, federation
+        Of the run.
+    result, clients
+        Of its last round.
+    observer
+        Holds the seconds of all stages so far, summed over the rounds.
+    keeper
+        What the stages showed, for the report.
+    """
+    from fedmitr_flwr.results.figures import save_synthetic  # matplotlib, of no use during collection
+
+    spec = federation.spec
+    evaluation = None
+    if federation.held_out is not None:
+        with observer.stage("evaluate"):
+            evaluation = evaluate(result, federation.held_out, spec, settings.model, federation.device)
+            observer.progress("evaluate", 1, 1, evaluation.accuracy)
+    metadata = {"fedmitr-flwr": __version__, "digest": code_digest(), "seed": str(settings.run.seed)}
+    save_timm(result.state, settings.model, spec, run.path / MODEL, metadata)
+    write_model_card(run.path / MODEL, settings, spec, evaluation, clients)
+    if result.synthetic is not None:
+        save_synthetic(result.synthetic, spec, PatchGrid.of(result.ensemble.teachers[0], spec), run.path / SYNTHETIC)
+    found = None if result.diagnostics is None else {**result.diagnostics.as_dict()}
+    metrics = make_metrics(evaluation, clients, observer, settings.run.memory_mb)
+    run.write_json(METRICS, {**metrics, "diagnostics": found})
+    write_report(run, settings, spec, result, evaluation, keeper)
+    for line in accuracy_table(evaluation, settings.run.evaluate_on):
+        log.info("%s", line)
+
+
+def write_report(
+    run: RunDirectory,
+    settings: Settings,
+    spec: ImageSpec,
+    result: PipelineResult,
+    evaluation: Evaluation | None,
+    keeper: Keeper | None,
+) -> None:
+    """Write the report's data and the report; if that fails the run has still succeeded, and the log says why."""
+    try:
+        write_report_data(run.path, settings, spec, result, evaluation, keeper)
+        log.info("Report: %s", write_run_report(run.path))
+    except Exception as error:
+        log.warning("The report could not be written (%s: %s)", type(error).__name__, error)
+        log.debug("Traceback:", exc_info=True)
+
+
+def make_metrics(
+    evaluation: Evaluation | None, clients: ClientCounts, observer: Observer, budget_mb: int = 0
+) -> dict[str, Json]:
+    """Return the content of ``metrics.json``; accuracies are null without an evaluation, the budget without one."""
+    names = ("local_mean", "fedavg", "ensemble", "global")
+    return {
+        "accuracy": dict(evaluation.accuracy()) if evaluation else dict.fromkeys(names),
+        "per_class": {"global": evaluation.per_class["global"] if evaluation else None},
+        "clients": clients.as_dict(),
+        "seconds": {stage: round(observer.seconds.get(stage, 0.0), 3) for stage in _STAGES},
+        "peak_rss_mb": round(peak_rss_mb(), 1),
+        "memory_budget_mb": budget_mb or None,
+    }
+
+
+def accuracy_table(evaluation: Evaluation | None, split: str) -> list[str]:
+    """Return the accuracies as lines of text."""
+    if evaluation is None:
+        return ["No evaluation (run.evaluate-on = none)"]
+    names = ("local models, mean", "one-shot FedAvg", "ensemble", "global model")
+    lines = [f"Accuracy on {evaluation.num_images} {split} images"]
+    for name, value in zip(names, evaluation.accuracy().values(), strict=True):
+        lines.append(f"    {name:<20}{value:.4f}")
+    return lines

@@ -1,0 +1,1 @@
+"""One run from outside: its directory, files written whole, log, events, resume."""

@@ -1,0 +1,1 @@
+"""The stages of the method: pure functions of tensors and settings."""

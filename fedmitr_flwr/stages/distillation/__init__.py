@@ -1,0 +1,1 @@
+"""Stage 4: the ensemble's knowledge into one student."""

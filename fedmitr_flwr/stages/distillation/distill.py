@@ -1,0 +1,129 @@
+"""Stage 4: distil the ensemble into one ViT on the synthetic images.
+
+``L = KL(A(x) || s(x)) + CE(s(.), y) + l_low KL(q_low || s(x_low))`` with a weight for each term. The CE
+term looks at the high-density patches (the paper's words) or at the full image (better in our
+measurements). Two further terms, which are ours, take what each teacher makes of an image beside what they say
+together (`teacher_heads.py`). `pool.py` gathers what the student learns from.
+
+Letters: B images, K teachers, C classes, P patches of the full grid, N images of the pool.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from fedmitr_flwr.settings import DistillSettings, TrainSettings
+from fedmitr_flwr.stages.distillation.losses import LossTerms, loss_terms
+from fedmitr_flwr.stages.distillation.pool import Pool
+from fedmitr_flwr.stages.distillation.teacher_heads import Branches
+from fedmitr_flwr.training.optimizer import make_optimizer
+
+
+class TrainingProgress(Protocol):
+    """Keeps the state of the training loop from time to time, such as `checkpoints.Progress`."""
+
+    def load(self) -> dict[str, Any] | None:
+        """Return what was kept last."""
+
+    def offer(self, make: Callable[[], Mapping[str, Any]]) -> None:
+        """Keep what `make` returns, or do not."""
+
+
+def distill(
+    student: VisionTransformer,
+    pool: Pool,
+    settings: DistillSettings,
+    *,
+    generator: torch.Generator,
+    branches: Branches | None = None,
+    on_step: Callable[[int, LossTerms], None] | None = None,
+    progress: TrainingProgress | None = None,
+    grow: Callable[[int], Pool | None] | None = None,
+) -> None:
+    """Train the student in place on random batches of the pool.
+
+    Parameters
+    ----------
+    student
+        A timm ViT that holds its first weights, on the device of the pool.
+    pool
+        Labelled images.
+    settings
+        Steps, optimiser and terms.
+    generator
+        CPU generator of the order.
+    branches
+        To the teachers; they learn beside the student. None: without the terms that need them.
+    on_step
+        Called with the step, from 0, and its detached terms, still on the device.
+    progress
+        Where the state of the loop is kept; what it holds at the start is gone on with.
+    grow
+        Called before each step with its number; a pool that it returns takes the place of the one before.
+
+    Raises
+    ------
+    RuntimeError
+        If the loss is not finite at the end.
+    """
+    recipe = TrainSettings(
+        learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, warmup_fraction=0.05
+    )
+    learner = nn.ModuleList([student] if branches is None else [student, branches])
+    optimizer, scheduler = make_optimizer(learner, recipe, settings.steps)
+    student.train()
+    queue = torch.empty(0, dtype=torch.int64)
+    total = torch.zeros(())
+    start = 0
+    if progress is not None and (kept := progress.load()) is not None:
+        learner.load_state_dict(kept["learner"])
+        optimizer.load_state_dict(kept["optimizer"])
+        scheduler.load_state_dict(kept["scheduler"])
+        generator.set_state(kept["generator"])
+        queue, start = kept["queue"], kept["step"]
+    for step in range(start, settings.steps):
+        if grow is not None and (grown := grow(step)) is not None:
+            pool, queue = grown, queue[:0]
+            student.train()
+        while len(queue) < settings.batch_size:
+            queue = torch.cat([queue, torch.randperm(len(pool.labels), generator=generator)])
+        rows, queue = queue[: settings.batch_size], queue[settings.batch_size :]
+        terms = loss_terms(student, pool, rows.to(pool.labels.device), settings, branches)
+        total = terms.total(settings)
+        optimizer.zero_grad(set_to_none=True)
+        total.backward()
+        nn.utils.clip_grad_norm_(student.parameters(), 1.0)
+        optimizer.step()
+        scheduler.step()
+        if on_step is not None:
+            on_step(step, terms.detach())
+        if progress is not None:
+            progress.offer(partial(_state, step + 1, learner, optimizer, scheduler, generator, queue))
+    student.eval()
+    if not bool(torch.isfinite(total)):
+        raise RuntimeError(f"distillation loss is not finite after {settings.steps} steps; lower distill.learning-rate")
+
+
+def _state(
+    step: int,
+    learner: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scheduler: torch.optim.lr_scheduler.LRScheduler,
+    generator: torch.Generator,
+    queue: Tensor,
+) -> dict[str, Any]:
+    """All that the loop needs to go on after `step` steps."""
+    return {
+        "step": step,
+        "learner": learner.state_dict(),
+        "optimizer": optimizer.state_dict(),
+        "scheduler": scheduler.state_dict(),
+        "generator": generator.get_state(),
+        "queue": queue.clone(),
+    }

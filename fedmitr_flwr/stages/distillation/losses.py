@@ -1,0 +1,108 @@
+"""The loss of distillation, term by term.
+
+Letters: B images, K teachers, C classes, P patches of the full grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedmitr_flwr.models.vit import forward_patches
+from fedmitr_flwr.settings import DistillSettings
+from fedmitr_flwr.stages.density import subsets
+from fedmitr_flwr.stages.distillation.pool import Pool
+from fedmitr_flwr.stages.distillation.teacher_heads import Branches, last_norms
+from fedmitr_flwr.stages.relabel import soften
+
+
+@dataclass(frozen=True)
+class LossTerms:
+    """The terms before they are weighted, in nats but for `feature`: scalar means over the step's images.
+
+    An image without a term (a mixed or noise image has only the first) counts as 0 in it, so that each image
+    weighs what the formula says, however many others there are.
+
+    Attributes
+    ----------
+    kl, ce, low
+        Of the formula.
+    feature
+        Squared distance from the teachers' [CLS] tokens, in units of their variances; see `teacher_heads.Branches`.
+    teacher
+        KL to what the teachers' heads read in their own tokens, likewise.
+    """
+
+    kl: Tensor
+    ce: Tensor
+    low: Tensor
+    feature: Tensor
+    teacher: Tensor
+
+    def total(self, settings: DistillSettings) -> Tensor:
+        """Weighted sum."""
+        ours = settings.kl_weight * self.kl + settings.ce_weight * self.ce + settings.low_weight * self.low
+        return ours + settings.feature_weight * self.feature + settings.teacher_weight * self.teacher
+
+    def detach(self) -> LossTerms:
+        """The same without a graph."""
+        return LossTerms(*(getattr(self, field.name).detach() for field in fields(self)))
+
+    def values(self) -> dict[str, float]:
+        """Each by its name."""
+        return {field.name: float(getattr(self, field.name)) for field in fields(self)}
+
+
+def loss_terms(
+    student: VisionTransformer, pool: Pool, rows: Tensor, settings: DistillSettings, branches: Branches | None = None
+) -> LossTerms:
+    """Compute the terms of one step; a term of weight 0, or without images in this step, is 0.
+
+    Parameters
+    ----------
+    rows
+        ``(b,)`` int64 images of the pool.
+    branches
+        As for `distill`.
+    """
+    kl = ce = low = feature = teacher = torch.zeros((), device=rows.device)
+    full_ce = settings.ce_weight > 0 and settings.ce_on == "full"
+    if settings.kl_weight > 0 or full_ce or branches is not None:
+        seen = forward_patches(student, pool.patches[rows], None)
+        kl = kl_divergence(pool.targets.probabilities[rows], seen.logits, settings.temperature)
+        if full_ce:
+            ce = F.cross_entropy(seen.logits, pool.labels[rows], ignore_index=-1, reduction="sum") / len(rows)
+        if branches is not None and pool.targets.features is not None:
+            feature, teacher = branches(last_norms(student)(seen.features), pool.targets.features[rows])
+    still = rows[rows < len(pool.split.high)]  # synthetic images as they were inverted
+    if settings.ce_weight > 0 and settings.ce_on == "high" and len(still):
+        out = subset_logits(student, pool.patches[still], pool.split.high[still])
+        ce = F.cross_entropy(out, pool.labels[still], reduction="sum") / len(rows)
+    present = still[pool.low_targets.present[still]]
+    if settings.low_weight > 0 and len(present):
+        out = subset_logits(student, pool.patches[present], pool.split.low[present])
+        low = kl_divergence(pool.low_targets.probabilities[present], out, 1.0) * (len(present) / len(rows))
+    return LossTerms(kl, ce, low, feature, teacher)
+
+
+def kl_divergence(target: Tensor, logits: Tensor, temperature: float) -> Tensor:
+    """``T^2 KL(target^(1/T) || softmax(logits / T))``, mean over the images (Hinton et al. 2015); both ``(B, C)``."""
+    if temperature != 1.0:
+        target = soften(target, temperature)
+    log_student = (logits.float() / temperature).log_softmax(-1)
+    return F.kl_div(log_student, target, reduction="batchmean") * temperature**2
+
+
+def subset_logits(student: VisionTransformer, patches: Tensor, mask: Tensor) -> Tensor:
+    """Logits from [CLS] and the masked patches alone; ``(B, C)``, rows of images without any are zero."""
+    parts, places = [], []
+    for rows, index in subsets(mask):
+        chosen = patches[rows].gather(1, index[..., None].expand(-1, -1, patches.shape[-1]))
+        parts.append(forward_patches(student, chosen, index).logits)
+        places.append(rows)
+    logits = torch.cat(parts)
+    return logits.new_zeros(len(patches), logits.shape[1]).index_copy(0, torch.cat(places), logits)

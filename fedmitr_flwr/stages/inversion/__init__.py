@@ -1,0 +1,1 @@
+"""Stage 1: synthetic images from the teachers."""

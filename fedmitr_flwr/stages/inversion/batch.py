@@ -1,0 +1,258 @@
+"""One batch of images under inversion: its iterations, its stops, and who watches.
+
+Letters: B images, C classes, P patches of the full grid, L patches kept, E = channels x patch pixels, S side in pixels.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedmitr_flwr.ensemble.engine.precision import compute_dtype
+from fedmitr_flwr.ensemble.ensemble import Ensemble
+from fedmitr_flwr.ensemble.loss_terms import Term
+from fedmitr_flwr.models.patch_grid import PatchGrid
+from fedmitr_flwr.settings import InversionSettings
+from fedmitr_flwr.stages.inversion.cuda_graphs import SteadySteps, stretches, suits
+from fedmitr_flwr.stages.inversion.pixel_adam import PixelAdam, scatter, take
+from fedmitr_flwr.stages.inversion.prior import Prior
+from fedmitr_flwr.stages.inversion.schedule import Choice, growth
+from fedmitr_flwr.stages.inversion.terms import terms_of
+from fedmitr_flwr.stages.inversion.views import View
+from fedmitr_flwr.stages.random_images import random_images
+from fedmitr_flwr.stages.synthetic import SyntheticImages
+
+CHECK = 100
+"""Iterations between two looks at whether the loss is finite, for which a GPU would have to be waited for."""
+
+
+@dataclass(frozen=True)
+class Watch:
+    """Callbacks of an inversion; none is called where it is None.
+
+    Attributes
+    ----------
+    on_iteration
+        Called with the iteration, from 0, and the ``(B,)`` detached cross-entropies, still on the device.
+    on_stop
+        Called at each stop with the iteration, the ``(B, ch, S, S)`` images as they are then, and the ``(B, L)``
+        patches that go on.
+    """
+
+    on_iteration: Callable[[int, Tensor], None] | None = None
+    on_stop: Callable[[int, Tensor, Tensor], None] | None = None
+
+
+NOBODY = Watch()
+
+
+class InversionDivergedError(RuntimeError):
+    """Loss or pixels stopped being finite; the message names the iteration.
+
+    Attributes
+    ----------
+    last_good
+        The images at the last check that found everything finite, at most `CHECK` iterations before.
+    """
+
+    def __init__(self, iteration: int, last_good: SyntheticImages) -> None:
+        super().__init__(
+            f"pixels or loss are not finite at inversion iteration {iteration}: "
+            "a teacher's weights are broken, or inversion.learning-rate is too high"
+        )
+        self.iteration, self.last_good = iteration, last_good
+
+
+def optimise(
+    batch: InversionBatch,
+    stops: Mapping[int, Choice],
+    settings: InversionSettings,
+    generator: torch.Generator,
+    watch: Watch = NOBODY,
+) -> None:
+    """Run all iterations of a batch; `stops` chooses at some of them which patches go on, the rest as `invert`."""
+    grown = growth(batch.grid, settings.centring)
+    alike = stretches(stops, grown, settings.iterations)
+    try:
+        for iteration in range(settings.iterations):
+            if iteration in grown:
+                batch.restart(grown[iteration])
+            batch.expect(alike.get(iteration, 0))
+            loss = batch.step(batch.views(generator), stops.get(iteration))
+            if watch.on_iteration is not None:
+                watch.on_iteration(iteration, loss)
+            if watch.on_stop is not None and iteration in stops:
+                watch.on_stop(iteration, batch.result().images, batch.kept)
+            if (iteration + 1) % CHECK == 0 or iteration in stops:
+                batch.check_finite()
+        batch.check_finite()
+    finally:
+        batch.release()
+
+
+class InversionBatch:
+    """A batch of images under inversion.
+
+    Parameters
+    ----------
+    ensemble
+        Frozen teachers.
+    labels
+        ``(B,)`` int64.
+    start
+        ``(B, ch, S, S)`` images, which are clipped to the valid range.
+    kept
+        ``(B, L)`` int64, sorted; None: all patches.
+    terms
+        Of the loss, beside those that the settings ask for.
+
+    Raises
+    ------
+    ValueError
+        If `kept` names no patch, or one outside the grid.
+    """
+
+    def __init__(
+        self,
+        ensemble: Ensemble,
+        labels: Tensor,
+        start: Tensor,
+        kept: Tensor | None,
+        grid: PatchGrid,
+        settings: InversionSettings,
+        terms: Sequence[Term] = (),
+    ) -> None:
+        if kept is not None and kept.shape[1] == 0:
+            raise ValueError("kept names no patch: an image needs at least one to be inverted")
+        if kept is not None and not 0 <= int(kept.min()) <= int(kept.max()) < grid.num_patches:
+            raise ValueError(
+                f"kept names patches {int(kept.min())} to {int(kept.max())}, the grid has 0 to {grid.num_patches - 1}"
+            )
+        self._ensemble, self._labels, self.grid, self._settings = ensemble, labels, grid, settings
+        self._terms = (*terms_of(settings), *terms)
+        device = labels.device
+        self._dtype = compute_dtype(settings.precision, ensemble.teachers[0].embed_dim, device)
+        self._low, self._high = grid.bounds(device)
+        self._canvas = torch.minimum(torch.maximum(grid.to_patches(start), self._low), self._high)  # (B, P, E)
+        self.kept = torch.arange(grid.num_patches, device=device).repeat(len(labels), 1) if kept is None else kept
+        self._begin()
+        self._loss = torch.zeros(len(labels), device=device)
+        self._iteration, self._broken = 0, torch.full((), -1, device=device)
+        self._last_good = self.result()
+
+    def _begin(self) -> None:
+        """Give the kept patches an optimiser and a prior."""
+        self._steady: SteadySteps | None = None
+        self._adam = PixelAdam(take(self._canvas, self.kept), self._settings)
+        self._prior = Prior(self._canvas, self.kept, self.grid, self._settings)
+
+    def restart(self, kept: Tensor) -> None:
+        """Go on from the pixels as they are with other patches, ``(L,)`` int64 of each image, and a fresh optimiser."""
+        self._canvas = scatter(self._canvas, self.kept, self._adam.pixels)
+        self.kept = kept.to(self._labels.device).repeat(len(self._labels), 1)
+        self._begin()
+
+    def expect(self, steps: int) -> None:
+        """Say that so many steps follow in which no patch leaves; worth knowing on a GPU (`cuda_graphs.py`).
+
+        Steps with views or a choice may come all the same, and end it.
+        """
+        device = self._labels.device
+        if suits(steps, self._ensemble, self._settings, self._terms, device):
+            table = self._adam.table(steps)
+            self._steady = SteadySteps(self._steady_step, table, self._iteration, self._ensemble, device)
+
+    def views(self, generator: torch.Generator) -> list[View]:
+        """Draw the looks of an iteration, as the settings ask for."""
+        count, device = len(self._labels), self._labels.device
+        return [View.draw(count, self.grid, self._settings, generator, device) for _ in range(self._settings.copies)]
+
+    def step(self, views: Sequence[View] = (View(),), choose: Choice | None = None) -> Tensor:
+        """One iteration; nothing in it waits for the device.
+
+        Parameters
+        ----------
+        views
+            How the ensemble sees the images; of several, losses, gradients and attention are averaged.
+        choose
+            Chooses, by their attention, which patches go on; the others leave before the update.
+
+        Returns
+        -------
+        Tensor
+            ``(B,)`` detached cross-entropies before the update.
+        """
+        if self._steady is not None:
+            if choose is None and self._steady.left and all(view == View() for view in views):
+                self._loss = self._steady()
+                self._adam.counted()
+                self._iteration += 1
+                return self._loss
+            self._steady = None
+        looks = zip(*(self._look(view) for view in views), strict=True)
+        self._loss, gradient, attention = (torch.stack(part).mean(0) if len(part) > 1 else part[0] for part in looks)
+        self._broken = torch.where(self._breaks(self._loss), self._iteration, self._broken)
+        self._iteration += 1
+        if choose is not None:
+            self._canvas = scatter(self._canvas, self.kept, self._adam.pixels)
+            stay = choose(attention)
+            self.kept, gradient = self.kept.gather(1, stay), take(gradient, stay)
+            self._adam.keep(stay)
+            self._prior = Prior(self._canvas, self.kept, self.grid, self._settings)
+        self._prior.add_gradient(self._adam.pixels, gradient)
+        self._adam.step(gradient, self._low, self._high)
+        return self._loss
+
+    def _steady_step(self, scalars: Tensor, iteration: Tensor) -> Tensor:
+        """`step` on memory that stays in place, see `cuda_graphs.Body`."""
+        out = self._ensemble.loss_gradient(self._adam.pixels, self.kept, self._labels, self._dtype)
+        self._broken.copy_(torch.where(self._breaks(out.loss), iteration, self._broken))
+        self._prior.add_gradient(self._adam.pixels, out.gradient)
+        self._adam.step_by(scalars, out.gradient, self._low, self._high)
+        return out.loss
+
+    def _breaks(self, loss: Tensor) -> Tensor:
+        """Whether these losses are the first that are not finite, ``()`` bool."""
+        return ~torch.isfinite(loss).all() & (self._broken < 0)
+
+    def _look(self, view: View) -> tuple[Tensor, Tensor, Tensor]:
+        """Losses ``(B,)``, gradients ``(B, L, E)`` and attention ``(B, L)`` in one view."""
+        seen, index = view.of(self._adam.pixels), self.grid.shifted(self.kept, view.shift)
+        out = self._ensemble.loss_gradient(seen, index, self._labels, self._dtype, self._terms)
+        return out.loss, view.pull_back(out.gradient), out.attention
+
+    def release(self) -> None:
+        """Give back the memory of the teachers' activations, and of a graph."""
+        self._steady = None
+        self._ensemble.release()
+
+    def result(self) -> SyntheticImages:
+        """The images as they are now, in new tensors."""
+        images = self.grid.to_images(scatter(self._canvas, self.kept, self._adam.pixels))
+        return SyntheticImages(images, self._labels, self.kept, self._loss)
+
+    def check_finite(self) -> None:
+        """Wait for the device and look.
+
+        Raises
+        ------
+        InversionDivergedError
+            If a loss of the iterations so far, or a pixel now, is not finite.
+        """
+        iteration = int(self._broken)
+        if iteration < 0 and not bool(torch.isfinite(self._adam.pixels).all()):
+            iteration = self._iteration - 1
+        if iteration >= 0:
+            raise InversionDivergedError(iteration, self._last_good)
+        self._last_good = self.result()
+
+
+def starting_images(count: int, grid: PatchGrid, settings: InversionSettings, generator: torch.Generator) -> Tensor:
+    """Noise to start from, before it is clipped to the valid range; ``(count, ch, S, S)`` fp32 on the CPU."""
+    if settings.start != "white":
+        return random_images(settings.start, count, grid, generator)
+    white = torch.randn(count, grid.channels, grid.image_size, grid.image_size, generator=generator)
+    return white * settings.start_std

@@ -1,0 +1,100 @@
+"""Sparse model inversion of one timm ViT, without any federation (SMI, arXiv 2510.27186).
+
+Letters: B images, C classes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor
+
+from fedmitr_flwr.data import ImageSpec
+from fedmitr_flwr.ensemble.ensemble import Ensemble
+from fedmitr_flwr.models.patch_grid import PatchGrid
+from fedmitr_flwr.models.vit import check_supported
+from fedmitr_flwr.settings import InversionSettings, SettingsError
+from fedmitr_flwr.stages.inversion.batch import Watch
+from fedmitr_flwr.stages.inversion.sparse import invert
+from fedmitr_flwr.stages.synthetic import SyntheticImages
+
+
+def spec_of(model: VisionTransformer) -> ImageSpec:
+    """Classes, size and normalisation of a timm model, from its ``pretrained_cfg``."""
+    source = cast(dict[str, Any], model.pretrained_cfg or {})
+    channels, size, _ = source.get("input_size", (3, 224, 224))
+    named = source.get("label_names") or [str(number) for number in range(model.num_classes)]
+    real = cast(Any, model.patch_embed)
+    size = real.img_size[0] if getattr(real, "img_size", None) else size
+    channels = real.proj.in_channels
+    mean = tuple(source.get("mean", ())) if len(source.get("mean", ())) == channels else (0.5,) * channels
+    std = tuple(source.get("std", ())) if len(source.get("std", ())) == channels else (0.5,) * channels
+    return ImageSpec(tuple(named), channels, size, mean, std)
+
+
+def invert_model(
+    model: VisionTransformer,
+    labels: Sequence[int],
+    settings: InversionSettings,
+    *,
+    spec: ImageSpec | None = None,
+    seed: int = 0,
+    device: torch.device | str = "cpu",
+    on_iteration: Callable[[int, Tensor], None] | None = None,
+) -> SyntheticImages:
+    """Invert one classifier into images of the given classes.
+
+    Parameters
+    ----------
+    model
+        A timm ViT with a [CLS] token; put into eval mode, frozen and moved to `device`.
+    labels
+        One class for each image.
+    settings
+        Iterations, stop schedule, optimiser and priors; `InversionSettings.batch_size` images at a time.
+    spec
+        Geometry and normalisation; None: read from the model.
+    seed
+        Of noise and jitter; an image depends on its batch's place, not on how many batches follow.
+    device
+        Where to run.
+    on_iteration
+        As `sparse.invert`, iterations counted over all batches.
+
+    Returns
+    -------
+    SyntheticImages
+        On `device`; ``images`` are normalised, `ImageSpec.denormalise` makes pixels of them.
+
+    Raises
+    ------
+    SettingsError
+        If the model can't run on a subset of its patches, or a label is out of range.
+    InversionDivergedError
+        If pixels or loss stop being finite.
+    """
+    check_supported(model)
+    if settings.method != "sparse":
+        raise SettingsError(("inversion.method", settings.method, 'must be "sparse" here: one image for each label'))
+    C = model.num_classes
+    wrong = [label for label in labels if not 0 <= label < C]
+    if wrong or not labels:
+        raise SettingsError(("labels", wrong[0] if wrong else "", f"must be classes of the model, 0 to {C - 1}"))
+    spec = spec or spec_of(model)
+    ensemble = Ensemble([model.to(device)], torch.ones(1, C, device=device))
+    grid = PatchGrid.of(model, spec)
+    parts = []
+    wanted = torch.tensor(list(labels), device=device)
+    for number, batch in enumerate(wanted.split(settings.batch_size)):
+        before = number * settings.iterations
+
+        def count(iteration: int, loss: Tensor, before: int = before) -> None:
+            if on_iteration is not None:
+                on_iteration(before + iteration, loss)
+
+        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
+        parts.append(invert(ensemble, batch, grid, settings, generator=generator, watch=Watch(count)))
+    return SyntheticImages.join(parts)

@@ -1,0 +1,71 @@
+"""Stage 3: the ensemble labels the low-density patches with what they show.
+
+Letters: B images, C classes, P patches of the full grid.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from fedmitr_flwr.ensemble.ensemble import Ensemble
+from fedmitr_flwr.settings import RelabelSettings
+from fedmitr_flwr.stages.density import PatchSplit, subsets
+
+
+@dataclass(frozen=True)
+class LowTargets:
+    """Labels of the low-density patches.
+
+    Attributes
+    ----------
+    probabilities
+        ``(B, C)``; rows sum to one where `present`, and are zero elsewhere.
+    present
+        ``(B,)`` bool: the image has low-density patches, and they are to be learnt.
+    """
+
+    probabilities: Tensor
+    present: Tensor
+
+
+@torch.no_grad()
+def relabel(
+    ensemble: Ensemble, patches: Tensor, split: PatchSplit, settings: RelabelSettings, batch_size: int = 256
+) -> LowTargets:
+    """Forward [CLS] and the low-density patches alone through the ensemble, ``q_low = A(x_low)``.
+
+    Parameters
+    ----------
+    patches
+        ``(B, P, E)`` flattened normalised patches.
+    split
+        Of the same images.
+    settings
+        ``soft`` keeps the distribution, ``hard`` its arg max, ``off`` marks all as not present.
+    batch_size
+        Images in a forward pass.
+    """
+    B, C = len(patches), ensemble.weights.shape[1]
+    probabilities = patches.new_zeros(B, C)
+    present = torch.zeros(B, dtype=torch.bool, device=patches.device)
+    if settings.labels == "off":
+        return LowTargets(probabilities, present)
+    for rows, index in subsets(split.low):
+        for part, places in zip(rows.split(batch_size), index.split(batch_size), strict=True):
+            low = patches[part].gather(1, places[..., None].expand(-1, -1, patches.shape[-1]))
+            probabilities[part] = ensemble(low, places).probabilities
+            present[part] = True
+    if settings.labels == "hard":
+        probabilities = F.one_hot(probabilities.argmax(1), C).to(probabilities) * present[:, None]
+    elif settings.temperature != 1.0:
+        probabilities[present] = soften(probabilities[present], settings.temperature)
+    return LowTargets(probabilities, present)
+
+
+def soften(probabilities: Tensor, temperature: float) -> Tensor:
+    """``p^(1/T)`` normalised: what softmax with temperature T gives for logits ``log p``; ``(B, C)``."""
+    return (probabilities.clamp_min(1e-12).log() / temperature).softmax(-1)

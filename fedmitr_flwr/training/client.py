@@ -1,0 +1,104 @@
+"""What a client does when it is asked to train: a function of its task and its node's configuration."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedmitr_flwr.data import ImageSpec, client_images
+from fedmitr_flwr.models.build import build_model
+from fedmitr_flwr.settings import RunConfigValue, Settings
+from fedmitr_flwr.training.local import LocalResult, train_local
+
+
+@dataclass(frozen=True)
+class ClientTask:
+    """What the server asks for.
+
+    Attributes
+    ----------
+    settings
+        The server's settings, which win over the client's own run-config.
+    spec
+        Classes, size and normalisation, as the server has them.
+    round_number
+        Counted from 1.
+    initial
+        State dict to start from, fp32.
+    """
+
+    settings: Settings
+    spec: ImageSpec
+    round_number: int
+    initial: Mapping[str, Tensor]
+
+
+@dataclass(frozen=True)
+class ClientUpload:
+    """Trained weights on the CPU, fp32, and what the training reports."""
+
+    state: dict[str, Tensor]
+    report: LocalResult
+
+
+def client_name(node_config: Mapping[str, RunConfigValue], node_id: int) -> str:
+    """Return the name under which a client's upload is filed: its site, its partition, or its node id."""
+    for key in ("site", "partition-id"):
+        if key in node_config:
+            return str(node_config[key]) if key == "site" else f"partition-{node_config[key]}"
+    return f"node-{node_id}"
+
+
+def client_seed(node_config: Mapping[str, RunConfigValue], name: str, run_seed: int, round_number: int) -> int:
+    """Return the training seed: run seed + partition, another one in each round.
+
+    Nothing may depend on global random state: Flower reuses its simulation workers for other clients.
+    """
+    partition = node_config.get("partition-id")
+    if not isinstance(partition, int):
+        partition = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
+    return run_seed + partition + 1_000_003 * (round_number - 1)
+
+
+def train_client(task: ClientTask, node_config: Mapping[str, RunConfigValue], name: str) -> ClientUpload | None:
+    """Train the common model on this client's images.
+
+    Parameters
+    ----------
+    task
+        From the server.
+    node_config
+        This node's configuration: its partition, or its own ``data-path``.
+    name
+        From `client_name`.
+
+    Returns
+    -------
+    ClientUpload | None
+        None if there are no images here.
+
+    Raises
+    ------
+    SettingsError
+        If the data or the model cannot be had.
+    RuntimeError
+        If `task.initial` does not fit the model.
+    """
+    images, spec = client_images(task.settings, node_config, task.spec.class_names, spec=task.spec)
+    if len(images) == 0:
+        return None
+    model = build_model(task.settings.model, spec)
+    model.load_state_dict(task.initial)
+    report = train_local(
+        model,
+        images,
+        spec,
+        task.settings.train,
+        seed=client_seed(node_config, name, task.settings.run.seed, task.round_number),
+        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
+    )
+    return ClientUpload({key: value.detach().cpu() for key, value in model.state_dict().items()}, report)

@@ -1,0 +1,90 @@
+"""The common initialisation: the weights that every client and the server start from."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, cast
+
+from safetensors.torch import load_file
+from torch import Tensor
+
+from fedmitr_flwr.data import ImageSpec
+from fedmitr_flwr.models.build import build_model, create_timm, parse_options
+from fedmitr_flwr.models.timm_checkpoint import load_checkpoint
+from fedmitr_flwr.models.weights import seed_weights
+from fedmitr_flwr.runs.tensors import write_tensors
+from fedmitr_flwr.settings import ModelSettings, Settings, SettingsError
+
+log = logging.getLogger("fedmitr.models")
+
+
+def initial_state(settings: Settings, spec: ImageSpec) -> dict[str, Tensor]:
+    """Make the common initialisation that ``model.init`` names.
+
+    Parameters
+    ----------
+    settings
+        ``model`` and ``run.seed``.
+    spec
+        Image size, channels, classes.
+
+    Returns
+    -------
+    dict
+        State dict of `build_model`'s model, fp32 on the CPU.
+
+    Raises
+    ------
+    SettingsError
+        As `build_model`; and naming ``model.init`` when weights can't be had or don't fit.
+    """
+    init = settings.model.init
+    if init == "glyphs":
+        from fedmitr_flwr.training.glyphs import glyph_state
+
+        return glyph_state(settings, spec)
+    model = build_model(settings.model, spec)
+    seed_weights(model, settings.run.seed)
+    if init == "pretrained":
+        state = _pretrained(settings.model, spec, model.state_dict())
+    elif init.startswith("file:"):
+        state = load_checkpoint(init, model, spec)
+    else:
+        state = model.state_dict()
+    return {key: value.detach().float().contiguous().clone() for key, value in state.items()}
+
+
+def _pretrained(settings: ModelSettings, spec: ImageSpec, seeded: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Take timm's weights; a head that timm had to make anew is taken from `seeded`."""
+    try:
+        model = create_timm(settings.name, parse_options(settings.options), spec, pretrained=True)
+    except OSError as error:
+        fetch = f"python -c \"import timm; timm.create_model('{settings.name}', pretrained=True)\""
+        allowed = (
+            f"the weights of {settings.name} are neither in the local cache nor to be had from the Hub ({error}). "
+            f"On a machine with a network run {fetch} and copy the folder HF_HOME, or use model.init = file:PATH"
+        )
+        raise SettingsError(("model.init", "pretrained", allowed)) from error
+    except RuntimeError as error:
+        allowed = f"{settings.name} with model.options = {settings.options!r} can't take timm's weights: {error}"
+        raise SettingsError(("model.init", "pretrained", allowed)) from error
+    source = cast(dict[str, Any], model.pretrained_cfg)
+    if (tuple(source["mean"]), tuple(source["std"])) != (tuple(spec.mean), tuple(spec.std)):
+        seen = ", ".join(f"data.{key} = {','.join(map(str, source[key]))}" for key in ("mean", "std"))
+        log.warning("the pretrained weights were trained on images normalised with %s", seen)
+    state = model.state_dict()
+    if source["num_classes"] != spec.num_classes:
+        state |= {key: value for key, value in seeded.items() if key.startswith("head")}
+    return state
+
+
+def initial_or_stored(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
+    """Return the common initialisation of a run: the one its clients started from if there is one, else a new one."""
+    if path.exists():
+        return load_file(path)
+    state = make()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_tensors(path, state)
+    return state

@@ -1,0 +1,194 @@
+from pathlib import Path
+
+import datasets
+import numpy as np
+import pytest
+from PIL import Image
+
+from fedmitr_flwr.data import load_source, load_spec, partition_indices
+from fedmitr_flwr.data.presets import PRESETS, find_preset
+from fedmitr_flwr.settings import DataSettings, PartitionSettings, SettingsError
+from tests.unit.data.data_fixtures import patterned
+
+CLASSES = datasets.ClassLabel(names=["cat", "dog", "elk"])
+
+
+def table(count=30, image="image", label="label", kind=CLASSES, size=8, **columns):
+    features = {image: datasets.Image(), label: kind, **{name: kind for name, (_, kind) in columns.items()}}
+    images = [Image.fromarray(pixels) for pixels in patterned(count, size)]
+    values = {name: values for name, (values, _) in columns.items()}
+    labels = [row % 3 for row in range(count)]
+    names = ["cat", "dog", "elk"]
+    labels = [names[row] for row in labels] if getattr(kind, "dtype", "") == "string" else labels
+    return datasets.Dataset.from_dict({image: images, label: labels, **values}, features=datasets.Features(features))
+
+
+def save(path: Path, **splits: datasets.Dataset) -> DataSettings:
+    datasets.DatasetDict(splits).save_to_disk(str(path))
+    return DataSettings(source=f"hub:{path}")
+
+
+@pytest.fixture(autouse=True)
+def _own_cache(tmp_path_factory, monkeypatch):
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path_factory.mktemp("datasets"))
+    datasets.disable_progress_bars()
+
+
+@pytest.mark.parametrize("hub_id", sorted(PRESETS))
+def test_every_preset_reads_a_stand_in_with_its_columns_and_splits(tmp_path, hub_id):
+    preset = find_preset(hub_id)
+    domain = ([["art", "photo"][row % 2] for row in range(30)], datasets.Value("string"))
+    splits = {
+        name: table(image=preset.image_column, label=preset.label_column, domain=domain)
+        for name in (preset.train, preset.test, preset.validation)
+        if name
+    }
+    source = load_source(save(tmp_path / hub_id, **splits))
+    assert source.spec.class_names == ("cat", "dog", "elk")
+    assert source.spec.image_size == preset.geometry.image_size
+    assert source.spec.mean == preset.geometry.mean
+    size = preset.geometry.image_size
+    assert source.train.images([0, 1]).shape == (2, 3, size, size)
+    assert len(source.test) == (30 if preset.test else 6)
+    assert len(source.train) + len(source.validation) + len(source.test) == 30 * len(splits)
+
+
+def test_presets_know_the_published_numbers():
+    assert {name: (p.classes, p.geometry.image_size) for name, p in PRESETS.items()} == {
+        "uoft-cs/cifar10": (10, 32),
+        "uoft-cs/cifar100": (100, 32),
+        "zh-plus/tiny-imagenet": (200, 64),
+        "timm/mini-imagenet": (100, 224),
+        "flwrlabs/office-home": (65, 224),
+    }
+    assert PRESETS["uoft-cs/cifar100"].label_column == "fine_label"
+    assert find_preset("somebody/else") is None
+
+
+def test_columns_size_and_classes_are_inferred_without_a_preset(tmp_path):
+    settings = save(tmp_path / "own", train=table(image="picture", label="kind"))
+    source = load_source(settings)
+    assert source.spec.class_names == ("cat", "dog", "elk")
+    assert (source.spec.channels, source.spec.image_size) == (3, 8)
+    assert load_spec(settings) == source.spec
+    pixels = source.train.images(np.arange(len(source.train)))
+    assert pixels[:, 0, 0, 0].tolist() == source.train.rows.tolist()
+    assert source.train.labels.tolist() == (source.train.rows % 3).tolist()
+
+
+def test_images_of_many_sizes_get_the_size_of_photographs(tmp_path):
+    both = datasets.concatenate_datasets([table(10, size=8), table(10, size=12)])
+    assert load_spec(save(tmp_path / "own", train=both)).image_size == 224
+
+
+def test_labels_may_be_strings(tmp_path):
+    source = load_source(save(tmp_path / "own", train=table(kind=datasets.Value("string"))))
+    assert source.spec.class_names == ("cat", "dog", "elk")
+    assert source.train.labels.tolist() == (source.train.rows % 3).tolist()
+
+
+def test_a_test_split_with_withheld_labels_is_not_used(tmp_path):
+    withheld = table(6).cast_column("label", datasets.Value("int64")).map(lambda row: {"label": -1})
+    plain = {"train": table(30), "validation": table(9)}
+    plain = {name: part.cast_column("label", datasets.Value("int64")) for name, part in plain.items()}
+    source = load_source(save(tmp_path / "own", **plain, test=withheld))
+    assert len(source.test) == 9
+    assert source.test.rows.min() == 30
+
+
+def test_parquet_files_are_read_from_a_folder(tmp_path):
+    table(24).to_parquet(tmp_path / "train-00000.parquet")
+    table(6).to_parquet(tmp_path / "test-00000.parquet")
+    source = load_source(DataSettings(source=f"hub:{tmp_path}"))
+    assert len(source.test) == 6
+    assert len(source.train) + len(source.validation) == 24
+
+
+def test_a_domain_column_divides_the_clients(tmp_path):
+    kind = datasets.ClassLabel(names=["Art", "Clipart", "Product"])
+    domain = ([row // 10 for row in range(30)], kind)
+    source = load_source(save(tmp_path / "flwrlabs/office-home", train=table(domain=domain)))
+    parts = partition_indices(source.train, PartitionSettings(kind="natural"), 3)
+    assert [np.unique(source.train.columns["domain"][part]).tolist() for part in parts] == [
+        ["Art"],
+        ["Clipart"],
+        ["Product"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"image_column": "img"}, r'data.image-column = "img": .* image columns are: image \(all: image, label\)'),
+        ({"image_column": "label"}, r'data.image-column = "label": must be an image column'),
+        ({"label_column": "fine"}, r'data.label-column = "fine": .* its columns are: image, label'),
+        ({"label_column": "image"}, r'data.label-column = "image": must be the label column'),
+    ],
+)
+def test_a_missing_column_is_named_with_those_that_exist(tmp_path, changes, message):
+    settings = save(tmp_path / "own", train=table()).model_copy(update=changes)
+    with pytest.raises(SettingsError, match=message):
+        load_source(settings)
+
+
+def test_a_label_column_that_cannot_be_told_is_asked_for(tmp_path):
+    other = datasets.ClassLabel(names=["x", "y", "z"])
+    settings = save(tmp_path / "own", train=table(label="fine", coarse=([0] * 30, other)))
+    with pytest.raises(SettingsError, match=r'data.label-column = "": .* image, fine, coarse'):
+        load_source(settings)
+    assert load_source(settings.model_copy(update={"label_column": "fine"})).spec.num_classes == 3
+
+
+def test_more_classes_than_the_dataset_has_are_refused(tmp_path):
+    settings = save(tmp_path / "own", train=table()).model_copy(update={"classes": 4})
+    with pytest.raises(SettingsError, match=r"data.classes = 4: .* 3"):
+        load_source(settings)
+
+
+def test_a_dataset_without_a_training_split_is_refused(tmp_path):
+    with pytest.raises(SettingsError, match="no split 'train', but test"):
+        load_source(save(tmp_path / "own", test=table()))
+
+
+@pytest.mark.parametrize("content", [b"not an image", None])
+def test_a_corrupt_image_is_named_by_its_source(tmp_path, content):
+    encoded = table(12, image="img").cast_column("img", datasets.Image(decode=False))
+    broken = encoded.map(lambda _: {"img": content and {"bytes": content, "path": None}})
+    source = load_source(save(tmp_path / "uoft-cs/cifar10", train=broken, test=encoded))
+    assert source.test.images([0]).shape == (1, 3, 32, 32)
+    with pytest.raises(SettingsError, match=r'data.source = "hub:.*": an image among the rows \[\d+\] cannot be read'):
+        source.train.images([0])
+
+
+def test_a_split_with_other_columns_is_named(tmp_path):
+    settings = save(tmp_path / "own", train=table(), test=table(6, label="target"))
+    with pytest.raises(
+        SettingsError, match=r'data.label-column = "label": the split .test. has other columns: image, t'
+    ):
+        load_source(settings)
+
+
+@pytest.mark.parametrize("error", [ConnectionError("cannot reach the Hub"), FileNotFoundError("no such dataset")])
+def test_a_network_failure_says_what_to_do(monkeypatch, error):
+    def fail(*_args, **_kwargs):
+        raise error
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(
+        SettingsError, match=r'data.source = "hub:a/b": could not be loaded .*network, or give hub:PATH'
+    ):
+        load_source(DataSettings(source="hub:a/b"))
+
+
+def test_a_preset_gives_the_spec_without_the_data_when_the_classes_are_named(monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", pytest.fail)
+    named = DataSettings(source="hub:uoft-cs/cifar10", classes=2, class_names="airplane,automobile")
+    assert load_spec(named).image_size == 32
+    with pytest.raises(SettingsError, match=r"data.class-names = .* must name 10 classes, names 2"):
+        load_spec(named.model_copy(update={"classes": 0}))
+
+
+def test_a_missing_local_copy_is_not_looked_for_on_the_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr(datasets, "load_dataset", pytest.fail)
+    with pytest.raises(SettingsError, match=r"there is no folder .*gone"):
+        load_source(DataSettings(source=f"hub:{tmp_path}/gone"))

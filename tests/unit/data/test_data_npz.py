@@ -1,0 +1,102 @@
+import numpy as np
+import pytest
+
+from fedmitr_flwr.data import load_source, load_spec
+from fedmitr_flwr.settings import DataSettings, SettingsError
+from tests.unit.data.data_fixtures import patterned, write_npz
+
+
+def settings(path, **changes):
+    return DataSettings(source=f"npz:{path}", **changes)
+
+
+def test_an_archive_gives_images_names_domains_and_its_own_test_set(tmp_path):
+    test = np.arange(30) % 5 == 0
+    path = write_npz(
+        tmp_path / "x.npz",
+        class_names=np.array(["ant", "bee", "cow"]),
+        domain=np.arange(30) % 2,
+        domain_names=np.array(["day", "night"]),
+        test=test,
+    )
+    source = load_source(settings(path))
+    assert source.spec == load_spec(settings(path))
+    assert source.spec.class_names == ("ant", "bee", "cow")
+    assert (source.spec.channels, source.spec.image_size) == (3, 8)
+    assert source.test.rows.tolist() == np.flatnonzero(test).tolist()
+    assert len(source.train) + len(source.validation) == 24
+    assert source.validation.histogram(3).tolist() == [1, 1, 1]
+    assert source.train.columns["domain"].tolist() == [["day", "night"][row % 2] for row in source.train.rows]
+    kept = source.train.images(np.arange(len(source.train)))
+    assert kept[:, 0, 0, 0].tolist() == source.train.rows.tolist()
+
+
+def test_grey_archives_without_names_or_test_set_work(tmp_path):
+    path = write_npz(tmp_path / "x.npz", images=patterned(30)[..., 0])
+    source = load_source(settings(path))
+    assert source.spec.class_names == ("0", "1", "2")
+    assert source.train.images([0]).shape == (1, 1, 8, 8)
+    assert source.test.histogram(3).tolist() == [2, 2, 2]
+
+
+def test_scarce_classes_keep_an_image_in_training(tmp_path):
+    source = load_source(settings(write_npz(tmp_path / "x.npz", per_class=(20, 1, 2, 3))))
+    assert source.train.histogram(4).tolist() == [14, 1, 1, 1]
+    assert source.validation.histogram(4).tolist() == [2, 0, 0, 1]
+    assert source.test.histogram(4).tolist() == [4, 0, 1, 1]
+
+
+def test_even_a_large_fraction_leaves_an_image_of_each_class_in_training(tmp_path):
+    path = write_npz(tmp_path / "x.npz", per_class=(3, 4, 5))
+    source = load_source(settings(path, test_fraction=0.95, validation_fraction=0.95))
+    assert source.train.histogram(3).tolist() == [1, 1, 1]
+
+
+def test_named_classes_are_brought_in_the_order_asked_for(tmp_path):
+    path = write_npz(tmp_path / "x.npz", per_class=(4, 6, 8), class_names=np.array(["ant", "bee", "cow"]))
+    plain = load_source(settings(path))
+    mixed = load_source(settings(path, class_names="cow, ant, bee"))
+    assert mixed.spec.class_names == ("cow", "ant", "bee")
+    assert mixed.train.rows.size == plain.train.rows.size
+    position = {"ant": 1, "bee": 2, "cow": 0}
+    names = ["ant"] * 4 + ["bee"] * 6 + ["cow"] * 8
+    assert mixed.train.labels.tolist() == [position[names[row]] for row in mixed.train.rows]
+
+
+def test_named_classes_are_not_renamed_by_position(tmp_path):
+    path = write_npz(tmp_path / "x.npz", class_names=np.array(["ant", "bee", "cow"]))
+    with pytest.raises(SettingsError, match=r"data.class-names = .*'dog' is not among ant, bee, cow"):
+        load_source(settings(path, class_names="ant,cow,dog"))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "message"),
+    [
+        ({"images": patterned(30).astype(np.float32)}, r"`images` must be uint8 .* is float32 of shape"),
+        ({"images": patterned(30)[:, :5]}, r"`images` must be uint8 of shape .*\(30, 5, 8, 3\)"),
+        ({"images": None}, r"no array `images`"),
+        ({"label": None}, r"no array `label`"),
+        ({"label": np.arange(29)}, r"`label` must be integers of shape \(30,\), is int64 of shape \(29,\)"),
+        ({"label": np.full(30, -1)}, r"`label` must lie in 0\.\."),
+        ({"class_names": np.array(["ant", "bee"])}, r"`label` must lie in 0\.\.1, has values from 0 to 2"),
+        ({"class_names": np.array(["ant", "bee", "bee"])}, r"two classes of the same name"),
+        ({"test": np.ones(30)}, r"`test` must be booleans"),
+        ({"domain": np.arange(30), "domain_names": np.array(["day"])}, r"`domain` must lie in 0\.\.0"),
+        ({"class_names": np.array(["ant", None, "bee"], dtype=object)}, r"arrays of objects are refused"),
+        ({"label": np.zeros(30, np.int64)}, r"has one class only"),
+        ({"test": np.ones(30, bool)}, r"training images of fewer than two classes"),
+    ],
+)
+def test_archives_that_do_not_fit_are_refused_by_name(tmp_path, arrays, message):
+    path = write_npz(tmp_path / "x.npz", **arrays)
+    with pytest.raises(SettingsError, match=message) as caught:
+        load_source(settings(path))
+    assert f'data.source = "npz:{path}"' in str(caught.value)
+
+
+def test_a_missing_or_foreign_file_is_named(tmp_path):
+    with pytest.raises(SettingsError, match="there is no file"):
+        load_source(settings(tmp_path / "none.npz"))
+    (tmp_path / "text.npz").write_text("hello")
+    with pytest.raises(SettingsError, match=r"text\.npz is not a readable \.npz archive"):
+        load_spec(settings(tmp_path / "text.npz"))

@@ -1,0 +1,164 @@
+"""What can be done with a finished run's model: predict, evaluate, export; and its card."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from safetensors.torch import load_file
+from typer.testing import CliRunner, Result
+
+from fedmitr_flwr.cli import app
+from fedmitr_flwr.data import load_source
+from fedmitr_flwr.models.build import build_model
+from fedmitr_flwr.models.vit import forward_images
+from fedmitr_flwr.results.finished_model import load_run_model
+from fedmitr_flwr.results.report import load_run
+from tests.unit.results.finished import SETTINGS, make_run
+
+SOURCE = load_source(SETTINGS.data)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_run(tmp_path_factory.mktemp("runs"), "done")
+
+
+def fedmitr(*arguments: object) -> Result:
+    return CliRunner().invoke(app, [str(argument) for argument in arguments])
+
+
+def save_digit(path: Path, row: int) -> Path:
+    Image.fromarray(SOURCE.test.images([row])[0, 0].numpy()).save(path)
+    return path
+
+
+def test_plain_timm_gives_the_logits_of_our_own_forward(run: Path) -> None:
+    ours = build_model(SETTINGS.model, SOURCE.spec)
+    ours.load_state_dict(load_file(run / "model" / "model.safetensors"))
+    theirs = timm.create_model(f"local-dir:{run / 'model'}", pretrained=True).eval()
+    images = SOURCE.spec.normalise(SOURCE.test.images(range(50)))
+    with torch.inference_mode():
+        expected, found = forward_images(ours.eval(), images).logits, theirs(images)
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=0)
+
+
+def test_predict_prints_the_likeliest_classes(run: Path, tmp_path: Path) -> None:
+    files = [save_digit(tmp_path / f"{row}.png", row) for row in range(3)]
+    result = fedmitr("predict", run, *files, "--top", 2)
+    assert result.exit_code == 0, result.output
+    lines = result.stdout.splitlines()
+    assert len(lines) == 3
+    assert re.fullmatch(rf"{re.escape(str(files[0]))}: \d [\d.]+ %, \d [\d.]+ %", lines[0])
+
+
+def test_predict_as_json_holds_every_class_and_adds_to_one(run: Path, tmp_path: Path) -> None:
+    file = save_digit(tmp_path / "a.png", 0)
+    (answer,) = json.loads(fedmitr("predict", run, file, "--json").stdout)
+    rates = {entry["name"]: entry["probability"] for entry in answer["classes"]}
+    assert sum(rates.values()) == pytest.approx(1.0, abs=1e-4)
+    model = load_run_model(load_run(run))
+    expected = model.probabilities(SOURCE.test.images([0]))[0]
+    assert rates["3"] == pytest.approx(float(expected[3]), abs=1e-5)
+
+
+def test_evaluate_repeats_the_accuracy_of_the_run(run: Path) -> None:
+    found = json.loads(fedmitr("evaluate", run, "--json").stdout)
+    metrics = json.loads((run / "metrics.json").read_text())
+    assert found["accuracy"] == pytest.approx(metrics["accuracy"]["global"], abs=1e-6)
+    assert found["per_class"] == pytest.approx(metrics["per_class"]["global"], abs=1e-6)
+    assert sum(map(sum, found["confusion"])) == found["num_images"] == len(SOURCE.test)
+    assert "accuracy" in fedmitr("evaluate", run, "--split", "validation").stdout
+
+
+def test_evaluate_matches_classes_of_a_folder_by_name(run: Path, tmp_path: Path) -> None:
+    for row, label in enumerate(SOURCE.test.labels[:40].tolist()):
+        folder = tmp_path / "mine" / str(label)
+        folder.mkdir(parents=True, exist_ok=True)
+        save_digit(folder / f"{row}.png", row)
+    shutil.rmtree(tmp_path / "mine" / "0")
+    found = json.loads(fedmitr("evaluate", run, "--data", f"folder:{tmp_path / 'mine'}", "--json").stdout)
+    rows = np.flatnonzero(SOURCE.test.labels[:40] != 0)
+    model = load_run_model(load_run(run))
+    said = model.probabilities(SOURCE.test.images(rows)).argmax(1).numpy()
+    assert found["accuracy"] == pytest.approx(float((said == SOURCE.test.labels[rows]).mean()))
+    assert found["per_class"][0] is None
+
+
+def test_evaluate_takes_another_source_with_the_same_classes(run: Path) -> None:
+    result = fedmitr("evaluate", run, "--data", "mnist-5k", "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert found["num_images"] == 1000
+    assert sum(map(sum, found["confusion"])) == 1000
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["predict", "RUN", "none.png"], 'IMAGE = "none.png": No such file'),
+        (["predict", "RUN", "text.png"], 'IMAGE = "text.png": it is no image'),
+        (["predict", "nowhere", "text.png"], "is no run"),
+        (["evaluate", "RUN", "--data", "mnist"], '--data = "mnist": '),
+        (["evaluate", "RUN", "--data", "npz:other.npz"], '--data = "npz:other.npz": there is nothing of this name'),
+        (["evaluate", "RUN", "--data", "folder:none"], "there is nothing of this name"),
+        (["evaluate", "RUN", "--data", "folder:other"], "classes that the federation does not know: cat"),
+        (["export", "RUN", "--onnx", "no/such/folder.onnx"], "can't be written"),
+        (["export", "DAMAGED", "--onnx", "x.onnx"], "its model can't be loaded"),
+    ],
+)
+def test_bad_input_is_one_line_and_exit_code_2(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, arguments: list[str], message: str
+) -> None:
+    if arguments[0] == "export" and "RUN" in arguments:
+        pytest.importorskip("onnxscript", reason="the onnx packages are not installed")
+    monkeypatch.chdir(tmp_path)
+    Path("text.png").write_text("no image")
+    for name in ("cat", "dog"):
+        Path("other", name).mkdir(parents=True)
+        save_digit(Path("other", name, "a.png"), 0)
+    shutil.copytree(run, "damaged")
+    Path("damaged/model/model.safetensors").write_bytes(b"nothing")
+    names = {"RUN": str(run), "DAMAGED": "damaged"}
+    result = fedmitr(*(names.get(argument, argument) for argument in arguments))
+    assert result.exit_code == 2, result.output
+    assert message in result.stderr
+    assert len(result.stderr.strip().splitlines()) == 1
+
+
+def test_the_onnx_file_gives_torch_s_logits_for_any_number_of_images(run: Path, tmp_path: Path) -> None:
+    pytest.importorskip("onnxscript", reason="the onnx packages are not installed")
+    runtime = pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
+    file = tmp_path / "model.onnx"
+    result = fedmitr("export", run, "--onnx", file)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.splitlines()[-1] == str(file)
+    session = runtime.InferenceSession(str(file), providers=["CPUExecutionProvider"])
+    model = load_run_model(load_run(run))
+    for count in (1, 7):
+        images = SOURCE.spec.normalise(SOURCE.test.images(range(count)))
+        (found,) = session.run(["logits"], {"images": images.numpy()})
+        with torch.inference_mode():
+            torch.testing.assert_close(torch.from_numpy(found), model.model(images), atol=1e-4, rtol=0)
+    assert json.loads(session.get_modelmeta().custom_metadata_map["class_names"]) == list(SOURCE.spec.class_names)
+
+
+def test_the_card_has_what_the_hub_reads_and_what_a_person_must_know(run: Path) -> None:
+    yaml = pytest.importorskip("yaml")
+    _, front, text = (run / "model" / "README.md").read_text().split("---\n", 2)
+    card = yaml.safe_load(front)
+    assert card["library_name"] == "timm"
+    assert card["pipeline_tag"] == "image-classification"
+    accuracy = json.loads((run / "metrics.json").read_text())["accuracy"]["global"]
+    (result,) = card["model-index"][0]["results"]
+    assert result["metrics"] == [{"type": "accuracy", "value": pytest.approx(accuracy, abs=1e-4)}]
+    assert f"**this model** | {100 * accuracy:.1f} %" in text
+    assert "no label counts" in text
+    assert "## Limits" in text
