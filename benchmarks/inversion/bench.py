@@ -24,11 +24,11 @@ from torch import Tensor
 
 from benchmarks.inversion.peak_memory import PeakMemory
 from benchmarks.inversion.reference import PlainInversion
-from fedmitr_flwr.ensemble.engine.precision import Precision, compute_dtype
+from fedmitr_flwr.ensemble.engine.precision import compute_dtype
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.models.vit import grid_size, patch_size
-from fedmitr_flwr.settings import InversionSettings
+from fedmitr_flwr.settings import InversionSettings, Precision
 from fedmitr_flwr.stages.inversion.batch import InversionBatch
 from fedmitr_flwr.stages.inversion.schedule import most_attended
 

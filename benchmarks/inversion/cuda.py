@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.inversion.bench import BASE, BOTH, ITERATIONS, STOPS, TINY, Bench, Case, schedule
-from fedmitr_flwr.ensemble.engine.precision import Precision
+from fedmitr_flwr.settings import Precision
 from fedmitr_flwr.stages.inversion.cuda_graphs import WARM_UP, GraphRunner
 
 SAMPLE, MOST = 0.1, 100

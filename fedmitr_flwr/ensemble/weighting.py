@@ -5,12 +5,10 @@ Letters: K teachers, C classes.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 
-Weighting = Literal["uniform", "examples", "histogram", "competence"]
+from fedmitr_flwr.settings import Weighting
 
 
 def class_weights(evidence: Tensor, power: float, trust: Tensor | None = None) -> Tensor:

@@ -6,6 +6,7 @@ from typing import Literal
 
 from pydantic import Field
 
+from fedmitr_flwr.settings.choices import Augmentation, UploadDtype
 from fedmitr_flwr.settings.run_config import FloatList, Stage
 
 
@@ -96,7 +97,7 @@ class TrainSettings(Stage):
     weight_decay: float = Field(0.05, ge=0.0, le=10.0, description="Decoupled weight decay.")
     warmup_fraction: float = Field(0.1, ge=0.0, le=1.0, description="Part of the steps with rising learning rate.")
     schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
-    augment: Literal["none", "shift", "flip", "strong"] = Field(
+    augment: Augmentation = Field(
         "shift",
         description="`shift`: random shifts by up to 1/14 of the side; `flip`: shifts and horizontal flips; `strong`: "
         "random resized crop, flip and colour jitter.",
@@ -116,4 +117,4 @@ class TrainSettings(Stage):
         description="A client that trains for longer gives up with an error, and its process is ended if it hangs; "
         "0: `run.deadline-seconds`.",
     )
-    upload_dtype: Literal["fp32", "fp16", "bf16"] = Field("fp32", description="Number format of uploaded weights.")
+    upload_dtype: UploadDtype = Field("fp32", description="Number format of uploaded weights.")

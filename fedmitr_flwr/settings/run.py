@@ -8,6 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
+from fedmitr_flwr.settings.choices import Method
 from fedmitr_flwr.settings.client_stages import DataSettings, ModelSettings, PartitionSettings, TrainSettings
 from fedmitr_flwr.settings.generator import GeneratorSettings
 from fedmitr_flwr.settings.run_config import RunConfigValue, SettingsError, Stage, kebab, problems_of, unknown_hint
@@ -18,18 +19,6 @@ from fedmitr_flwr.settings.server_stages import (
     InversionSettings,
     RelabelSettings,
 )
-
-Method = Literal[
-    "fedmitr",
-    "fedavg",
-    "head-aggregation",
-    "dense-inversion",
-    "dense-inversion-kl",
-    "hard-labels",
-    "random-images",
-    "dense",
-    "co-boosting",
-]
 
 
 class RunSettings(Stage):

@@ -6,15 +6,14 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
+from fedmitr_flwr.settings.choices import Augmentation, InversionName, Precision, RandomFamily, Weighting
 from fedmitr_flwr.settings.run_config import FloatList, IntList, SettingsError, Stage
-
-NoiseKind = Literal["fields", "contours", "shapes"]
 
 
 class EnsembleSettings(Stage):
     """How the teachers' predictions are combined (A(x) = sum_k w_k(c) p_k(c|x))."""
 
-    weighting: Literal["uniform", "examples", "histogram", "competence"] = Field(
+    weighting: Weighting = Field(
         "competence",
         description="Weight of a teacher for a class: equal, by its number of examples, by its label histogram, or by "
         "the class competence estimated from how its classifier head moved (needs nothing but the upload).",
@@ -35,7 +34,7 @@ class EnsembleSettings(Stage):
 class InversionSettings(Stage):
     """Stage 1, sparse model inversion (SMI, arXiv 2510.27186)."""
 
-    method: Literal["sparse", "rebirth"] = Field(
+    method: InversionName = Field(
         "sparse",
         description="`sparse`: at each stop the patches with the least attention leave for good (SMI). `rebirth`: "
         "those with the most leave as a finished image, and the others go on (Patch Rebirth): n stops yield n + 1 "
@@ -96,12 +95,12 @@ class InversionSettings(Stage):
         description="Iterations in which an image grows from its central patches, ring by ring, to the whole grid, as "
         "in Plug-In Inversion; the first stop can't come before. 0: the whole grid from the start.",
     )
-    start: Literal["white", "fields", "contours", "shapes"] = Field(
+    start: Literal["white"] | RandomFamily = Field(
         "fields",
         description="Starting noise: `white` (Gaussian, around the normalisation mean), or as `distill.noise-kind`.",
     )
     start_std: float = Field(0.5, ge=0.0, le=10.0, description="Standard deviation of `white` starting noise.")
-    precision: Literal["auto", "fp32", "bf16"] = Field(
+    precision: Precision = Field(
         "auto",
         description="What the teachers compute in; loss, pixels and updates are always fp32. `auto`: bf16 where the "
         "device is fast at bf16 products (CUDA, AMX, AMD from Zen 4 on) and the model is wider than 128, else fp32.",
@@ -223,7 +222,7 @@ class DistillSettings(Stage):
         description="Weight of KL(p_k || q_k), mean over the teachers: what each one's own head reads in its token, "
         "and in the student's after that map.",
     )
-    augment: Literal["none", "shift", "flip", "strong"] = Field(
+    augment: Augmentation = Field(
         "shift", description="Augmentation of the synthetic images' further views, as `train.augment`."
     )
     views: int = Field(
@@ -239,7 +238,7 @@ class DistillSettings(Stage):
         description="Further images for each synthetic one, whose patches are mixed from two of them; labelled by the "
         "ensemble (KL term only). 0: none.",
     )
-    noise_kind: NoiseKind = Field(
+    noise_kind: RandomFamily = Field(
         "contours",
         description="`fields`: noise of random coarseness, contrast and mean, for any images; `contours`: bright "
         "random lines on a dark ground, for writing; `shapes`: coloured shapes on a plain ground, for pictures of "

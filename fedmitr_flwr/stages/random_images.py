@@ -15,12 +15,12 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedmitr_flwr.models.patch_grid import PatchGrid
-from fedmitr_flwr.settings import NoiseKind
+from fedmitr_flwr.settings import RandomFamily
 
 _AT_A_TIME = 128
 
 
-def random_images(kind: NoiseKind, count: int, grid: PatchGrid, generator: torch.Generator) -> Tensor:
+def random_images(kind: RandomFamily, count: int, grid: PatchGrid, generator: torch.Generator) -> Tensor:
     """Random images of one kind, within the valid pixel range.
 
     Parameters

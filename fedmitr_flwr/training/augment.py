@@ -7,16 +7,14 @@ the global generator and take one image at a time, hence these few lines.
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-Augment = Literal["none", "shift", "flip", "strong"]
+from fedmitr_flwr.settings import Augmentation
 
 
-def augment(images: Tensor, kind: Augment, generator: torch.Generator) -> Tensor:
+def augment(images: Tensor, kind: Augmentation, generator: torch.Generator) -> Tensor:
     """Augment each image of a batch at random.
 
     Parameters

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from functools import cache
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-Precision = Literal["auto", "fp32", "bf16"]
+from fedmitr_flwr.settings import Precision
 
 NARROW = 128
 """Embedding widths up to this stay in fp32: bf16 gains little there (D = 64: 1.2 to 1.5 times on a Zen 4, nothing on

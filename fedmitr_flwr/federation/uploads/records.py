@@ -14,7 +14,6 @@ import secrets
 import warnings
 from collections.abc import Mapping
 from functools import cache
-from typing import Literal
 
 import numpy as np
 import torch
@@ -23,8 +22,7 @@ from torch import Tensor
 
 from fedmitr_flwr.federation.uploads.store import UPLOAD_DTYPES, TensorLayout, UploadStore
 from fedmitr_flwr.federation.uploads.validation import UploadRefused
-
-UploadDtype = Literal["fp32", "fp16", "bf16"]
+from fedmitr_flwr.settings import UploadDtype
 
 _SERIALISATION = "numpy.ndarray"
 _MAX_NPY_HEADER = 1024

@@ -14,9 +14,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from fedmitr_flwr.federation.uploads import records
-from fedmitr_flwr.federation.uploads.records import UploadDtype, decode_state, decode_trusted, encode_state
+from fedmitr_flwr.federation.uploads.records import decode_state, decode_trusted, encode_state
 from fedmitr_flwr.federation.uploads.store import UploadStore
 from fedmitr_flwr.federation.uploads.validation import UploadRefused
+from fedmitr_flwr.settings import UploadDtype
 
 STATE = {
     "w": torch.linspace(-2, 2, 12).reshape(3, 4),

@@ -4,7 +4,7 @@ from typing import get_args
 import pytest
 import torch
 
-from fedmitr_flwr.settings import DistillSettings, NoiseKind, RelabelSettings
+from fedmitr_flwr.settings import DistillSettings, RandomFamily, RelabelSettings
 from fedmitr_flwr.stages.density import PatchSplit
 from fedmitr_flwr.stages.distillation.distill import distill
 from fedmitr_flwr.stages.distillation.losses import kl_divergence, loss_terms
@@ -118,8 +118,8 @@ def test_mixed_images_take_each_patch_from_one_of_two():
         assert len({min(o) for o in origins}) <= 2
 
 
-@pytest.mark.parametrize("kind", get_args(NoiseKind))
-def test_random_images_lie_in_the_valid_range_and_repeat_with_their_seed(kind: NoiseKind):
+@pytest.mark.parametrize("kind", get_args(RandomFamily))
+def test_random_images_lie_in_the_valid_range_and_repeat_with_their_seed(kind: RandomFamily):
     grid = tiny_grid(3)
     a, b = (random_images(kind, 30, grid, torch.Generator().manual_seed(4)) for _ in range(2))
     assert torch.equal(a, b)
