@@ -34,15 +34,15 @@ from benchmarks.recipes import parse_value, split_changes
 from fedmitr_flwr.models.build import build_model
 from fedmitr_flwr.models.flops import count_flops
 from fedmitr_flwr.models.patch_grid import PatchGrid
-from fedmitr_flwr.pipeline.methods import GENERATED, METHODS, UNTRAINED, effective_settings
+from fedmitr_flwr.pipeline.methods import METHODS, method_of
 from fedmitr_flwr.pipeline.steps import make_ensemble
 from fedmitr_flwr.results.evaluate import batches, evaluate
 from fedmitr_flwr.results.flops import stage_flops
-from fedmitr_flwr.settings import EnsembleSettings, Method, RunConfigValue, Settings
+from fedmitr_flwr.settings import RunConfigValue, Settings, Weighting
 
 ROOT = Path(__file__).resolve().parents[1]
 SKEWS = ("0.05", "0.1", "0.3", "0.5", "iid")
-WITHOUT_GENERATORS = ",".join(name for name in get_args(Method) if name not in GENERATED)
+WITHOUT_GENERATORS = ",".join(name for name in METHODS if not METHODS[name].generates)
 NO_INVERSION = ("fedavg", "head-aggregation", "random-images")
 Row = dict[str, Any]
 
@@ -107,7 +107,7 @@ def run_partition(
     federation: Federation | None = None
     ensembles: dict[str, float] = {}
     for method in methods:
-        trained = method not in UNTRAINED
+        trained = METHODS[method].distils
         for distill_seed in range(distill_seeds if trained else 1):
             settings = base.replace(**{"run.method": method})
             about = {
@@ -158,15 +158,15 @@ def hardware() -> str:
 
 def teraflops(federation: Federation, settings: Settings) -> float:
     """10^12 FLOPs of the server's stages, by `flops.stage_flops`; of a generator what the teachers compute for it."""
-    method = settings.run.method
-    if method in UNTRAINED:
+    method = method_of(settings)
+    if not method.distils:
         return 0.0
-    settings = effective_settings(settings)
+    settings = method.resolve(settings)
     model, teachers = build_model(settings.model, federation.spec), len(federation.clients)
     grid = PatchGrid.of(model, federation.spec)
     cost = stage_flops(settings, model, grid, teachers)
-    stages = ["distill"] if method == "random-images" else ["distill", "invert", "relabel"]
-    if method in GENERATED:
+    stages = ["distill", "invert", "relabel"] if method.inverts else ["distill"]
+    if method.generates:
         made, pass_cost = settings.generator, count_flops(model, grid, grid.num_patches, pixel_gradient=True)
         cost["invert"] = made.rounds * made.iterations * made.batch_size * teachers * float(pass_cost)
         stages.remove("relabel")
@@ -181,7 +181,7 @@ def ensemble_accuracies(federation: Federation, settings: Settings) -> dict[str,
     logits = torch.cat([teachers.see(grid.to_patches(x)).logits for x, _ in parts], dim=1)
     y = torch.cat([y for _, y in parts])
     out = {}
-    for weighting in get_args(EnsembleSettings.model_fields["weighting"].annotation):
+    for weighting in get_args(Weighting):
         changed = settings.replace(**{"ensemble.weighting": weighting, "train.share-label-histogram": True})
         ensemble, _ = make_ensemble(federation.inputs(changed))
         out[weighting] = round(float((ensemble.combine(logits).argmax(1) == y).float().mean()), 4)

@@ -19,7 +19,7 @@ from fedmitr_flwr.federation.stopping import stopped_with_flower
 from fedmitr_flwr.federation.strategy import FedMITR
 from fedmitr_flwr.federation.uploads.records import encode_state
 from fedmitr_flwr.federation.workers import close_pool, end_busy_actors, replace_dead_actors
-from fedmitr_flwr.pipeline.methods import METHODS
+from fedmitr_flwr.pipeline.methods import method_of
 from fedmitr_flwr.results.write import write_results
 from fedmitr_flwr.runs.directory import CONFIG, EVENTS, INITIAL, RunDirectory
 from fedmitr_flwr.runs.jsonl import JsonLines
@@ -51,13 +51,15 @@ def main(grid: Grid, context: Context) -> None:
             clients = _simulated_clients(grid, settings)
             federation = prepare(settings, clients)
             number = clients or max(settings.run.min_clients, len(list(grid.get_node_ids())))
-            check_disk(settings, federation.spec, number)
-            planned = within_memory(settings, federation.spec, number, federation.device)
+            resolved = method_of(settings).resolve(settings)
+            check_disk(resolved, federation.spec, number)
+            planned = within_memory(resolved, federation.spec, number, federation.device)
             run = (
                 RunDirectory.resume(resumed) if resumed else RunDirectory.create(settings.run.output, settings.run.name)
             )
         with stopped_with_flower(), run, run.logging(), failures_logged(), _workers(grid):
-            _run(grid, settings, planned, federation, run, clients)
+            run.write_json(CONFIG, {**describe_run(settings, federation), "federation": simulation_config(clients)})
+            _run(grid, resolved, planned, federation, run)
         log.info("Results: %s", run.path)
 
 
@@ -74,16 +76,8 @@ def _workers(grid: Grid) -> Iterator[None]:
         close_pool()
 
 
-def _run(
-    grid: Grid,
-    settings: Settings,
-    planned: Settings,
-    federation: Federation,
-    run: RunDirectory,
-    clients: int | None,
-) -> None:
-    """Run what was asked for under the limits that were planned; what is written down is what was asked for."""
-    run.write_json(CONFIG, {**describe_run(settings, federation), "federation": simulation_config(clients)})
+def _run(grid: Grid, settings: Settings, planned: Settings, federation: Federation, run: RunDirectory) -> None:
+    """Run the resolved settings under the memory limits that were planned, and write the results."""
     initial = initial_or_stored(run.path / INITIAL, lambda: initial_state(settings, federation.spec))
     keeper = Keeper()
     observer = Observer(JsonLines(run.path / EVENTS), keeper, *boards(settings.run, run.path))
@@ -93,7 +87,7 @@ def _run(
         run,
         device=federation.device,
         observer=observer,
-        pipeline=METHODS[settings.run.method],
+        pipeline=method_of(settings),
     )
     simulated = isinstance(grid, InMemoryGrid)
     strategy.start(

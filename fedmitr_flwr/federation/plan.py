@@ -26,7 +26,7 @@ from fedmitr_flwr.ensemble.engine.passes import activation_bytes
 from fedmitr_flwr.ensemble.ensemble import LABEL_ROWS
 from fedmitr_flwr.models.build import build_model
 from fedmitr_flwr.models.patch_grid import PatchGrid
-from fedmitr_flwr.pipeline.methods import UNTRAINED, effective_settings
+from fedmitr_flwr.pipeline.methods import method_of
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError
 
 PROCESS_MB = 1000
@@ -121,7 +121,6 @@ def plan_memory(settings: Settings, spec: ImageSpec, clients: int, device: torch
     settings, spec, clients, device
         As for `within_memory`.
     """
-    settings = effective_settings(settings)
     model = build_model(settings.model, spec)
     weights = 4 * sum(value.numel() for value in model.state_dict().values())
     collection = _mb((_INITIAL_COPIES + _UPLOADS_AT_ONCE) * weights)
@@ -156,7 +155,7 @@ def _teachers_mb(model: VisionTransformer, clients: int, limit: int) -> int:
 
 def _activations_mb(settings: Settings, model: VisionTransformer, spec: ImageSpec, clients: int) -> tuple[int, int]:
     """What all teachers keep together; and what passes work in, with the activations of one step."""
-    if settings.run.method in UNTRAINED or settings.run.method == "random-images":
+    if not method_of(settings).inverts:
         return 0, _mb(_step_bytes(model, 1, max(1, LABEL_ROWS // _tokens(model, spec)), spec))
     B = min(settings.inversion.batch_size, settings.inversion.images)
     step = min(clients, max(1, STEP_ROWS // (B * _tokens(model, spec))))
@@ -177,7 +176,7 @@ def _autograd_bytes(model: VisionTransformer, images: int, spec: ImageSpec) -> i
 
 def _distillation_mb(settings: Settings, model: VisionTransformer, spec: ImageSpec, weights: int, clients: int) -> int:
     distill = settings.distill
-    if settings.run.method in UNTRAINED:
+    if not method_of(settings).distils:
         return _mb(2 * weights)
     plane = 4 * spec.image_size**2
     hard = distill.adversarial_rounds * distill.adversarial_images * distill.views

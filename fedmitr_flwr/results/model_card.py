@@ -8,24 +8,13 @@ from pathlib import Path
 
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.federation.quorum import ClientCounts
+from fedmitr_flwr.pipeline.methods import method_of
 from fedmitr_flwr.results.evaluate import Evaluation
 from fedmitr_flwr.runs.atomic import atomic_path
-from fedmitr_flwr.settings import Method, Settings
+from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.version import __version__
 
 CARD = "README.md"
-_FEDMITR = "FedMITR ([arXiv 2605.10748](https://arxiv.org/abs/2605.10748))"
-_METHODS: dict[Method, str] = {
-    "fedmitr": _FEDMITR,
-    "fedavg": "one-shot FedAvg",
-    "head-aggregation": "averaging with a class-wise head",
-    "dense-inversion": "dense inversion and distillation",
-    "dense-inversion-kl": "dense inversion and distillation by KL alone",
-    "hard-labels": f"{_FEDMITR}, but with hard labels",
-    "random-images": "distillation on random images",
-    "dense": "DENSE ([arXiv 2112.12371](https://arxiv.org/abs/2112.12371))",
-    "co-boosting": "Co-Boosting ([arXiv 2402.15070](https://arxiv.org/abs/2402.15070))",
-}
 
 
 def write_model_card(
@@ -46,6 +35,7 @@ def write_model_card(
 
 def model_card(settings: Settings, spec: ImageSpec, evaluation: Evaluation | None, clients: ClientCounts) -> str:
     """Return the card: how the model was made, what it reached, what it must not be taken for."""
+    method = method_of(settings)
     name = f"{settings.model.name} trained by one-shot federated learning on {settings.data.source}"
     shared = "its label histogram too" if settings.train.share_label_histogram else "no label counts"
     exchange = "once" if settings.run.rounds == 1 else f"{settings.run.rounds} times"
@@ -53,11 +43,11 @@ def model_card(settings: Settings, spec: ImageSpec, evaluation: Evaluation | Non
         _front_matter(settings, evaluation, name),
         f"# {name}\n",
         f"A Vision Transformer for {spec.num_classes} classes, made with fedmitr-flwr {__version__} by "
-        f"{_METHODS[settings.run.method]}.\n",
+        f"{method.title}.\n",
         "## How it was made\n",
         f"{clients.accepted} clients trained on their own images and uploaded their weights {exchange}. An upload "
         f"holds weights, the number of images, local loss and accuracy, and {shared}. The server saw no client's "
-        f"image. {_server_part(settings)} Start of all clients: `model.init = {settings.model.init}`; seed "
+        f"image. {method.server_part(settings)} Start of all clients: `model.init = {settings.model.init}`; seed "
         f"{settings.run.seed}.\n",
         "## Use\n",
         '```python\nimport timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n```\n',
@@ -75,31 +65,6 @@ def model_card(settings: Settings, spec: ImageSpec, evaluation: Evaluation | Non
         "- No licence is stated: it depends on the clients' data and on the weights that the clients started from.\n",
     ]
     return "\n".join(sections)
-
-
-def _server_part(settings: Settings) -> str:
-    """Say what the server made of the uploads, by `run.method`."""
-    method, inversion = settings.run.method, settings.inversion
-    if method == "fedavg":
-        return "It averaged the uploads by their number of images; nothing was distilled."
-    if method == "head-aggregation":
-        return (
-            "It averaged the uploads' updates, and each class's row of the classifier head by who knows the class; "
-            "nothing was distilled."
-        )
-    if method == "random-images":
-        return "It let the ensemble of uploads label random images, and distilled the ensemble into this model on them."
-    if method in ("dense", "co-boosting"):
-        count = settings.generator.rounds * settings.generator.batch_size
-        return (
-            "It trained a generator against the ensemble of uploads, and distilled the ensemble into this model on "
-            f"{count} generated images, in turn."
-        )
-    noise = f", and on {settings.distill.noise:g} random images for each of them" if settings.distill.noise > 0 else ""
-    return (
-        f"It inverted the ensemble of uploads into {inversion.images} synthetic images, and distilled the ensemble "
-        f"into this model on them{noise}."
-    )
 
 
 def _front_matter(settings: Settings, evaluation: Evaluation | None, name: str) -> str:

@@ -8,7 +8,7 @@ demo. ``pyproject.toml`` repeats them because Flower accepts only keys that stan
 from fedmitr_flwr.settings.choices import (
     Augmentation,
     InversionName,
-    Method,
+    MethodName,
     Precision,
     RandomFamily,
     UploadDtype,
@@ -35,7 +35,7 @@ __all__ = [
     "GeneratorSettings",
     "InversionName",
     "InversionSettings",
-    "Method",
+    "MethodName",
     "ModelSettings",
     "PartitionSettings",
     "Precision",

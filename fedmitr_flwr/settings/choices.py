@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from typing import Literal
 
-Method = Literal[
+MethodName = Literal[
     "fedmitr",
     "fedavg",
     "head-aggregation",

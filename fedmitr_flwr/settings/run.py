@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from fedmitr_flwr.settings.choices import Method
+from fedmitr_flwr.settings.choices import MethodName
 from fedmitr_flwr.settings.client_stages import DataSettings, ModelSettings, PartitionSettings, TrainSettings
 from fedmitr_flwr.settings.generator import GeneratorSettings
 from fedmitr_flwr.settings.run_config import RunConfigValue, SettingsError, Stage, kebab, problems_of, unknown_hint
@@ -24,7 +24,7 @@ from fedmitr_flwr.settings.server_stages import (
 class RunSettings(Stage):
     """What concerns the run as a whole."""
 
-    method: Method = Field(
+    method: MethodName = Field(
         "fedmitr",
         description="How the uploads become one model: `fedmitr`, or a baseline: one-shot averages (`fedavg`, "
         "`head-aggregation`), dense inversion with or without cross-entropy (`dense-inversion`, `dense-inversion-kl`), "

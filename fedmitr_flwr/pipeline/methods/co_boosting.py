@@ -25,7 +25,8 @@ from torch import Tensor
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
-from fedmitr_flwr.pipeline.methods.generator import InTurn, cross_entropy, divergence
+from fedmitr_flwr.pipeline.methods.common import Method
+from fedmitr_flwr.pipeline.methods.generator import InTurn, cross_entropy, divergence, generated_images
 from fedmitr_flwr.stages.distillation.pool import Pool, label_patches, unnamed_pool
 from fedmitr_flwr.stages.relabel import soften
 
@@ -138,3 +139,8 @@ def perturbed(ensemble: Ensemble, patches: Tensor, grid: PatchGrid, size: float,
     low, high = grid.bounds(patches.device)
     moved = patches.detach() + gradient.sign() * (high - low) * (size / 255)
     return torch.minimum(torch.maximum(moved, low), high)
+
+
+CO_BOOSTING = Method(
+    co_boosting, "Co-Boosting ([arXiv 2402.15070](https://arxiv.org/abs/2402.15070))", generated_images, generates=True
+)

@@ -10,7 +10,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
-from fedmitr_flwr.pipeline.methods.generator import InTurn, cross_entropy, divergence
+from fedmitr_flwr.pipeline.methods.common import Method
+from fedmitr_flwr.pipeline.methods.generator import InTurn, cross_entropy, divergence, generated_images
 from fedmitr_flwr.stages.distillation.pool import Pool, Targets, label_patches, unnamed_pool
 
 
@@ -47,3 +48,6 @@ def boundary_loss(probabilities: Tensor, logits: Tensor, labels: Tensor, weight:
     """
     differ = probabilities.argmax(1) != logits.argmax(1)
     return cross_entropy(probabilities, labels) - weight * differ * divergence(probabilities, logits)
+
+
+DENSE = Method(dense, "DENSE ([arXiv 2112.12371](https://arxiv.org/abs/2112.12371))", generated_images, generates=True)

@@ -7,7 +7,8 @@ constants (`inversion.*`) are the run's own, so that sparse and dense are compar
 
 from __future__ import annotations
 
-from fedmitr_flwr.pipeline.methods.common import FedMITRWith
+from fedmitr_flwr.pipeline.methods.common import Method
+from fedmitr_flwr.pipeline.methods.fedmitr import inverted_images, run_pipeline
 from fedmitr_flwr.settings import RunConfigValue
 
 _DENSE: dict[str, RunConfigValue] = {
@@ -19,8 +20,13 @@ _DENSE: dict[str, RunConfigValue] = {
     "distill.ce-on": "full",
 }
 
-dense_inversion = FedMITRWith(_DENSE)
-"""Distil KL to the ensemble and cross-entropy with the pseudo-label. See `pipeline.run_pipeline`."""
+DENSE_INVERSION = Method(run_pipeline, "dense inversion and distillation", inverted_images, _DENSE)
+"""Distils by KL to the ensemble and by cross-entropy with the pseudo-label."""
 
-dense_inversion_kl = FedMITRWith({**_DENSE, "distill.ce-weight": 0.0})
-"""Distil KL to the ensemble alone. See `pipeline.run_pipeline`."""
+DENSE_INVERSION_KL = Method(
+    run_pipeline,
+    "dense inversion and distillation by KL alone",
+    inverted_images,
+    {**_DENSE, "distill.ce-weight": 0.0},
+)
+"""Distils by KL to the ensemble alone."""

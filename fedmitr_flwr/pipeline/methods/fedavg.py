@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
-from fedmitr_flwr.pipeline.methods.common import untrained_result
+from fedmitr_flwr.pipeline.methods.common import Method, untrained_result
 
 
 def one_shot_fedavg(inputs: PipelineInputs) -> PipelineResult:
     """Average the uploads; nothing is trained, so the seed is without effect. See `pipeline.run_pipeline`."""
     return untrained_result(inputs)
+
+
+FEDAVG = Method(
+    one_shot_fedavg,
+    "one-shot FedAvg",
+    lambda settings: "It averaged the uploads by their number of images; nothing was distilled.",
+    distils=False,
+    inverts=False,
+)

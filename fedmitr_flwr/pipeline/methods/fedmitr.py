@@ -9,7 +9,9 @@ from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.pipeline.diagnostics import diagnose
 from fedmitr_flwr.pipeline.hard_images import HardImages
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
+from fedmitr_flwr.pipeline.methods.common import Method
 from fedmitr_flwr.pipeline.steps import distilled, invert_all, make_ensemble, split_and_relabel, student_start
+from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.stages.distillation.pool import make_pool
 
 
@@ -58,3 +60,16 @@ def run_pipeline(inputs: PipelineInputs) -> PipelineResult:
         if checkpoints is not None:
             checkpoints.save_model(state)
     return PipelineResult(state, average, ensemble, synthetic, split, found, dict(observer.seconds))
+
+
+def inverted_images(settings: Settings) -> str:
+    """Say what a method that inverts did with the uploads."""
+    noise = f", and on {settings.distill.noise:g} random images for each of them" if settings.distill.noise > 0 else ""
+    return (
+        f"It inverted the ensemble of uploads into {settings.inversion.images} synthetic images, and distilled the "
+        f"ensemble into this model on them{noise}."
+    )
+
+
+CITATION = "FedMITR ([arXiv 2605.10748](https://arxiv.org/abs/2605.10748))"
+FEDMITR = Method(run_pipeline, CITATION, inverted_images)

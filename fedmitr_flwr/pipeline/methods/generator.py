@@ -39,7 +39,7 @@ from fedmitr_flwr.models.vit import forward_patches
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
 from fedmitr_flwr.pipeline.methods.common import untrained_result
 from fedmitr_flwr.pipeline.steps import distilled, make_ensemble, student_start
-from fedmitr_flwr.settings import GeneratorSettings
+from fedmitr_flwr.settings import GeneratorSettings, Settings
 from fedmitr_flwr.stages.density import PatchSplit
 from fedmitr_flwr.stages.distillation.pool import Pool, gather
 from fedmitr_flwr.stages.relabel import soften
@@ -246,3 +246,12 @@ def divergence(probabilities: Tensor, logits: Tensor, temperature: float = 1.0) 
     target = soften(probabilities, temperature) if temperature != 1.0 else probabilities
     log_target, log_student = target.clamp_min(1e-12).log(), (logits.float() / temperature).log_softmax(-1)
     return F.kl_div(log_student, log_target, reduction="none", log_target=True).sum(1) * temperature**2
+
+
+def generated_images(settings: Settings) -> str:
+    """Say what a method with a generator did with the uploads."""
+    count = settings.generator.rounds * settings.generator.batch_size
+    return (
+        "It trained a generator against the ensemble of uploads, and distilled the ensemble into this model on "
+        f"{count} generated images, in turn."
+    )

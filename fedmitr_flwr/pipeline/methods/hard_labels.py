@@ -6,14 +6,17 @@ makes of an image (`distill.feature-weight`, `distill.teacher-weight`) is no har
 
 from __future__ import annotations
 
-from fedmitr_flwr.pipeline.methods.common import FedMITRWith
+from fedmitr_flwr.pipeline.methods.common import Method
+from fedmitr_flwr.pipeline.methods.fedmitr import CITATION, inverted_images, run_pipeline
 
-hard_labels = FedMITRWith(
+HARD_LABELS = Method(
+    run_pipeline,
+    f"{CITATION}, but with hard labels",
+    inverted_images,
     {
         "distill.labels": "hard",
         "relabel.labels": "hard",
         "distill.feature-weight": 0.0,
         "distill.teacher-weight": 0.0,
-    }
+    },
 )
-"""See `pipeline.run_pipeline`."""

@@ -10,7 +10,7 @@ from dataclasses import replace
 
 from fedmitr_flwr.ensemble.averaging import merged
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
-from fedmitr_flwr.pipeline.methods.common import untrained_result
+from fedmitr_flwr.pipeline.methods.common import Method, untrained_result
 
 
 def head_aggregation(inputs: PipelineInputs) -> PipelineResult:
@@ -19,3 +19,15 @@ def head_aggregation(inputs: PipelineInputs) -> PipelineResult:
     states = [client.state for client in inputs.clients]
     weights = result.ensemble.weights.cpu()
     return replace(result, state=merged(inputs.initial, states, weights, inputs.settings.distill.merge_scale))
+
+
+HEAD_AGGREGATION = Method(
+    head_aggregation,
+    "averaging with a class-wise head",
+    lambda settings: (
+        "It averaged the uploads' updates, with each class's row of the classifier head weighted by how much each "
+        "client knows of the class; nothing was distilled."
+    ),
+    distils=False,
+    inverts=False,
+)

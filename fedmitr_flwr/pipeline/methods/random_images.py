@@ -16,7 +16,7 @@ from torch import Tensor
 from fedmitr_flwr.models.build import build_model
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
-from fedmitr_flwr.pipeline.methods.common import untrained_result
+from fedmitr_flwr.pipeline.methods.common import Method, untrained_result
 from fedmitr_flwr.pipeline.steps import distilled, student_start
 from fedmitr_flwr.stages.distillation.pool import label_patches, unnamed_pool
 from fedmitr_flwr.stages.random_images import random_images
@@ -60,3 +60,13 @@ def distil_on(inputs: PipelineInputs, draw: Callable[[int, PatchGrid, torch.Gene
         pool = unnamed_pool(patches, label_patches(result.ensemble, patches, recipe))
         state = distilled(inputs, result.ensemble, student, pool, recipe, generator)
     return replace(result, state=state, seconds=dict(inputs.observer.seconds))
+
+
+RANDOM_IMAGES = Method(
+    ensemble_on_random_images,
+    "distillation on random images",
+    lambda settings: (
+        "It let the ensemble of uploads label random images, and distilled the ensemble into this model on them."
+    ),
+    inverts=False,
+)

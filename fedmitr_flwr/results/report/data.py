@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.pipeline.inputs import PipelineResult
-from fedmitr_flwr.pipeline.methods import GENERATED, UNTRAINED, effective_settings
+from fedmitr_flwr.pipeline.methods import method_of
 from fedmitr_flwr.results.evaluate import Evaluation
 from fedmitr_flwr.results.finished_run import FORMAT
 from fedmitr_flwr.results.flops import stage_flops
@@ -55,7 +55,6 @@ def write_report_data(
     keeper
         What the stages showed; without it there are no density maps and no evolution.
     """
-    settings = effective_settings(settings)
     shots = keeper.shots if keeper else {}
     grid = PatchGrid.of(result.ensemble.teachers[0], spec)
     density = shots.get("density", [{}])[-1]
@@ -120,12 +119,12 @@ def pictures(
 
 def _flops(settings: Settings, result: PipelineResult, grid: PatchGrid) -> dict[str, float]:
     """Arithmetic of the stages that the method has; none of a generator's, which is not counted."""
-    if settings.run.method in GENERATED:
+    if method_of(settings).generates:
         return {}
     if result.synthetic is None:  # nor are there hard ones
         settings = settings.replace(**{"distill.adversarial-rounds": 0})
     found = stage_flops(settings, result.ensemble.teachers[0], grid, len(result.ensemble.teachers))
-    left_out = {"distill"} if settings.run.method in UNTRAINED else set()
+    left_out = set() if method_of(settings).distils else {"distill"}
     if result.synthetic is None:
         left_out |= {"invert", "invert_dense", "relabel"}
     return {stage: value for stage, value in found.items() if stage not in left_out}
@@ -139,7 +138,7 @@ def _synthetic(result: PipelineResult, spec: ImageSpec, grid: PatchGrid, setting
         "per_class": result.synthetic.labels.bincount(minlength=spec.num_classes).tolist(),
         "kept_fraction": result.synthetic.kept.shape[1] / grid.num_patches,
         "high_density": float(result.split.high.float().mean()),
-        "stops": [] if settings.run.method in GENERATED else list(settings.inversion.stops),
+        "stops": [] if method_of(settings).generates else list(settings.inversion.stops),
     }
 
 

@@ -30,10 +30,11 @@ SMALL: dict[str, RunConfigValue] = {
 RUN = """
 import json, sys, torch
 from fedmitr_flwr.data import ImageSpec
-from fedmitr_flwr.memory_plan import within_memory
-from fedmitr_flwr.models import initial_state
-from fedmitr_flwr.observe import peak_rss_mb
-from fedmitr_flwr.pipeline import ClientModel, PipelineInputs, run_pipeline
+from fedmitr_flwr.federation.plan import within_memory
+from fedmitr_flwr.training.initial import initial_state
+from fedmitr_flwr.runs.process_memory import peak_rss_mb
+from fedmitr_flwr.pipeline.inputs import ClientModel, PipelineInputs
+from fedmitr_flwr.pipeline.methods.fedmitr import run_pipeline
 from fedmitr_flwr.settings import Settings
 
 torch.set_num_threads(1)
