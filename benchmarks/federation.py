@@ -19,7 +19,7 @@ from safetensors import safe_open
 from fedmitr_flwr.data import ImageSpec, Source, load_source, partition_indices
 from fedmitr_flwr.models import build, vit, weights
 from fedmitr_flwr.models.build import build_model
-from fedmitr_flwr.pipeline.inputs import ClientModel, PipelineInputs
+from fedmitr_flwr.pipeline.inputs import PipelineInputs, Upload
 from fedmitr_flwr.runs.observer import Observer
 from fedmitr_flwr.runs.tensors import checksum, write_tensors
 from fedmitr_flwr.settings import Settings
@@ -36,7 +36,7 @@ class Federation:
 
     source: Source
     initial: dict[str, torch.Tensor]
-    clients: list[ClientModel]
+    clients: list[Upload]
 
     @property
     def spec(self) -> ImageSpec:
@@ -79,7 +79,7 @@ def train_federation(settings: Settings, num_clients: int, cache: Path) -> Feder
         with safe_open(path, "pt") as file:
             about = file.metadata()
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        clients.append(ClientModel(state, int(about["num_examples"]), tuple(json.loads(about["histogram"]))))
+        clients.append(Upload(state, int(about["num_examples"]), tuple(json.loads(about["histogram"]))))
     return Federation(source, initial, clients)
 
 

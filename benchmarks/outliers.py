@@ -23,7 +23,7 @@ from benchmarks.federation import Federation, train_federation
 from fedmitr_flwr.data import partition_indices
 from fedmitr_flwr.models.build import build_model
 from fedmitr_flwr.models.patch_grid import PatchGrid
-from fedmitr_flwr.pipeline.inputs import ClientModel
+from fedmitr_flwr.pipeline.inputs import Upload
 from fedmitr_flwr.pipeline.methods.fedmitr import run_pipeline
 from fedmitr_flwr.pipeline.steps import make_ensemble
 from fedmitr_flwr.results.evaluate import evaluate
@@ -121,7 +121,7 @@ def _ensemble_alone(settings: Settings, federation: Federation, *, split: str) -
     return {"ensemble": round(right / len(images), 4)}
 
 
-def _flipped(settings: Settings, federation: Federation, clients: int, number: int) -> ClientModel:
+def _flipped(settings: Settings, federation: Federation, clients: int, number: int) -> Upload:
     """The client of this number, trained on labels the other way round."""
     rows = [rows for rows in partition_indices(federation.source.train, settings.partition, clients) if len(rows)]
     images = federation.source.train.subset(rows[number])
@@ -129,10 +129,10 @@ def _flipped(settings: Settings, federation: Federation, clients: int, number: i
     model = build_model(settings.model, federation.spec)
     model.load_state_dict(federation.initial)
     result = train_local(model, images, federation.spec, settings.train, seed=settings.run.seed + number, device=CPU)
-    return ClientModel(model.state_dict(), result.num_examples, result.histogram)
+    return Upload(model.state_dict(), result.num_examples, result.histogram)
 
 
-def _noised(client: ClientModel, seed: int) -> ClientModel:
+def _noised(client: Upload, seed: int) -> Upload:
     generator = torch.Generator().manual_seed(seed)
     state = {
         name: value + value.std(correction=0) * torch.randn(value.shape, generator=generator)

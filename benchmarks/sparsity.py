@@ -18,6 +18,7 @@ import typer
 
 from benchmarks.federation import train_federation
 from fedmitr_flwr.models.patch_grid import PatchGrid
+from fedmitr_flwr.pipeline.inputs import StageContext
 from fedmitr_flwr.pipeline.steps import invert_all, make_ensemble
 from fedmitr_flwr.settings import Settings
 
@@ -39,7 +40,8 @@ def main(
     for _ in range(repeats):
         for name, settings in (("sparse", sparse), ("dense", dense)):
             start = time.perf_counter()
-            invert_all(ensemble, classes, grid, federation.inputs(settings, seed=0, device=device))
+            context = StageContext(ensemble, grid, settings)
+            invert_all(context, classes, federation.inputs(settings, seed=0, device=device))
             seconds[name].append(round(time.perf_counter() - start, 2))
     ratio = statistics.median(seconds["sparse"]) / statistics.median(seconds["dense"])
     print(json.dumps({**seconds, "threads": torch.get_num_threads(), "ratio": round(ratio, 3)}))

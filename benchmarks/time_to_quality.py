@@ -24,6 +24,7 @@ import typer
 from benchmarks.accuracy import ROOT, Row, mean_of, read
 from benchmarks.inversion.bench import DEMO_MODEL, Bench, Case, hardware, schedule
 from fedmitr_flwr.settings import InversionSettings, Settings
+from fedmitr_flwr.stages.inversion.batch import InversionTask
 from fedmitr_flwr.stages.inversion.sparse import invert
 
 SMI = {"inversion.iterations": "4000", "inversion.stops": "50,100,200,300"}
@@ -67,7 +68,9 @@ def stage_seconds(bench: Bench, stage: int, repeats: int) -> float:
 def batch_seconds(bench: Bench, settings: InversionSettings) -> float:
     """CPU seconds of one batch of the default recipe."""
     start = time.process_time()
-    invert(bench.ensemble(), bench.labels, bench.grid, settings, generator=torch.Generator().manual_seed(0))
+    invert(
+        InversionTask(bench.ensemble(), bench.grid, settings), bench.labels, generator=torch.Generator().manual_seed(0)
+    )
     return time.process_time() - start
 
 

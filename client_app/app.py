@@ -14,8 +14,9 @@ from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.federation.code_digest import check_digest
 from fedmitr_flwr.federation.uploads.records import decode_trusted, encode_state
 from fedmitr_flwr.settings import Settings
-from fedmitr_flwr.training.client import ClientTask, client_name, train_client
+from fedmitr_flwr.training.client import client_name, train_client
 from fedmitr_flwr.training.time_limit import time_limit
+from fedmitr_flwr.training.upload import ClientTask
 
 log = logging.getLogger("fedmitr.client")
 
@@ -67,11 +68,11 @@ def _train(content: RecordDict, context: Context, name: str) -> RecordDict:
         metrics["num-examples"] = 0
         log.info("%s has no data", name)
     else:
-        metrics["num-examples"] = upload.report.num_examples
-        metrics["loss"] = upload.report.loss
-        metrics["accuracy"] = upload.report.accuracy
-        if settings.train.share_label_histogram:
-            metrics["histogram"] = list(upload.report.histogram)
+        metrics["num-examples"] = upload.num_examples
+        for name, value in upload.numbers.items():
+            metrics[name] = value
+        if upload.histogram is not None:
+            metrics["histogram"] = list(upload.histogram)
         answer["arrays"] = encode_state(upload.state, dtype)
     answer["metrics"] = metrics
     return answer

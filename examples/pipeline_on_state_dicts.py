@@ -39,7 +39,7 @@ def main() -> None:
         model = fm.build_model(settings.model, source.spec)
         model.load_state_dict(initial)
         result = fm.train_local(model, own, source.spec, settings.train, seed=0, device=CPU)
-        uploads.append(fm.ClientModel(model.state_dict(), result.num_examples, histogram=None))
+        uploads.append(fm.Upload(model.state_dict(), result.num_examples, histogram=None))
 
     result = fm.run_pipeline(fm.PipelineInputs(settings, source.spec, uploads, initial, seed=1))
     for name, rate in fm.evaluate(result, source.test, source.spec, settings.model, CPU).accuracy().items():

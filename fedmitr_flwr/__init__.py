@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from fedmitr_flwr.federation.uploads.records import encode_state
     from fedmitr_flwr.models.build import build_model
     from fedmitr_flwr.models.timm_checkpoint import save_timm
-    from fedmitr_flwr.pipeline.inputs import ClientModel, PipelineInputs, PipelineResult
+    from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult, Upload
     from fedmitr_flwr.pipeline.methods.fedmitr import run_pipeline
     from fedmitr_flwr.results.evaluate import Evaluation, evaluate
     from fedmitr_flwr.results.finished_model import RunModel, load_run_model
@@ -45,7 +45,7 @@ _HOMES = {
     "Event": "runs.observer",
     "Listener": "runs.observer",
     "Observer": "runs.observer",
-    "ClientModel": "pipeline.inputs",
+    "Upload": "pipeline.inputs",
     "PipelineInputs": "pipeline.inputs",
     "PipelineResult": "pipeline.inputs",
     "run_pipeline": "pipeline.methods.fedmitr",
@@ -66,7 +66,6 @@ _HOMES = {
 }
 
 __all__ = [
-    "ClientModel",
     "Evaluation",
     "Event",
     "FedMITR",
@@ -83,6 +82,7 @@ __all__ = [
     "Settings",
     "SettingsError",
     "SyntheticImages",
+    "Upload",
     "__version__",
     "build_model",
     "choose_device",

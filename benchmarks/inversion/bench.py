@@ -29,7 +29,7 @@ from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.models.vit import grid_size, patch_size
 from fedmitr_flwr.settings import InversionSettings, Precision
-from fedmitr_flwr.stages.inversion.batch import InversionBatch
+from fedmitr_flwr.stages.inversion.batch import InversionBatch, InversionTask
 from fedmitr_flwr.stages.inversion.schedule import most_attended
 
 ITERATIONS, STOPS, FRACTION = 4000, (50, 100, 200, 300), 0.3
@@ -99,7 +99,7 @@ class Bench:
     def ours(self, stage: int, precision: Precision, ensemble: Ensemble, announced: int = 0) -> Callable[[], Tensor]:
         """One iteration of our engine, which is told how many will be asked for."""
         settings = InversionSettings(tv_weight=0.05, learning_rate=0.25, precision=precision)
-        batch = InversionBatch(ensemble, self.labels, self.images, self.kept[stage], self.grid, settings)
+        batch = InversionBatch(InversionTask(ensemble, self.grid, settings), self.labels, self.images, self.kept[stage])
         batch.expect(announced)
         return batch.step
 

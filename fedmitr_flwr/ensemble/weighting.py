@@ -5,10 +5,11 @@ Letters: K teachers, C classes.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import dataclass
+
 import torch
 from torch import Tensor
-
-from fedmitr_flwr.settings import Weighting
 
 
 def class_weights(evidence: Tensor, power: float, trust: Tensor | None = None) -> Tensor:
@@ -43,34 +44,56 @@ def class_weights(evidence: Tensor, power: float, trust: Tensor | None = None) -
     return (raw / raw.sum(0)).float()
 
 
-def evidence(weighting: Weighting, num_examples: Tensor, histograms: Tensor | None, head_updates: Tensor) -> Tensor:
-    """How much each client knows of each class, by the chosen weighting.
+@dataclass(frozen=True)
+class Knowledge:
+    """What the server knows about K clients that weightings can use.
 
-    Parameters
+    Attributes
     ----------
-    weighting
-        ``uniform``, ``examples``, ``histogram`` or ``competence``.
     num_examples
-        ``(K,)``.
+        ``(K,)`` number of training images of each client.
     histograms
-        ``(K, C)`` examples of each class; None if some client withheld it.
+        ``(K, C)`` of them in each class; None if some client withheld its histogram.
     head_updates
         ``(K, C, D)`` classifier weights minus those of the common initialisation.
+    """
+
+    num_examples: Tensor
+    histograms: Tensor | None
+    head_updates: Tensor
+
+
+def evidence(weighting: str, knowledge: Knowledge) -> Tensor:
+    """Return how much each client knows of each class, ``(K, C)``, by the chosen weighting.
 
     Raises
     ------
     ValueError
-        If ``histogram`` is chosen and there are none.
+        If the weighting needs histograms that some client withheld.
     """
-    K, C = head_updates.shape[:2]
-    if weighting == "histogram":
-        if histograms is None:
-            raise ValueError('ensemble.weighting = "histogram": needs the label histogram of every client')
-        return histograms
-    if weighting == "competence":
-        return competence(head_updates, num_examples)
-    each = torch.ones(K) if weighting == "uniform" else num_examples
-    return each[:, None].expand(K, C)
+    return WEIGHTINGS[weighting](knowledge)
+
+
+def uniform(knowledge: Knowledge) -> Tensor:
+    """All clients count the same for all classes, ``(K, C)``."""
+    return torch.ones(knowledge.head_updates.shape[:2])
+
+
+def examples(knowledge: Knowledge) -> Tensor:
+    """Each client counts by its number of images, the same for all classes, ``(K, C)``."""
+    return knowledge.num_examples[:, None].expand(knowledge.head_updates.shape[:2])
+
+
+def histogram(knowledge: Knowledge) -> Tensor:
+    """Each client counts by the number of its images of the class, ``(K, C)``."""
+    if knowledge.histograms is None:
+        raise ValueError('ensemble.weighting = "histogram": needs the label histogram of every client')
+    return knowledge.histograms
+
+
+def competence_of_head(knowledge: Knowledge) -> Tensor:
+    """Each client counts by its competence for the class, ``(K, C)``; see `competence`."""
+    return competence(knowledge.head_updates, knowledge.num_examples)
 
 
 def competence(head_updates: Tensor, num_examples: Tensor) -> Tensor:
@@ -92,3 +115,12 @@ def competence(head_updates: Tensor, num_examples: Tensor) -> Tensor:
     largest = num_examples.double().clamp_min(1.0).log1p()[:, None]
     counts = torch.expm1((norms - floor) / scale * largest)
     return counts / counts.sum(1, keepdim=True).clamp_min(1e-12) * num_examples.double()[:, None]
+
+
+WEIGHTINGS: dict[str, Callable[[Knowledge], Tensor]] = {
+    "uniform": uniform,
+    "examples": examples,
+    "histogram": histogram,
+    "competence": competence_of_head,
+}
+"""By `ensemble.weighting`, in the order of `settings.choices.Weighting`: evidence ``(K, C)``, not negative."""

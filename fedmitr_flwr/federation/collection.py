@@ -20,11 +20,12 @@ from fedmitr_flwr.federation.code_digest import short
 from fedmitr_flwr.federation.quorum import ClientCounts
 from fedmitr_flwr.federation.roster import Roster
 from fedmitr_flwr.federation.uploads.records import decode_state, unguessable
-from fedmitr_flwr.federation.uploads.store import Upload, UploadStore
+from fedmitr_flwr.federation.uploads.store import StoredUpload, UploadStore
 from fedmitr_flwr.federation.uploads.validation import UploadRefused, check_name
 from fedmitr_flwr.runs.atomic import write_json
 from fedmitr_flwr.runs.observer import Observer
 from fedmitr_flwr.runs.process_memory import release_memory
+from fedmitr_flwr.training.reported import REPORTED
 
 log = logging.getLogger("fedmitr.collection")
 
@@ -134,18 +135,18 @@ class Collection:
             log.info("\t├──> node %d has no data", node)
             self.observer.client("empty", client=f"node {node}")
             return "empty"
-        log.info("\t├──> %s: %d images, local accuracy %.3f", upload.client, upload.num_examples, upload.accuracy)
+        shown = ", ".join(f"{number.title} {number.text(upload.numbers[number.name])}" for number in REPORTED)
+        log.info("\t├──> %s: %d images, %s", upload.client, upload.num_examples, shown)
         self.observer.client(
             "accepted",
             client=upload.client,
             num_examples=upload.num_examples,
-            loss=upload.loss,
-            accuracy=upload.accuracy,
+            **upload.numbers,
             histogram=upload.histogram or (),
         )
         return "accepted"
 
-    def _accept(self, content: RecordDict, node: int) -> Upload | None:
+    def _accept(self, content: RecordDict, node: int) -> StoredUpload | None:
         """Validate a reply's records and store the upload; None from a client without data."""
         config = content.config_records.get("config", ConfigRecord())
         metrics = content.metric_records.get("metrics", MetricRecord())
@@ -165,19 +166,18 @@ class Collection:
             client,
             decode_state(arrays, self.store, config.get("dtype")),
             num_examples=num_examples,
-            loss=metrics.get("loss"),
-            accuracy=metrics.get("accuracy"),
+            numbers={number.name: metrics.get(number.name) for number in REPORTED},
             # One that was not asked for is not kept, whatever the client thinks of it.
             histogram=metrics.get("histogram") if self.histograms else None,
         )
 
 
-def close_collection(path: Path, counts: ClientCounts, uploads: Sequence[Upload]) -> None:
+def close_collection(path: Path, counts: ClientCounts, uploads: Sequence[StoredUpload]) -> None:
     """Write down that a round's collection is over, and what it has: nobody is asked again."""
     write_json(path, {"clients": counts.as_dict(), "uploads": _checksums(uploads)})
 
 
-def closed_collection(path: Path, uploads: Sequence[Upload]) -> ClientCounts | None:
+def closed_collection(path: Path, uploads: Sequence[StoredUpload]) -> ClientCounts | None:
     """Return the counts of a collection that an earlier process finished, or None.
 
     Raises
@@ -216,7 +216,7 @@ def nodes_without(have: Container[str], nodes: Sequence[int], grid: Grid, patien
     return [node for node in nodes if node not in done]
 
 
-def _checksums(uploads: Sequence[Upload]) -> dict[str, str]:
+def _checksums(uploads: Sequence[StoredUpload]) -> dict[str, str]:
     return {upload.client: upload.checksum for upload in uploads}
 
 

@@ -21,8 +21,9 @@ from timm.models.vision_transformer import Block, VisionTransformer
 
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.ensemble.engine.groups import STEP_ROWS
-from fedmitr_flwr.ensemble.engine.packing import WIDE, architecture_of
+from fedmitr_flwr.ensemble.engine.packing import architecture_of
 from fedmitr_flwr.ensemble.engine.passes import activation_bytes
+from fedmitr_flwr.ensemble.engine.teachers import MemoryLimits
 from fedmitr_flwr.ensemble.ensemble import LABEL_ROWS
 from fedmitr_flwr.models.build import build_model
 from fedmitr_flwr.models.patch_grid import PatchGrid
@@ -114,7 +115,7 @@ def within_memory(settings: Settings, spec: ImageSpec, clients: int, device: tor
 
 
 def plan_memory(settings: Settings, spec: ImageSpec, clients: int, device: torch.device) -> MemoryPlan:
-    """Divide `run.memory-mb` up: fp32 teachers if they fit, and what is left to activations.
+    """Divide `run.memory-mb` up: teachers as precise as fit (else they stay on disk), and the rest to activations.
 
     Parameters
     ----------
@@ -134,23 +135,14 @@ def plan_memory(settings: Settings, spec: ImageSpec, clients: int, device: torch
     # Hard images are inverted beside the pool.
     beside = distillation if settings.distill.adversarial_rounds > 0 else 0
     room = settings.run.memory_mb - PROCESS_MB - max(fewest + beside, distillation)
-    teacher_limit = min(asked.teacher_memory_mb, max(0, room))
-    teachers = _teachers_mb(model, clients, teacher_limit)
+    limits = MemoryLimits(teachers=asked.teacher_memory_mb).within(room << 20, model, clients)
+    teachers = _mb(limits.size(model, clients))
     room = settings.run.memory_mb - PROCESS_MB - teachers
     # What passes work in comes on top of what they keep.
     activation_limit = min(asked.activation_memory_mb, max(0, room - fewest - beside))
     activations = fewest + every if every <= activation_limit else fewest
     distillation += activations if beside else 0
-    return MemoryPlan(collection, teachers, activations, distillation, teacher_limit, activation_limit)
-
-
-def _teachers_mb(model: VisionTransformer, clients: int, limit: int) -> int:
-    """What `ensemble.MemoryLimits` makes of a limit: all in fp32, or in bf16 and one pack at a time."""
-    numbers = sum(parameter.numel() for parameter in model.parameters())
-    held = 4 * (3 if model.embed_dim >= WIDE else 2) * numbers * clients
-    if held <= limit << 20 or architecture_of(model) is None:
-        return _mb(held)
-    return _mb(2 * numbers * clients + 6 * numbers)
+    return MemoryPlan(collection, teachers, activations, distillation, limits.teachers, activation_limit)
 
 
 def _activations_mb(settings: Settings, model: VisionTransformer, spec: ImageSpec, clients: int) -> tuple[int, int]:

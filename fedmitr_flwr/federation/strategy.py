@@ -24,13 +24,14 @@ from fedmitr_flwr.federation.exchange.windowed_grid import WindowedGrid
 from fedmitr_flwr.federation.quorum import ClientCounts, check_quorum, wait_for_nodes
 from fedmitr_flwr.federation.roster import Roster
 from fedmitr_flwr.federation.uploads.records import decode_trusted, encode_state, unguessable
-from fedmitr_flwr.federation.uploads.store import Upload, UploadStore
+from fedmitr_flwr.federation.uploads.store import StoredUpload, UploadStore
 from fedmitr_flwr.pipeline.checkpoints import Checkpoints
-from fedmitr_flwr.pipeline.inputs import ClientModel, Pipeline, PipelineInputs, PipelineResult
+from fedmitr_flwr.pipeline.inputs import Pipeline, PipelineInputs, PipelineResult, Upload
 from fedmitr_flwr.pipeline.methods.fedmitr import run_pipeline
 from fedmitr_flwr.runs.directory import COLLECTED, RunDirectory
 from fedmitr_flwr.runs.observer import Observer
 from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.training.reported import REPORTED
 
 log = logging.getLogger("fedmitr.strategy")
 
@@ -53,7 +54,7 @@ class RoundOutcome:
     """
 
     result: PipelineResult
-    uploads: tuple[Upload, ...]
+    uploads: tuple[StoredUpload, ...]
     clients: ClientCounts
 
 
@@ -222,11 +223,11 @@ class FedMITR(Strategy):
         uploads = store.uploads()
         if self._closed is None:
             close_collection(self.run.uploads(server_round) / COLLECTED, counts, uploads)
-        clients = [ClientModel(store.open(upload), upload.num_examples, upload.histogram) for upload in uploads]
+        opened = [Upload(store.open(upload), upload.num_examples, upload.histogram) for upload in uploads]
         seed = self.settings.run.seed + server_round - 1
         checkpoints = Checkpoints(self.run.checkpoints(server_round), self.settings.run.checkpoint_seconds)
         inputs = PipelineInputs(
-            self.settings, self.spec, clients, self._initial, seed, self.device, self.observer, checkpoints
+            self.settings, self.spec, opened, self._initial, seed, self.device, self.observer, checkpoints
         )
         result = self.pipeline(inputs)
         self.outcome = RoundOutcome(result, tuple(uploads), counts)
@@ -275,16 +276,14 @@ class FedMITR(Strategy):
         """Nobody was asked."""
 
 
-def _metrics(uploads: Sequence[Upload], counts: ClientCounts) -> MetricRecord:
+def _metrics(uploads: Sequence[StoredUpload], counts: ClientCounts) -> MetricRecord:
     total = sum(upload.num_examples for upload in uploads)
-    return MetricRecord(
-        {
-            **{f"clients-{name}": number for name, number in counts.as_dict().items()},
-            "num-examples": total,
-            "local-loss": sum(upload.loss * upload.num_examples for upload in uploads) / total,
-            "local-accuracy": sum(upload.accuracy * upload.num_examples for upload in uploads) / total,
-        }
-    )
+    means = {
+        f"local-{number.name}": sum(upload.numbers[number.name] * upload.num_examples for upload in uploads) / total
+        for number in REPORTED
+    }
+    counted = {f"clients-{name}": number for name, number in counts.as_dict().items()}
+    return MetricRecord({**counted, "num-examples": total, **means})
 
 
 def _yes(value: bool) -> str:

@@ -10,11 +10,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from fedmitr_flwr.ensemble.ensemble import Ensemble
-from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.pipeline.stage_costs import stage_costs
-from fedmitr_flwr.settings import InversionSettings
-from fedmitr_flwr.stages.inversion.schedule import patches_left
+from fedmitr_flwr.stages.inversion.batch import InversionTask
+from fedmitr_flwr.stages.inversion.methods import patches_left
 from fedmitr_flwr.stages.synthetic import SyntheticImages
 
 LOOKED_AT = 256
@@ -106,10 +104,9 @@ def _percent(rate: float) -> str:
 
 
 @torch.no_grad()
-def diagnose(
-    ensemble: Ensemble, synthetic: SyntheticImages, grid: PatchGrid, settings: InversionSettings
-) -> Diagnostics:
+def diagnose(task: InversionTask, synthetic: SyntheticImages) -> Diagnostics:
     """Look at up to `LOOKED_AT` of the images, evenly spread."""
+    ensemble, grid = task.ensemble, task.grid
     B = len(synthetic.labels)
     rows = torch.linspace(0, B - 1, min(B, LOOKED_AT), device=synthetic.labels.device).round().long()
     images, y, P = synthetic.images[rows], synthetic.labels[rows], grid.num_patches
@@ -118,7 +115,7 @@ def diagnose(
     right = (logits.argmax(-1) == y).float()  # (K, b)
     weights = ensemble.weights[:, y]
     kept = synthetic.kept.shape[1]
-    costs = stage_costs(ensemble, images[:1], y[:1], grid, settings)
+    costs = stage_costs(task, images[:1], y[:1])
     return Diagnostics(
         black=float((images <= low).float().mean()),
         saturated=float((images >= high).float().mean()),
@@ -126,7 +123,7 @@ def diagnose(
         teachers_agree=float((right * weights).sum() / weights.sum()),
         diversity=diversity(images, y),
         kept=kept,
-        expected=patches_left(P, settings),
+        expected=patches_left(P, task.settings),
         cost=(kept + 1) / (P + 1),
         flops_excess=max(stage.flops_excess for stage in costs),
         memory_excess=max(stage.held_excess for stage in costs),

@@ -19,14 +19,12 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from fedmitr_flwr.ensemble.ensemble import Ensemble
-from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.models.vit import forward_patches
+from fedmitr_flwr.pipeline.inputs import StageContext
 from fedmitr_flwr.pipeline.steps import split_and_relabel
 from fedmitr_flwr.runs.observer import Observer
-from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.stages.distillation.pool import Pool, make_pool
-from fedmitr_flwr.stages.inversion.methods import invert_batch
+from fedmitr_flwr.stages.inversion.methods import images_per_run, invert_batch, runs
 from fedmitr_flwr.stages.inversion.terms import Disagreement
 from fedmitr_flwr.stages.synthetic import SyntheticImages
 
@@ -36,12 +34,12 @@ class HardImages:
 
     Parameters
     ----------
-    ensemble, student, grid
-        As in the pipeline.
+    context
+        Teachers, geometry and settings.
+    student
+        The model that is being distilled.
     classes
         ``(C',)`` int64, which take turns as labels.
-    settings
-        Of all stages.
     pool
         What the student learns from before the first round.
     seed
@@ -49,41 +47,39 @@ class HardImages:
     generator
         CPU generator of augmentation.
     observer
-        Hears what each round made.
+        Is told what each round made.
     """
 
     def __init__(
         self,
-        ensemble: Ensemble,
+        context: StageContext,
         student: VisionTransformer,
         classes: Tensor,
-        grid: PatchGrid,
-        settings: Settings,
         pool: Pool,
         *,
         seed: int,
         generator: torch.Generator,
         observer: Observer,
     ) -> None:
-        self._ensemble, self._student, self._classes, self._grid = ensemble, student, classes, grid
-        self._settings, self._pool, self._seed = settings, pool, seed
-        self._generator, self._observer = generator, observer
-        self._rounds = round_steps(settings.distill.adversarial_rounds, settings.distill.steps)
+        self._context, self._student, self._classes, self._pool = context, student, classes, pool
+        self._seed, self._generator, self._observer = seed, generator, observer
+        distill = context.settings.distill
+        self._rounds = round_steps(distill.adversarial_rounds, distill.steps)
 
     def __call__(self, step: int) -> Pool | None:
-        """Hold the round that is due before a step, and return the pool with its images; None if there is none."""
+        """Run the round that is due before a step, and return the pool with its images; None if no round is due."""
         if step not in self._rounds:
             return None
         self._student.eval()
+        context = self._context
         images = self._invert(self._rounds.index(step))
-        settings = self._settings
-        split, targets = split_and_relabel(self._ensemble, images, self._grid, settings)
-        recipe = settings.distill.model_copy(update={"mix": 0.0, "noise": 0.0})
-        made = make_pool(self._ensemble, images, split, targets, self._grid, recipe, generator=self._generator)
+        recipe = context.settings.distill.model_copy(update={"mix": 0.0, "noise": 0.0})
+        relabelled = split_and_relabel(context, images)
+        made = make_pool(context.ensemble, relabelled, context.grid, recipe, generator=self._generator)
         self._pool = self._pool.join(made)
         with torch.no_grad():
-            said = forward_patches(self._student, made.patches[: len(images.labels)], None).logits
-        agrees = said.argmax(1) == made.targets.probabilities[: len(images.labels)].argmax(1)
+            said = forward_patches(self._student, made.inverted.patches, None).logits
+        agrees = said.argmax(1) == made.inverted.targets.probabilities.argmax(1)
         self._observer.event(
             "distill",
             step=step,
@@ -94,15 +90,16 @@ class HardImages:
         return self._pool
 
     def _invert(self, number: int) -> SyntheticImages:
-        """The images of a round; its batches have numbers, and so seeds, that no other batch of the run has."""
-        settings, distill = self._settings.inversion, self._settings.distill
-        runs = -(-distill.adversarial_images // settings.images_per_run)
-        turn = number * runs + torch.arange(runs, device=self._classes.device)
+        """Invert the images of a round. Its batches have numbers, and so seeds, that no other batch of the run has."""
+        settings, distill = self._context.settings.inversion, self._context.settings.distill
+        count = -(-distill.adversarial_images // images_per_run(settings))
+        turn = number * count + torch.arange(count, device=self._classes.device)
         batches = self._classes[turn % len(self._classes)].split(settings.batch_size)
-        first = -(-settings.runs // settings.batch_size) + number * len(batches)
+        first = -(-runs(settings) // settings.batch_size) + number * len(batches)
         terms = [Disagreement(self._student, distill.adversarial_weight)]
+        task = self._context.inversion
         parts = [
-            invert_batch(self._ensemble, labels, self._grid, settings, number=batch, seed=self._seed, terms=terms)
+            invert_batch(task, labels, number=batch, seed=self._seed, terms=terms)
             for batch, labels in enumerate(batches, first)
         ]
         return SyntheticImages.join(parts)

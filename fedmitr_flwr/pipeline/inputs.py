@@ -16,16 +16,18 @@ from torch import Tensor
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.ensemble.averaging import fedavg
 from fedmitr_flwr.ensemble.ensemble import Ensemble
+from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.pipeline.checkpoints import Checkpoints
 from fedmitr_flwr.pipeline.diagnostics import Diagnostics
 from fedmitr_flwr.runs.observer import Observer
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.stages.density import PatchSplit
+from fedmitr_flwr.stages.inversion.batch import InversionTask
 from fedmitr_flwr.stages.synthetic import SyntheticImages
 
 
 @dataclass(frozen=True)
-class ClientModel:
+class Upload:
     """One accepted upload.
 
     Attributes
@@ -53,7 +55,7 @@ class PipelineInputs:
         All stages' settings.
     spec
         Classes, geometry and normalisation.
-    clients
+    uploads
         K >= 1 uploads, in an order that does not depend on their arrival.
     initial
         State dict of the common initialisation.
@@ -69,7 +71,7 @@ class PipelineInputs:
 
     settings: Settings
     spec: ImageSpec
-    clients: Sequence[ClientModel]
+    uploads: Sequence[Upload]
     initial: Mapping[str, Tensor]
     seed: int = 0
     device: torch.device = field(default_factory=partial(torch.device, "cpu"))
@@ -79,11 +81,40 @@ class PipelineInputs:
     @property
     def num_examples(self) -> Tensor:
         """``(K,)`` int64 number of examples of each client."""
-        return torch.tensor([client.num_examples for client in self.clients])
+        return torch.tensor([upload.num_examples for upload in self.uploads])
+
+    @property
+    def states(self) -> list[Mapping[str, Tensor]]:
+        """K state dicts."""
+        return [upload.state for upload in self.uploads]
 
     def average(self) -> dict[str, Tensor]:
         """Return the one-shot FedAvg of the uploads."""
-        return fedavg([client.state for client in self.clients], self.num_examples)
+        return fedavg(self.states, self.num_examples)
+
+
+@dataclass(frozen=True)
+class StageContext:
+    """What the stages of one run have in common.
+
+    Attributes
+    ----------
+    ensemble
+        The weighted teachers.
+    grid
+        Geometry and valid range of the synthetic images.
+    settings
+        All stages' settings.
+    """
+
+    ensemble: Ensemble
+    grid: PatchGrid
+    settings: Settings
+
+    @property
+    def inversion(self) -> InversionTask:
+        """The same for stage 1."""
+        return InversionTask(self.ensemble, self.grid, self.settings.inversion)
 
 
 @dataclass(frozen=True)

@@ -31,8 +31,10 @@ from fedmitr_flwr.ensemble.trust import known_classes, trust_by_opinion, trust_b
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.runs.observer import Observer
 from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.settings.seeds import batch_seed
+from fedmitr_flwr.stages.inversion.batch import InversionTask
 from fedmitr_flwr.stages.inversion.sparse import invert
-from fedmitr_flwr.stages.random_images import random_images
+from fedmitr_flwr.stages.random_images.families import random_images
 
 MOST_CLASSES = 6
 IMAGES_PER_CLASS = 4
@@ -100,8 +102,9 @@ def opinions(
         labels = classes[knows[k, classes]].repeat(IMAGES_PER_CLASS)[: max(2, MOST_IMAGES // K)].to(device)
         if len(labels):
             alone = Ensemble([teacher], torch.ones(1, C, device=device))
-            generator = torch.Generator().manual_seed(settings.run.seed * 1_000_003 + k)
-            images.append(invert(alone, labels, grid, settings.inversion, generator=generator).images)
+            generator = torch.Generator().manual_seed(batch_seed(settings.run.seed, k))
+            task = InversionTask(alone, grid, settings.inversion)
+            images.append(invert(task, labels, generator=generator).images)
     generator = torch.Generator().manual_seed(settings.run.seed)
     images.append(random_images(settings.distill.noise_kind, RANDOM_IMAGES, grid, generator).to(device))
     everybody = Ensemble(teachers, torch.full((K, C), 1 / K, device=device))

@@ -16,6 +16,7 @@ from fedmitr_flwr.settings import InversionSettings
 from fedmitr_flwr.stages.distillation.losses import LossTerms
 from fedmitr_flwr.stages.distillation.pool import Pool
 from fedmitr_flwr.stages.inversion.batch import Watch
+from fedmitr_flwr.stages.inversion.methods import runs
 
 REPORTS = 40  # of one inversion batch
 LATER_REPORTS = 5  # of one after the first ten: their curves look alike, and there may be thousands
@@ -42,7 +43,7 @@ class InversionProgress:
         self.observer = observer
         self.settings = settings
         self.shown = min(classes, SHOWN_CLASSES)
-        self.batches = -(-settings.runs // settings.batch_size)
+        self.batches = -(-runs(settings) // settings.batch_size)
 
     def of_batch(self, number: int) -> Watch:
         """Callbacks for the batch `number`, counted from 0."""
@@ -110,11 +111,11 @@ class DistillProgress:
 
     @torch.no_grad()
     def _agreement(self) -> float:
-        targets = self.pool.targets.probabilities
-        rows = torch.linspace(0, len(targets) - 1, min(len(targets), PROBED_IMAGES)).long().to(targets.device)
+        size = len(self.pool)
+        images = self.pool.batch(torch.linspace(0, size - 1, min(size, PROBED_IMAGES)).long()).images
         self.student.eval()
         try:
-            logits = forward_patches(self.student, self.pool.patches[rows], None).logits
+            logits = forward_patches(self.student, images.patches, None).logits
         finally:
             self.student.train()
-        return float((logits.argmax(1) == targets[rows].argmax(1)).float().mean())
+        return float((logits.argmax(1) == images.targets.probabilities.argmax(1)).float().mean())

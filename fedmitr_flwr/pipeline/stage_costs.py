@@ -16,10 +16,8 @@ from fedmitr_flwr.ensemble.engine.flops import pass_flops
 from fedmitr_flwr.ensemble.engine.passes import activation_bytes
 from fedmitr_flwr.ensemble.engine.precision import compute_dtype
 from fedmitr_flwr.ensemble.ensemble import Ensemble
-from fedmitr_flwr.models.patch_grid import PatchGrid
-from fedmitr_flwr.settings import InversionSettings
 from fedmitr_flwr.stages.inversion import schedule
-from fedmitr_flwr.stages.inversion.batch import InversionBatch
+from fedmitr_flwr.stages.inversion.batch import InversionBatch, InversionTask
 from fedmitr_flwr.stages.inversion.schedule import most_attended
 
 
@@ -47,20 +45,21 @@ class StageCost:
     held_excess: float
 
 
-def stage_costs(
-    ensemble: Ensemble, image: Tensor, label: Tensor, grid: PatchGrid, settings: InversionSettings
-) -> list[StageCost]:
+def stage_costs(task: InversionTask, image: Tensor, label: Tensor) -> list[StageCost]:
     """Take an image through all stops of the schedule with the first teacher, one iteration a stage.
 
     Parameters
     ----------
+    task
+        Teachers, geometry and settings.
     image, label
         ``(1, ch, S, S)`` and ``(1,)`` int64.
     """
+    ensemble, grid, settings = task.ensemble, task.grid, task.settings
     teacher = ensemble.teachers[0]
     classes = ensemble.weights.shape[1]
     alone = Ensemble([teacher], torch.ones(1, classes, device=label.device), ensemble.limits)
-    batch = InversionBatch(alone, label, image, None, grid, settings)
+    batch = InversionBatch(InversionTask(alone, grid, settings), label, image)
     dtype = compute_dtype(settings.precision, teacher.embed_dim, label.device)
     seen = []
     for fraction in (*settings.fractions, 0.0):

@@ -1,4 +1,4 @@
-"""The four stages in order: from uploads to one global ViT, without any data.
+"""The steps that FedMITR and its baselines are put together from.
 
 Letters: B images, K teachers, C classes, D embedding.
 """
@@ -15,21 +15,21 @@ from torch import Tensor
 from fedmitr_flwr.ensemble.averaging import merged
 from fedmitr_flwr.ensemble.engine.teachers import MemoryLimits, PagedTeachers, load_teachers
 from fedmitr_flwr.ensemble.ensemble import Ensemble
-from fedmitr_flwr.ensemble.weighting import class_weights, evidence
+from fedmitr_flwr.ensemble.weighting import Knowledge, class_weights, evidence
 from fedmitr_flwr.models.build import build_model
 from fedmitr_flwr.models.patch_grid import PatchGrid
-from fedmitr_flwr.pipeline.inputs import PipelineInputs
+from fedmitr_flwr.pipeline.inputs import PipelineInputs, StageContext
 from fedmitr_flwr.pipeline.outliers import trust
 from fedmitr_flwr.pipeline.progress import FINISHED_SHOWN, DistillProgress, InversionProgress
 from fedmitr_flwr.runs.observer import Observer
-from fedmitr_flwr.settings import DistillSettings, Settings
-from fedmitr_flwr.stages.density import PatchSplit, split_patches
+from fedmitr_flwr.settings import DistillSettings
+from fedmitr_flwr.stages.density import split_patches
 from fedmitr_flwr.stages.distillation.distill import distill
 from fedmitr_flwr.stages.distillation.pool import Pool
 from fedmitr_flwr.stages.distillation.teacher_heads import Branches
 from fedmitr_flwr.stages.inversion.batch import NOBODY
-from fedmitr_flwr.stages.inversion.methods import invert_batch
-from fedmitr_flwr.stages.relabel import LowTargets, relabel
+from fedmitr_flwr.stages.inversion.methods import images_per_run, invert_batch, runs
+from fedmitr_flwr.stages.relabel import RelabelledImages, relabel
 from fedmitr_flwr.stages.synthetic import SyntheticImages
 
 
@@ -43,17 +43,17 @@ def make_ensemble(inputs: PipelineInputs) -> tuple[Ensemble, Tensor]:
     known
         ``(C',)`` int64 classes that at least one client knows something of.
     """
-    settings, clients, device = inputs.settings, inputs.clients, inputs.device
+    settings, uploads, device = inputs.settings, inputs.uploads, inputs.device
     limits = MemoryLimits(settings.inversion.activation_memory_mb, settings.inversion.teacher_memory_mb)
     blank = build_model(settings.model, inputs.spec)
-    teachers = load_teachers(blank, [client.state for client in clients], limits, device)
+    teachers = load_teachers(blank, inputs.states, limits, device)
     if isinstance(teachers, PagedTeachers):
         inputs.observer.event("ensemble", teachers="read from disk for every pass: above inversion.teacher-memory-mb")
     num_examples = inputs.num_examples.double()
-    shared = [client.histogram for client in clients if client.histogram is not None]
-    histograms = torch.tensor(shared, dtype=torch.float64) if len(shared) == len(clients) else None
-    head_updates = torch.stack([client.state["head.weight"] - inputs.initial["head.weight"] for client in clients])
-    known_of = evidence(settings.ensemble.weighting, num_examples, histograms, head_updates)
+    shared = [upload.histogram for upload in uploads if upload.histogram is not None]
+    histograms = torch.tensor(shared, dtype=torch.float64) if len(shared) == len(uploads) else None
+    head_updates = torch.stack([state["head.weight"] - inputs.initial["head.weight"] for state in inputs.states])
+    known_of = evidence(settings.ensemble.weighting, Knowledge(num_examples, histograms, head_updates))
     heard = None
     if settings.ensemble.outlier_guard:
         grid = PatchGrid.of(blank, inputs.spec)
@@ -64,20 +64,19 @@ def make_ensemble(inputs: PipelineInputs) -> tuple[Ensemble, Tensor]:
     return Ensemble(teachers, weights.to(device), limits), known.to(device)
 
 
-def invert_all(ensemble: Ensemble, classes: Tensor, grid: PatchGrid, inputs: PipelineInputs) -> SyntheticImages:
-    """Stage 1 in batches; labels run through `classes` in turn, each batch has its own seed."""
-    settings, observer, checkpoints = inputs.settings.inversion, inputs.observer, inputs.checkpoints
-    labels = classes[torch.arange(settings.runs, device=classes.device) % len(classes)]
+def invert_all(context: StageContext, classes: Tensor, inputs: PipelineInputs) -> SyntheticImages:
+    """Run stage 1 in batches. The labels go through `classes` in turn, and each batch has its own seed."""
+    settings, observer, checkpoints = context.settings.inversion, inputs.observer, inputs.checkpoints
+    count = runs(settings)
+    labels = classes[torch.arange(count, device=classes.device) % len(classes)]
     parts = []
     progress = InversionProgress(observer, settings, len(classes)) if observer.watched else None
     for number, batch in enumerate(labels.split(settings.batch_size)):
         watch = progress.of_batch(number) if progress else NOBODY
-        make = partial(invert_batch, ensemble, batch, grid, settings, number=number, seed=inputs.seed, watch=watch)
+        make = partial(invert_batch, context.inversion, batch, number=number, seed=inputs.seed, watch=watch)
         parts.append(make() if checkpoints is None else checkpoints.batch(number, make, inputs.device))
         done = sum(len(part.labels) for part in parts)
-        observer.event(
-            "invert", images=f"{done}/{settings.runs * settings.images_per_run}", loss=float(parts[-1].loss.mean())
-        )
+        observer.event("invert", images=f"{done}/{count * images_per_run(settings)}", loss=float(parts[-1].loss.mean()))
     synthetic = SyntheticImages.join(parts)
     shown = synthetic.labels.argsort(stable=True)[:FINISHED_SHOWN]
     observer.snapshot("finished", images=synthetic.images[shown], labels=synthetic.labels[shown])
@@ -90,8 +89,7 @@ def student_start(inputs: PipelineInputs, ensemble: Ensemble, average: Mapping[s
     if chosen.start == "initial":
         return dict(inputs.initial)
     if chosen.start == "merged":
-        states = [client.state for client in inputs.clients]
-        return merged(inputs.initial, states, ensemble.weights.cpu(), chosen.merge_scale)
+        return merged(inputs.initial, inputs.states, ensemble.weights.cpu(), chosen.merge_scale)
     return dict(average)
 
 
@@ -111,7 +109,7 @@ def distilled(
     student.to(inputs.device)
     report = DistillProgress(inputs.observer, settings.steps, student, pool)
     progress = inputs.checkpoints.progress() if inputs.checkpoints is not None and grow is None else None
-    features = pool.targets.features
+    features = pool.features()
     branches = None if features is None else Branches.of(ensemble, features)
     distill(
         student,
@@ -133,14 +131,11 @@ def cpu_state(model: VisionTransformer) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def split_and_relabel(
-    ensemble: Ensemble,
-    synthetic: SyntheticImages,
-    grid: PatchGrid,
-    settings: Settings,
-    observer: Observer | None = None,
-) -> tuple[PatchSplit, LowTargets]:
-    """Stages 2 and 3. The attention over the full grid is taken anew on the finished images."""
-    patches = grid.to_patches(synthetic.images)
+    context: StageContext, synthetic: SyntheticImages, observer: Observer | None = None
+) -> RelabelledImages:
+    """Run stages 2 and 3. The attention over the full grid is computed anew from the finished images."""
+    ensemble, settings = context.ensemble, context.settings
+    patches = context.grid.to_patches(synthetic.images)
     attention, seen = [], []
     for part, labels in zip(patches.split(256), synthetic.labels.split(256), strict=True):
         out = ensemble(part, attention=True, labels=labels)
@@ -150,4 +145,4 @@ def split_and_relabel(
     split = split_patches(synthetic.kept, torch.cat(attention), settings.density)
     if observer is not None:
         observer.snapshot("density", attention=torch.cat(attention), probabilities=torch.cat(seen))
-    return split, relabel(ensemble, patches, split, settings.relabel)
+    return RelabelledImages(synthetic, split, relabel(ensemble, patches, split, settings.relabel))

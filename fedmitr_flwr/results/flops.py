@@ -8,14 +8,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from itertools import pairwise
 
-import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from fedmitr_flwr.models.flops import count_flops
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.settings import InversionSettings, Settings
-from fedmitr_flwr.stages.inversion.schedule import growth, most_attended, patches_left
+from fedmitr_flwr.stages.inversion.methods import INVERSION, images_per_run, runs
+from fedmitr_flwr.stages.inversion.schedule import growth
 
 
 def kept_schedule(
@@ -33,12 +33,10 @@ def kept_schedule(
     steps = sorted((grown or {}).items())
     spans = [(after - before, len(there)) for (before, there), (after, _) in pairwise(steps)]
     start, kept = steps[-1][0] if steps else 0, patches
-    size = patches_left(patches, settings)
-    for number, (stop, fraction) in enumerate(zip(settings.stops, settings.fractions, strict=True), 1):
+    after = INVERSION[settings.method].kept_after_stops(patches, settings)
+    for stop, following in zip(settings.stops, after, strict=True):
         spans.append((stop + 1 - start, kept))
-        start, kept = stop + 1, most_attended(torch.zeros(1, kept), fraction).shape[1]
-        if settings.method == "rebirth":
-            kept = size if number == len(settings.stops) else patches - number * size
+        start, kept = stop + 1, following
     spans.append((settings.iterations - start, kept))
     return [(length, number) for length, number in spans if length > 0]
 
@@ -51,16 +49,16 @@ def stage_flops(settings: Settings, model: VisionTransformer, grid: PatchGrid, t
     of each step, and the inversion of hard images; the low-density term is left out.
     """
     P, inversion, distill = grid.num_patches, settings.inversion, settings.distill
-    spans = kept_schedule(inversion, P, growth(grid, inversion.centring))
+    spans, each = kept_schedule(inversion, P, growth(grid, inversion.centring)), images_per_run(inversion)
     cost = {L: count_flops(model, grid, L, pixel_gradient=True) for L in {L for _, L in spans} | {P}}
     forward = count_flops(model, grid, P)
-    images = inversion.runs * inversion.images_per_run
+    images = runs(inversion) * each
     run = inversion.copies * sum(length * cost[L] for length, L in spans)
-    hard = distill.adversarial_rounds * -(-distill.adversarial_images // inversion.images_per_run)
-    pool = images * (distill.views + distill.mix + distill.noise) + hard * inversion.images_per_run * distill.views
+    hard = distill.adversarial_rounds * -(-distill.adversarial_images // each)
+    pool = images * (distill.views + distill.mix + distill.noise) + hard * each * distill.views
     return {
-        "invert": float(inversion.runs * teachers * run),
-        "invert_dense": float(inversion.runs * teachers * inversion.copies * inversion.iterations * cost[P]),
+        "invert": float(runs(inversion) * teachers * run),
+        "invert_dense": float(runs(inversion) * teachers * inversion.copies * inversion.iterations * cost[P]),
         "relabel": float(2 * images * teachers * forward),
         "distill": float(
             forward * (pool * teachers + 3 * distill.steps * distill.batch_size) + hard * (teachers + 1) * run

@@ -29,7 +29,10 @@ InversionName = Literal["sparse", "rebirth"]
 """`inversion.method`."""
 
 RandomFamily = Literal["fields", "contours", "shapes"]
-"""`distill.noise-kind`, and `inversion.start` beside ``white``."""
+"""`distill.noise-kind`."""
+
+Start = Literal["white", RandomFamily]
+"""`inversion.start`."""
 
 Augmentation = Literal["none", "shift", "flip", "strong"]
 """`train.augment` and `distill.augment`."""

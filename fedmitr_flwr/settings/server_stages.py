@@ -6,7 +6,7 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from fedmitr_flwr.settings.choices import Augmentation, InversionName, Precision, RandomFamily, Weighting
+from fedmitr_flwr.settings.choices import Augmentation, InversionName, Precision, RandomFamily, Start, Weighting
 from fedmitr_flwr.settings.run_config import FloatList, IntList, SettingsError, Stage
 
 
@@ -95,7 +95,7 @@ class InversionSettings(Stage):
         description="Iterations in which an image grows from its central patches, ring by ring, to the whole grid, as "
         "in Plug-In Inversion; the first stop can't come before. 0: the whole grid from the start.",
     )
-    start: Literal["white"] | RandomFamily = Field(
+    start: Start = Field(
         "fields",
         description="Starting noise: `white` (Gaussian, around the normalisation mean), or as `distill.noise-kind`.",
     )
@@ -151,16 +151,6 @@ class InversionSettings(Stage):
         if problems:
             raise SettingsError(*problems)
         return self
-
-    @property
-    def images_per_run(self) -> int:
-        """How many images one set of pixels yields."""
-        return len(self.stops) + 1 if self.method == "rebirth" else 1
-
-    @property
-    def runs(self) -> int:
-        """How many sets of pixels are inverted, for at least `images` images."""
-        return -(-self.images // self.images_per_run)
 
 
 class DensitySettings(Stage):

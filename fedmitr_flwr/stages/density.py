@@ -32,6 +32,9 @@ class PatchSplit:
         """``(B, P)`` bool: the others."""
         return ~self.high
 
+    def __getitem__(self, rows: Tensor) -> PatchSplit:
+        return PatchSplit(self.high[rows])
+
 
 def split_patches(kept: Tensor, density: Tensor, settings: DensitySettings) -> PatchSplit:
     """Split by the chosen rule.

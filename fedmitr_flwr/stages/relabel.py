@@ -5,6 +5,7 @@ Letters: B images, C classes, P patches of the full grid.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -14,6 +15,7 @@ from torch.nn import functional as F
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.settings import RelabelSettings
 from fedmitr_flwr.stages.density import PatchSplit, subsets
+from fedmitr_flwr.stages.synthetic import SyntheticImages
 
 
 @dataclass(frozen=True)
@@ -30,6 +32,35 @@ class LowTargets:
 
     probabilities: Tensor
     present: Tensor
+
+    def __getitem__(self, rows: Tensor) -> LowTargets:
+        return LowTargets(self.probabilities[rows], self.present[rows])
+
+    @staticmethod
+    def join(parts: Sequence[LowTargets]) -> LowTargets:
+        """Concatenate the targets of all images of `parts`."""
+        return LowTargets(
+            torch.cat([part.probabilities for part in parts]), torch.cat([part.present for part in parts])
+        )
+
+
+@dataclass(frozen=True)
+class RelabelledImages:
+    """What stages 1 to 3 make: synthetic images, the split of their patches, and the labels of their sparse patches.
+
+    Attributes
+    ----------
+    synthetic
+        B images with their pseudo-labels y, which their dense patches keep.
+    split
+        Density split of the same images.
+    low_targets
+        q_low of the same images.
+    """
+
+    synthetic: SyntheticImages
+    split: PatchSplit
+    low_targets: LowTargets
 
 
 @torch.no_grad()

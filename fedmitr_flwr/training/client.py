@@ -4,45 +4,18 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import replace
 
 import torch
-from torch import Tensor
 
-from fedmitr_flwr.data import ImageSpec, client_images
+from fedmitr_flwr.data import client_images
 from fedmitr_flwr.models.build import build_model
-from fedmitr_flwr.settings import RunConfigValue, Settings
-from fedmitr_flwr.training.local import LocalResult, train_local
-
-
-@dataclass(frozen=True)
-class ClientTask:
-    """What the server asks for.
-
-    Attributes
-    ----------
-    settings
-        The server's settings, which win over the client's own run-config.
-    spec
-        Classes, size and normalisation, as the server has them.
-    round_number
-        Counted from 1.
-    initial
-        State dict to start from, fp32.
-    """
-
-    settings: Settings
-    spec: ImageSpec
-    round_number: int
-    initial: Mapping[str, Tensor]
-
-
-@dataclass(frozen=True)
-class ClientUpload:
-    """Trained weights on the CPU, fp32, and what the training reports."""
-
-    state: dict[str, Tensor]
-    report: LocalResult
+from fedmitr_flwr.settings import RunConfigValue
+from fedmitr_flwr.settings.seeds import client_seed
+from fedmitr_flwr.training.local import train_local
+from fedmitr_flwr.training.reported import REPORTED
+from fedmitr_flwr.training.upload import ClientTask, ClientUpload
+from fedmitr_flwr.training.upload_steps import prepare_upload
 
 
 def client_name(node_config: Mapping[str, RunConfigValue], node_id: int) -> str:
@@ -53,15 +26,15 @@ def client_name(node_config: Mapping[str, RunConfigValue], node_id: int) -> str:
     return f"node-{node_id}"
 
 
-def client_seed(node_config: Mapping[str, RunConfigValue], name: str, run_seed: int, round_number: int) -> int:
-    """Return the training seed: run seed + partition, another one in each round.
+def training_seed(node_config: Mapping[str, RunConfigValue], name: str, run_seed: int, round_number: int) -> int:
+    """Return the seed of a client's training, from its partition or, without one, from its name.
 
     Nothing may depend on global random state: Flower reuses its simulation workers for other clients.
     """
     partition = node_config.get("partition-id")
     if not isinstance(partition, int):
         partition = int.from_bytes(hashlib.sha256(name.encode()).digest()[:4], "big")
-    return run_seed + partition + 1_000_003 * (round_number - 1)
+    return client_seed(run_seed, partition, round_number)
 
 
 def train_client(task: ClientTask, node_config: Mapping[str, RunConfigValue], name: str) -> ClientUpload | None:
@@ -93,12 +66,10 @@ def train_client(task: ClientTask, node_config: Mapping[str, RunConfigValue], na
         return None
     model = build_model(task.settings.model, spec)
     model.load_state_dict(task.initial)
-    report = train_local(
-        model,
-        images,
-        spec,
-        task.settings.train,
-        seed=client_seed(node_config, name, task.settings.run.seed, task.round_number),
-        device=torch.device("cuda" if torch.cuda.is_available() else "cpu"),
-    )
-    return ClientUpload({key: value.detach().cpu() for key, value in model.state_dict().items()}, report)
+    seed = training_seed(node_config, name, task.settings.run.seed, task.round_number)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    result = train_local(model, images, spec, task.settings.train, seed=seed, device=device)
+    state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    trained = ClientUpload(state, result.num_examples, result.histogram, result.loss, result.accuracy)
+    upload = prepare_upload(trained, task, seed)
+    return replace(upload, numbers={number.name: number.compute(upload, task) for number in REPORTED})

@@ -16,7 +16,7 @@ from torch import Tensor
 from fedmitr_flwr.ensemble.engine.kernels import Arena
 from fedmitr_flwr.ensemble.engine.packing import Architecture, Pack, architecture_of, pack
 from fedmitr_flwr.ensemble.engine.passes import Pass, activation_bytes, backward, forward
-from fedmitr_flwr.ensemble.engine.teachers import PagedTeachers
+from fedmitr_flwr.ensemble.engine.teachers import STEP_BYTES, PagedTeachers
 from fedmitr_flwr.models.vit import forward_patches
 
 STEP_ROWS = 1600
@@ -24,12 +24,6 @@ STEP_ROWS = 1600
 
 Measured on one CPU thread (fp32, ViT d = 64, depth 4, K = 10): batching gains 8 % at 40 x 12 tokens and 30 % at 4 x 50;
 at 40 x 50 tokens nothing, and batching all ten loses 15 %, because activations leave the cache.
-"""
-STEP_BYTES = 16 << 20
-"""Weights, of all teachers of a step together, as fp32, up to which teachers run as one batched product.
-
-Where weights are packed anew for every pass, those of a step are in memory some four times over; the matrices of larger
-models leave the cache between two images anyway.
 """
 
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal, overload
 
 import torch
@@ -18,6 +18,15 @@ from fedmitr_flwr.ensemble.engine.packing import WIDE, architecture_of
 from fedmitr_flwr.runs.tensors import StoredState
 
 State = Mapping[str, Tensor]
+Place = Literal["held", "bf16", "paged"]
+"""Where teachers are: in memory as they came and packed, in memory as bf16 alone, or on disk."""
+
+STEP_BYTES = 16 << 20
+"""Weights, of all teachers of a step together, as fp32, up to which teachers run as one batched product.
+
+Where weights are packed anew for every pass, those of a step are in memory some four times over; the matrices of larger
+models leave the cache between two images anyway.
+"""
 
 
 @dataclass(frozen=True)
@@ -36,15 +45,29 @@ class MemoryLimits:
     activations: int = 640
     teachers: int = 4096
 
-    def place(self, teacher: VisionTransformer, count: int) -> Literal["held", "bf16", "paged"]:
-        """Where `count` teachers like this fp32 one belong."""
-        numbers, limit = sum(parameter.numel() for parameter in teacher.parameters()) * count, self.teachers << 20
-        if architecture_of(teacher) is None:  # runs as it is: neither packed nor rounded
-            return "held" if 4 * numbers <= limit else "paged"
-        copies = 3 if teacher.embed_dim >= WIDE else 2  # as it came, packed, and transposed
-        if 4 * copies * numbers <= limit:
-            return "held"
-        return "bf16" if 2 * numbers <= limit else "paged"
+    def place(self, teacher: VisionTransformer, count: int) -> Place:
+        """Return where `count` teachers like this fp32 one go: the most precise place that fits into the limit."""
+        packable = architecture_of(teacher) is not None
+        places: tuple[Place, ...] = ("held", "bf16") if packable else ("held",)  # others are neither packed nor rounded
+        return next((place for place in places if _all_bytes(teacher, count, place) <= self.teachers << 20), "paged")
+
+    def size(self, teacher: VisionTransformer, count: int) -> int:
+        """Return how many bytes `count` teachers take at most where `place` puts them, work space of a pass included.
+
+        Teachers that are not held packed are packed for one step of a pass at a time, at least one teacher and at most
+        `STEP_BYTES` of weights: what was read, the pack, and its transposed copy.
+        """
+        place, each = self.place(teacher, count), 4 * _numbers(teacher)
+        step = each if architecture_of(teacher) is None else each * max(1, min(STEP_BYTES // each, count))
+        return _all_bytes(teacher, count, place) + {"held": 0, "bf16": 2 * step, "paged": 3 * step}[place]
+
+    def within(self, room: int, teacher: VisionTransformer, count: int) -> MemoryLimits:
+        """Lower the limit of the teachers until they take at most `room` bytes; 0 if even paged ones take more."""
+        limits = replace(self, teachers=min(self.teachers, max(0, room >> 20)))
+        while limits.teachers and limits.size(teacher, count) > room:
+            below = (_all_bytes(teacher, count, limits.place(teacher, count)) - 1) >> 20
+            limits = replace(limits, teachers=max(0, min(below, limits.teachers - 1)))
+        return limits
 
     def shrink(self, teacher: VisionTransformer, count: int) -> bool:
         """Change one of `count` teachers in memory to bf16 in place if they are too large; whether it is bf16 now."""
@@ -118,6 +141,17 @@ def load_teachers(
         limits.shrink(teacher, len(states))
         teachers.append(teacher.to(device))
     return teachers
+
+
+def _numbers(teacher: VisionTransformer) -> int:
+    return sum(parameter.numel() for parameter in teacher.parameters())
+
+
+def _all_bytes(teacher: VisionTransformer, count: int, place: Place) -> int:
+    """Bytes that the weights of all teachers take at a place."""
+    copies = 3 if teacher.embed_dim >= WIDE else 2  # as they came, packed, and transposed
+    held = 4 * (1 if architecture_of(teacher) is None else copies)
+    return {"held": held, "bf16": 2, "paged": 0}[place] * _numbers(teacher) * count
 
 
 def is_bf16(teacher: VisionTransformer) -> bool:

@@ -23,7 +23,6 @@ from torch.linalg import vector_norm
 from fedmitr_flwr.federation.uploads.validation import (
     UploadRefused,
     brief,
-    check_accuracy,
     check_count,
     check_histogram,
     check_name,
@@ -32,6 +31,7 @@ from fedmitr_flwr.federation.uploads.validation import (
     natural_key,
 )
 from fedmitr_flwr.runs.tensors import StoredState, checksum, write_tensors
+from fedmitr_flwr.training.reported import REPORTED
 
 log = logging.getLogger("fedmitr.collection")
 
@@ -47,7 +47,7 @@ class TensorLayout:
 
 
 @dataclass(frozen=True)
-class Upload:
+class StoredUpload:
     """An accepted upload.
 
     Attributes
@@ -58,8 +58,8 @@ class Upload:
         Number of its training images, at least 1.
     histogram
         Number of them in each of the C classes; None when it was not shared.
-    loss, accuracy
-        What it reached on its own training images; accuracy in 0..1.
+    numbers
+        By name, what it reported beside them; see `reported.REPORTED`.
     path
         The safetensors file, in the number format that was uploaded.
     checksum
@@ -69,8 +69,7 @@ class Upload:
     client: str
     num_examples: int
     histogram: tuple[int, ...] | None
-    loss: float
-    accuracy: float
+    numbers: Mapping[str, float]
     path: Path
     checksum: str
 
@@ -113,7 +112,7 @@ class UploadStore:
         self._max_distance = max_update_norm * max(1.0, self._start)
         # Every difference is taken in the same memory: fresh pages for 23 MB cost more than the arithmetic.
         self._difference = torch.empty(max((value.numel() for value in self._floating.values()), default=0))
-        self._uploads: dict[str, Upload] = {}
+        self._uploads: dict[str, StoredUpload] = {}
         directory.mkdir(parents=True, exist_ok=True)
 
     def check_client(self, client: object) -> str:
@@ -156,10 +155,9 @@ class UploadStore:
         state: Mapping[str, Tensor],
         *,
         num_examples: object,
-        loss: object,
-        accuracy: object,
+        numbers: Mapping[str, object],
         histogram: object = None,
-    ) -> Upload:
+    ) -> StoredUpload:
         """Validate one upload, write it to disk and add it to the list.
 
         Parameters
@@ -168,7 +166,7 @@ class UploadStore:
             The client's name.
         state
             Its weights; not kept after the call.
-        num_examples, loss, accuracy, histogram
+        num_examples, numbers, histogram
             What it says of them; of any type, since it comes from outside.
 
         Raises
@@ -182,16 +180,18 @@ class UploadStore:
         self.check_layout({key: TensorLayout(tuple(value.shape), value.dtype) for key, value in state.items()})
         count = check_count("num-examples", num_examples, 1)
         counts = check_histogram(histogram, count, self.num_classes, needed=self.needs_histogram)
-        final_loss = check_number("loss", loss)
-        final_accuracy = check_accuracy(accuracy)
+        checked = {
+            number.name: check_number(number.name, numbers.get(number.name), number.least, number.most)
+            for number in REPORTED
+        }
         self._check_values(state)
         path = self.directory / f"{file_stem(name)}.safetensors"
-        upload = Upload(name, count, counts, final_loss, final_accuracy, path, checksum(state))
+        upload = StoredUpload(name, count, counts, checked, path, checksum(state))
         self._write(upload, state)
         self._uploads[name] = upload
         return upload
 
-    def recover(self) -> list[Upload]:
+    def recover(self) -> list[StoredUpload]:
         """Take the uploads over that an earlier process accepted into this directory.
 
         Files are believed when they are whole and still hold what was accepted; another is left out with a warning, so
@@ -199,7 +199,7 @@ class UploadStore:
 
         Returns
         -------
-        list[Upload]
+        list[StoredUpload]
             As `uploads`.
         """
         for path in sorted(self.directory.glob("*.safetensors")):
@@ -211,16 +211,15 @@ class UploadStore:
             self._uploads[upload.client] = upload
         return self.uploads()
 
-    def _read(self, path: Path) -> Upload:
+    def _read(self, path: Path) -> StoredUpload:
         with safe_open(path, "pt") as file:
             about = file.metadata()
         counts = json.loads(about["histogram"])
-        upload = Upload(
+        upload = StoredUpload(
             about["client"],
             int(about["num-examples"]),
             None if counts is None else tuple(counts),
-            float(about["loss"]),
-            float(about["accuracy"]),
+            {number.name: float(about[number.name]) for number in REPORTED},
             path,
             about["checksum"],
         )
@@ -230,11 +229,11 @@ class UploadStore:
         self.check_layout({key: TensorLayout(tuple(value.shape), value.dtype) for key, value in state.items()})
         return upload
 
-    def uploads(self) -> list[Upload]:
+    def uploads(self) -> list[StoredUpload]:
         """Return the accepted uploads by client name, numbers in it by value: the order of arrival has no say."""
         return sorted(self._uploads.values(), key=lambda upload: natural_key(upload.client))
 
-    def load(self, upload: Upload) -> dict[str, Tensor]:
+    def load(self, upload: StoredUpload) -> dict[str, Tensor]:
         """Read an upload's tensors back, floating-point ones as fp32.
 
         Raises
@@ -268,7 +267,7 @@ class UploadStore:
                 f"{self.max_update_norm:g} times its norm ({self._max_distance:.4g})"
             )
 
-    def open(self, upload: Upload) -> StoredState:
+    def open(self, upload: StoredUpload) -> StoredState:
         """Return an upload's tensors as a mapping that reads them when asked for; the file is checked now.
 
         Raises
@@ -278,13 +277,12 @@ class UploadStore:
         """
         return StoredState(upload.path, tuple(self.load(upload)))
 
-    def _write(self, upload: Upload, state: Mapping[str, Tensor]) -> None:
+    def _write(self, upload: StoredUpload, state: Mapping[str, Tensor]) -> None:
         metadata = {
             "client": upload.client,
             "num-examples": str(upload.num_examples),
             "histogram": json.dumps(upload.histogram),
-            "loss": repr(upload.loss),
-            "accuracy": repr(upload.accuracy),
+            **{name: repr(value) for name, value in upload.numbers.items()},
             "checksum": upload.checksum,
         }
         write_tensors(upload.path, state, metadata)

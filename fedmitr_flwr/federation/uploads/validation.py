@@ -45,19 +45,13 @@ def check_count(what: str, value: object, least: int) -> int:
     return value
 
 
-def check_number(what: str, value: object) -> float:
-    """Return a finite number."""
+def check_number(what: str, value: object, least: float = -math.inf, most: float = math.inf) -> float:
+    """Return a finite number within a range."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise UploadRefused(f"{what} {brief(value)} is not a finite number")
+    if not least <= value <= most:
+        raise UploadRefused(f"{what} {float(value)} is not between {least:g} and {most:g}")
     return float(value)
-
-
-def check_accuracy(accuracy: object) -> float:
-    """Return a number between 0 and 1."""
-    value = check_number("accuracy", accuracy)
-    if not 0.0 <= value <= 1.0:
-        raise UploadRefused(f"accuracy {value} is not between 0 and 1")
-    return value
 
 
 def check_histogram(histogram: object, num_examples: int, num_classes: int, *, needed: bool) -> tuple[int, ...] | None:

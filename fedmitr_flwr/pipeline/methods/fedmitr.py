@@ -8,7 +8,7 @@ from fedmitr_flwr.models.build import build_model
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.pipeline.diagnostics import diagnose
 from fedmitr_flwr.pipeline.hard_images import HardImages
-from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
+from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult, StageContext
 from fedmitr_flwr.pipeline.methods.common import Method
 from fedmitr_flwr.pipeline.steps import distilled, invert_all, make_ensemble, split_and_relabel, student_start
 from fedmitr_flwr.settings import Settings
@@ -28,18 +28,19 @@ def run_pipeline(inputs: PipelineInputs) -> PipelineResult:
     settings, observer, checkpoints = inputs.settings, inputs.observer, inputs.checkpoints
     ensemble, known = make_ensemble(inputs)
     model = build_model(settings.model, inputs.spec)
-    grid = PatchGrid.of(model, inputs.spec)
+    context = StageContext(ensemble, PatchGrid.of(model, inputs.spec), settings)
     with observer.stage("invert"):
-        synthetic = invert_all(ensemble, known, grid, inputs)
-        found = diagnose(ensemble, synthetic, grid, settings.inversion)
+        synthetic = invert_all(context, known, inputs)
+        found = diagnose(context.inversion, synthetic)
         observer.event("diagnostics", **found.as_dict())
         for warning in found.warnings():
             observer.event("diagnostics", warning=warning)
     with observer.stage("relabel"):
-        split, targets = split_and_relabel(ensemble, synthetic, grid, settings, observer)
+        made = split_and_relabel(context, synthetic, observer)
+        targets = made.low_targets
         observer.event(
             "relabel",
-            high_density=float(split.high.float().mean()),
+            high_density=float(made.split.high.float().mean()),
             ensemble_agrees=float((targets.probabilities.argmax(1) == synthetic.labels)[targets.present].float().mean())
             if bool(targets.present.any())
             else 0.0,
@@ -50,16 +51,14 @@ def run_pipeline(inputs: PipelineInputs) -> PipelineResult:
         with observer.stage("distill"):
             model.load_state_dict(student_start(inputs, ensemble, average))
             generator = torch.Generator().manual_seed(inputs.seed)
-            pool = make_pool(ensemble, synthetic, split, targets, grid, settings.distill, generator=generator)
-            observer.event("distill", labelled_images=len(pool.labels))
-            harder = HardImages(
-                ensemble, model, known, grid, settings, pool, seed=inputs.seed, generator=generator, observer=observer
-            )
+            pool = make_pool(ensemble, made, context.grid, settings.distill, generator=generator)
+            observer.event("distill", labelled_images=len(pool))
+            harder = HardImages(context, model, known, pool, seed=inputs.seed, generator=generator, observer=observer)
             grow = harder if settings.distill.adversarial_rounds > 0 else None
             state = distilled(inputs, ensemble, model, pool, settings.distill, generator, grow)
         if checkpoints is not None:
             checkpoints.save_model(state)
-    return PipelineResult(state, average, ensemble, synthetic, split, found, dict(observer.seconds))
+    return PipelineResult(state, average, ensemble, synthetic, made.split, found, dict(observer.seconds))
 
 
 def inverted_images(settings: Settings) -> str:

@@ -16,9 +16,8 @@ from fedmitr_flwr.pipeline.methods.common import Method, untrained_result
 def head_aggregation(inputs: PipelineInputs) -> PipelineResult:
     """Merge the uploads; nothing is trained, so the seed is without effect. See `pipeline.run_pipeline`."""
     result = untrained_result(inputs)
-    states = [client.state for client in inputs.clients]
     weights = result.ensemble.weights.cpu()
-    return replace(result, state=merged(inputs.initial, states, weights, inputs.settings.distill.merge_scale))
+    return replace(result, state=merged(inputs.initial, inputs.states, weights, inputs.settings.distill.merge_scale))
 
 
 HEAD_AGGREGATION = Method(

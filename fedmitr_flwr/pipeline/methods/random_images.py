@@ -19,7 +19,7 @@ from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
 from fedmitr_flwr.pipeline.methods.common import Method, untrained_result
 from fedmitr_flwr.pipeline.steps import distilled, student_start
 from fedmitr_flwr.stages.distillation.pool import label_patches, unnamed_pool
-from fedmitr_flwr.stages.random_images import random_images
+from fedmitr_flwr.stages.random_images.families import random_images
 
 
 def ensemble_on_random_images(inputs: PipelineInputs) -> PipelineResult:

@@ -92,9 +92,9 @@ def distill(
             pool, queue = grown, queue[:0]
             student.train()
         while len(queue) < settings.batch_size:
-            queue = torch.cat([queue, torch.randperm(len(pool.labels), generator=generator)])
+            queue = torch.cat([queue, torch.randperm(len(pool), generator=generator)])
         rows, queue = queue[: settings.batch_size], queue[settings.batch_size :]
-        terms = loss_terms(student, pool, rows.to(pool.labels.device), settings, branches)
+        terms = loss_terms(student, pool.batch(rows), settings, branches)
         total = terms.total(settings)
         optimizer.zero_grad(set_to_none=True)
         total.backward()

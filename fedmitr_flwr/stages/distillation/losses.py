@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from fedmitr_flwr.models.vit import forward_patches
 from fedmitr_flwr.settings import DistillSettings
 from fedmitr_flwr.stages.density import subsets
-from fedmitr_flwr.stages.distillation.pool import Pool
+from fedmitr_flwr.stages.distillation.pool import PoolBatch
 from fedmitr_flwr.stages.distillation.teacher_heads import Branches, last_norms
 from fedmitr_flwr.stages.relabel import soften
 
@@ -58,34 +58,34 @@ class LossTerms:
 
 
 def loss_terms(
-    student: VisionTransformer, pool: Pool, rows: Tensor, settings: DistillSettings, branches: Branches | None = None
+    student: VisionTransformer, batch: PoolBatch, settings: DistillSettings, branches: Branches | None = None
 ) -> LossTerms:
     """Compute the terms of one step; a term of weight 0, or without images in this step, is 0.
 
     Parameters
     ----------
-    rows
-        ``(b,)`` int64 images of the pool.
+    batch
+        The b images of the step.
     branches
         As for `distill`.
     """
-    kl = ce = low = feature = teacher = torch.zeros((), device=rows.device)
+    images, count = batch.images, len(batch.images)
+    kl = ce = low = feature = teacher = torch.zeros((), device=images.labels.device)
     full_ce = settings.ce_weight > 0 and settings.ce_on == "full"
     if settings.kl_weight > 0 or full_ce or branches is not None:
-        seen = forward_patches(student, pool.patches[rows], None)
-        kl = kl_divergence(pool.targets.probabilities[rows], seen.logits, settings.temperature)
+        seen = forward_patches(student, images.patches, None)
+        kl = kl_divergence(images.targets.probabilities, seen.logits, settings.temperature)
         if full_ce:
-            ce = F.cross_entropy(seen.logits, pool.labels[rows], ignore_index=-1, reduction="sum") / len(rows)
-        if branches is not None and pool.targets.features is not None:
-            feature, teacher = branches(last_norms(student)(seen.features), pool.targets.features[rows])
-    still = rows[rows < len(pool.split.high)]  # synthetic images as they were inverted
-    if settings.ce_weight > 0 and settings.ce_on == "high" and len(still):
-        out = subset_logits(student, pool.patches[still], pool.split.high[still])
-        ce = F.cross_entropy(out, pool.labels[still], reduction="sum") / len(rows)
-    present = still[pool.low_targets.present[still]]
+            ce = F.cross_entropy(seen.logits, images.labels, ignore_index=-1, reduction="sum") / count
+        if branches is not None and images.targets.features is not None:
+            feature, teacher = branches(last_norms(student)(seen.features), images.targets.features)
+    if settings.ce_weight > 0 and settings.ce_on == "high" and len(batch.inverted):
+        out = subset_logits(student, images.patches[batch.inverted], batch.split.high)
+        ce = F.cross_entropy(out, images.labels[batch.inverted], reduction="sum") / count
+    present = batch.low_targets.present.nonzero().squeeze(1)
     if settings.low_weight > 0 and len(present):
-        out = subset_logits(student, pool.patches[present], pool.split.low[present])
-        low = kl_divergence(pool.low_targets.probabilities[present], out, 1.0) * (len(present) / len(rows))
+        out = subset_logits(student, images.patches[batch.inverted[present]], batch.split.low[present])
+        low = kl_divergence(batch.low_targets.probabilities[present], out, 1.0) * (len(present) / count)
     return LossTerms(kl, ce, low, feature, teacher)
 
 

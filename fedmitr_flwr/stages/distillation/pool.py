@@ -13,7 +13,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -24,22 +23,21 @@ from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.settings import DistillSettings
 from fedmitr_flwr.stages.density import PatchSplit
 from fedmitr_flwr.stages.distillation.teacher_heads import last_norms
-from fedmitr_flwr.stages.random_images import random_images
-from fedmitr_flwr.stages.relabel import LowTargets
-from fedmitr_flwr.stages.synthetic import SyntheticImages
+from fedmitr_flwr.stages.random_images.families import random_images
+from fedmitr_flwr.stages.relabel import LowTargets, RelabelledImages
 from fedmitr_flwr.training.augment import augment
 
 
 @dataclass(frozen=True)
 class Targets:
-    """What the student is to make of full images.
+    """What the student learns from full images.
 
     Attributes
     ----------
     probabilities
-        ``(N, C)`` A(x) of each, or its most probable class.
+        ``(N, C)`` A(x) of each image, or its most probable class as a one-hot row.
     features
-        ``(N, K, D)`` bf16, each teacher's [CLS] token as its head sees it; None where no term of the loss reads them.
+        ``(N, K, D)`` bf16, each teacher's [CLS] token as its head receives it; None where no loss term reads them.
     """
 
     probabilities: Tensor
@@ -47,82 +45,158 @@ class Targets:
 
     @staticmethod
     def join(parts: Sequence[Targets]) -> Targets:
-        """Those of all images of `parts`."""
+        """Concatenate the targets of all images of `parts`."""
         features = [part.features for part in parts if part.features is not None]
         probabilities = torch.cat([part.probabilities for part in parts])
         return Targets(probabilities, torch.cat(features) if features else None)
 
-    def __getitem__(self, rows: slice) -> Targets:
+    def __getitem__(self, rows: slice | Tensor) -> Targets:
         return Targets(self.probabilities[rows], None if self.features is None else self.features[rows])
 
 
 @dataclass(frozen=True)
-class Pool:
-    """All that the student learns from, on one device.
+class LabelledImages:
+    """Full images with what the ensemble says about them.
 
     Attributes
     ----------
     patches
-        ``(N, P, E)`` full images, cut into patches. The first B are the synthetic images as they were inverted.
+        ``(N, P, E)`` images, cut into patches.
     labels
-        ``(N,)`` int64 pseudo-label y, or -1 for images that have none (mixed and noise).
+        ``(N,)`` int64 pseudo-label y, or -1 for images without one (mixed and random images).
     targets
         Of each full image.
-    split
-        Density split of the first B.
-    low_targets
-        q_low of the first B.
     """
 
     patches: Tensor
     labels: Tensor
     targets: Targets
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+    def __getitem__(self, rows: slice | Tensor) -> LabelledImages:
+        return LabelledImages(self.patches[rows], self.labels[rows], self.targets[rows])
+
+    @staticmethod
+    def join(parts: Sequence[LabelledImages]) -> LabelledImages:
+        """Concatenate the images of all `parts`."""
+        return LabelledImages(
+            torch.cat([part.patches for part in parts]),
+            torch.cat([part.labels for part in parts]),
+            Targets.join([part.targets for part in parts]),
+        )
+
+
+@dataclass(frozen=True)
+class PoolBatch:
+    """The images of one step of distillation.
+
+    Attributes
+    ----------
+    images
+        All b images of the step.
+    inverted
+        ``(m,)`` int64 positions among them of inverted images, unchanged; only these have a density split.
+    split, low_targets
+        Of the m inverted images.
+    """
+
+    images: LabelledImages
+    inverted: Tensor
     split: PatchSplit
     low_targets: LowTargets
 
+
+@dataclass(frozen=True)
+class Pool:
+    """All images that the student learns from, on one device.
+
+    Attributes
+    ----------
+    inverted
+        The B synthetic images, unchanged.
+    split, low_targets
+        Density split and q_low of the same B images.
+    further
+        Augmented views, mixed images and random images.
+    """
+
+    inverted: LabelledImages
+    split: PatchSplit
+    low_targets: LowTargets
+    further: LabelledImages
+
+    def __post_init__(self) -> None:
+        counts = {len(self.inverted), len(self.split.high), len(self.low_targets.present)}
+        if len(counts) > 1:
+            raise ValueError(f"inverted images, their splits and their targets differ in number: {sorted(counts)}")
+
+    def __len__(self) -> int:
+        return len(self.inverted) + len(self.further)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the images are."""
+        return self.further.labels.device
+
+    def batch(self, rows: Tensor) -> PoolBatch:
+        """Return the images of a step.
+
+        Parameters
+        ----------
+        rows
+            ``(b,)`` int64 on the CPU; inverted images come first, then the further ones.
+        """
+        B = len(self.inverted)
+        places, others = (rows < B).nonzero().squeeze(1), (rows >= B).nonzero().squeeze(1)
+        inverted, further = rows[places].to(self.device), rows[others].to(self.device) - B
+        order = torch.cat([places, others]).argsort().to(self.device)
+        images = LabelledImages.join([self.inverted[inverted], self.further[further]])[order]
+        return PoolBatch(images, places.to(self.device), self.split[inverted], self.low_targets[inverted])
+
+    def features(self) -> tuple[Tensor, ...] | None:
+        """Return the teachers' tokens of all images as parts ``(n, K, D)``; None where no loss term reads them."""
+        parts = [part.targets.features for part in (self.inverted, self.further)]
+        found = tuple(part for part in parts if part is not None)
+        return found or None
+
     def join(self, other: Pool) -> Pool:
-        """Both pools as one: the synthetic images of both as they were inverted, then what else both hold."""
-        pools = (self, other)
-
-        def parts(name: Literal["patches", "labels", "targets"]) -> list[Any]:
-            still = [getattr(pool, name)[: len(pool.split.high)] for pool in pools]
-            return [*still, *(getattr(pool, name)[len(pool.split.high) :] for pool in pools)]
-
-        split = PatchSplit(torch.cat([pool.split.high for pool in pools]))
-        low = LowTargets(
-            torch.cat([pool.low_targets.probabilities for pool in pools]),
-            torch.cat([pool.low_targets.present for pool in pools]),
+        """Return both pools as one."""
+        return Pool(
+            LabelledImages.join([self.inverted, other.inverted]),
+            PatchSplit(torch.cat([self.split.high, other.split.high])),
+            LowTargets.join([self.low_targets, other.low_targets]),
+            LabelledImages.join([self.further, other.further]),
         )
-        targets = Targets.join(parts("targets"))
-        return Pool(torch.cat(parts("patches")), torch.cat(parts("labels")), targets, split, low)
 
 
 @torch.no_grad()
 def make_pool(
     ensemble: Ensemble,
-    synthetic: SyntheticImages,
-    split: PatchSplit,
-    low_targets: LowTargets,
+    made: RelabelledImages,
     grid: PatchGrid,
     settings: DistillSettings,
     *,
     generator: torch.Generator,
     batch_size: int = 128,
 ) -> Pool:
-    """Gather the images and let the ensemble label them.
+    """Add further images to the synthetic ones, and let the ensemble label all of them.
 
     Parameters
     ----------
-    synthetic, split, low_targets
+    made
         Of stages 1 to 3.
     settings
-        How many further images; they are left out when ``kl_weight`` is 0.
+        How many further images; mixed and random ones are left out when ``kl_weight`` is 0.
     generator
-        CPU generator of augmentation, mixing and noise.
+        CPU generator of augmentation, mixing and random images.
     """
+    synthetic = made.synthetic
     patches, labels = gather(synthetic.images, synthetic.labels, grid, settings, generator)
-    targets = label_patches(ensemble, patches, settings, batch_size)
-    return Pool(patches, labels, targets, split, low_targets)
+    everything = LabelledImages(patches, labels, label_patches(ensemble, patches, settings, batch_size))
+    B = len(synthetic.labels)
+    return Pool(everything[:B], made.split, made.low_targets, everything[B:])
 
 
 def gather(
@@ -150,11 +224,12 @@ def gather(
 
 
 def unnamed_pool(patches: Tensor, targets: Targets) -> Pool:
-    """A pool of ``(N, P, E)`` images that have targets and neither pseudo-labels nor a density split."""
+    """Return a pool of ``(N, P, E)`` images that have targets, and neither pseudo-labels nor a density split."""
+    labels = torch.full((len(patches),), -1, device=patches.device)
+    everything = LabelledImages(patches, labels, targets)
     none = patches.new_zeros(0, patches.shape[1], dtype=torch.bool)
     low = LowTargets(targets.probabilities[:0], none.new_zeros(0))
-    labels = torch.full((len(patches),), -1, device=patches.device)
-    return Pool(patches, labels, targets, PatchSplit(none), low)
+    return Pool(everything[:0], PatchSplit(none), low, everything)
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ Letters: B images, N images of the pool, K teachers, C classes, D embedding.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import cast
 
 import torch
@@ -53,19 +54,20 @@ class Branches(nn.Module):
             self.register_buffer(name, value)
 
     @classmethod
-    def of(cls, ensemble: Ensemble, features: Tensor) -> Branches:
+    def of(cls, ensemble: Ensemble, features: Sequence[Tensor]) -> Branches:
         """Branches to the teachers of an ensemble.
 
         Parameters
         ----------
         features
-            ``(N, K, D)`` of a pool, on the ensemble's device.
+            Parts ``(n, K, D)`` of a pool's tokens, on the ensemble's device.
         """
         heads = [head_of(teacher) for teacher in ensemble.teachers]
         share = ensemble.weights.mean(1)
-        variance = torch.stack([_variance(of_one.float()) for of_one in features.unbind(1)])
-        weight, bias = (torch.stack(parts).to(features.device) for parts in zip(*heads, strict=True))
-        return cls(weight, bias, (share / share.sum()).to(features.device), variance)
+        tokens = (torch.cat([part[:, k] for part in features]).float() for k in range(len(heads)))
+        variance = torch.stack([_variance(of_one) for of_one in tokens])
+        weight, bias = (torch.stack(parts).to(variance.device) for parts in zip(*heads, strict=True))
+        return cls(weight, bias, (share / share.sum()).to(variance.device), variance)
 
     def forward(self, student: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
         """Distance of the mapped token from each teacher's, and of what the teacher's head reads in both.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -22,7 +23,7 @@ from fedmitr_flwr.stages.inversion.prior import Prior
 from fedmitr_flwr.stages.inversion.schedule import Choice, growth
 from fedmitr_flwr.stages.inversion.terms import terms_of
 from fedmitr_flwr.stages.inversion.views import View
-from fedmitr_flwr.stages.random_images import random_images
+from fedmitr_flwr.stages.random_images.families import random_images
 from fedmitr_flwr.stages.synthetic import SyntheticImages
 
 CHECK = 100
@@ -49,6 +50,25 @@ class Watch:
 NOBODY = Watch()
 
 
+@dataclass(frozen=True)
+class InversionTask:
+    """What is inverted, into which images, and how.
+
+    Attributes
+    ----------
+    ensemble
+        Frozen teachers, on the device of the labels.
+    grid
+        Geometry and valid pixel range.
+    settings
+        Iterations, stop schedule, optimiser and priors.
+    """
+
+    ensemble: Ensemble
+    grid: PatchGrid
+    settings: InversionSettings
+
+
 class InversionDivergedError(RuntimeError):
     """Loss or pixels stopped being finite; the message names the iteration.
 
@@ -69,12 +89,22 @@ class InversionDivergedError(RuntimeError):
 def optimise(
     batch: InversionBatch,
     stops: Mapping[int, Choice],
-    settings: InversionSettings,
     generator: torch.Generator,
     watch: Watch = NOBODY,
 ) -> None:
-    """Run all iterations of a batch; `stops` chooses at some of them which patches go on, the rest as `invert`."""
-    grown = growth(batch.grid, settings.centring)
+    """Run all iterations of a batch.
+
+    Parameters
+    ----------
+    stops
+        For some iterations, the function that chooses which patches stay.
+    generator
+        CPU generator of jitter and colours.
+    watch
+        Callbacks.
+    """
+    settings = batch.task.settings
+    grown = growth(batch.task.grid, settings.centring)
     alike = stretches(stops, grown, settings.iterations)
     try:
         for iteration in range(settings.iterations):
@@ -98,8 +128,8 @@ class InversionBatch:
 
     Parameters
     ----------
-    ensemble
-        Frozen teachers.
+    task
+        Teachers, geometry and settings.
     labels
         ``(B,)`` int64.
     start
@@ -117,24 +147,23 @@ class InversionBatch:
 
     def __init__(
         self,
-        ensemble: Ensemble,
+        task: InversionTask,
         labels: Tensor,
         start: Tensor,
-        kept: Tensor | None,
-        grid: PatchGrid,
-        settings: InversionSettings,
+        kept: Tensor | None = None,
         terms: Sequence[Term] = (),
     ) -> None:
+        grid, settings = task.grid, task.settings
         if kept is not None and kept.shape[1] == 0:
             raise ValueError("kept names no patch: an image needs at least one to be inverted")
         if kept is not None and not 0 <= int(kept.min()) <= int(kept.max()) < grid.num_patches:
             raise ValueError(
                 f"kept names patches {int(kept.min())} to {int(kept.max())}, the grid has 0 to {grid.num_patches - 1}"
             )
-        self._ensemble, self._labels, self.grid, self._settings = ensemble, labels, grid, settings
+        self.task, self._labels = task, labels
         self._terms = (*terms_of(settings), *terms)
         device = labels.device
-        self._dtype = compute_dtype(settings.precision, ensemble.teachers[0].embed_dim, device)
+        self._dtype = compute_dtype(settings.precision, task.ensemble.teachers[0].embed_dim, device)
         self._low, self._high = grid.bounds(device)
         self._canvas = torch.minimum(torch.maximum(grid.to_patches(start), self._low), self._high)  # (B, P, E)
         self.kept = torch.arange(grid.num_patches, device=device).repeat(len(labels), 1) if kept is None else kept
@@ -146,8 +175,8 @@ class InversionBatch:
     def _begin(self) -> None:
         """Give the kept patches an optimiser and a prior."""
         self._steady: SteadySteps | None = None
-        self._adam = PixelAdam(take(self._canvas, self.kept), self._settings)
-        self._prior = Prior(self._canvas, self.kept, self.grid, self._settings)
+        self._adam = PixelAdam(take(self._canvas, self.kept), self.task.settings)
+        self._prior = Prior(self._canvas, self.kept, self.task.grid, self.task.settings)
 
     def restart(self, kept: Tensor) -> None:
         """Go on from the pixels as they are with other patches, ``(L,)`` int64 of each image, and a fresh optimiser."""
@@ -161,14 +190,14 @@ class InversionBatch:
         Steps with views or a choice may come all the same, and end it.
         """
         device = self._labels.device
-        if suits(steps, self._ensemble, self._settings, self._terms, device):
+        if suits(steps, self.task.ensemble, self.task.settings, self._terms, device):
             table = self._adam.table(steps)
-            self._steady = SteadySteps(self._steady_step, table, self._iteration, self._ensemble, device)
+            self._steady = SteadySteps(self._steady_step, table, self._iteration, self.task.ensemble, device)
 
     def views(self, generator: torch.Generator) -> list[View]:
         """Draw the looks of an iteration, as the settings ask for."""
-        count, device = len(self._labels), self._labels.device
-        return [View.draw(count, self.grid, self._settings, generator, device) for _ in range(self._settings.copies)]
+        count, device, grid, settings = len(self._labels), self._labels.device, self.task.grid, self.task.settings
+        return [View.draw(count, grid, settings, generator, device) for _ in range(settings.copies)]
 
     def step(self, views: Sequence[View] = (View(),), choose: Choice | None = None) -> Tensor:
         """One iteration; nothing in it waits for the device.
@@ -192,27 +221,46 @@ class InversionBatch:
                 self._iteration += 1
                 return self._loss
             self._steady = None
-        looks = zip(*(self._look(view) for view in views), strict=True)
-        self._loss, gradient, attention = (torch.stack(part).mean(0) if len(part) > 1 else part[0] for part in looks)
-        self._broken = torch.where(self._breaks(self._loss), self._iteration, self._broken)
+        update = partial(self._adam.step, low=self._low, high=self._high)
+        self._loss = self._iterate(self._iteration, views, choose, update)
         self._iteration += 1
+        return self._loss
+
+    def _steady_step(self, scalars: Tensor, iteration: Tensor) -> Tensor:
+        """Run one iteration on memory that stays in place, see `cuda_graphs.Body`."""
+        update = partial(self._adam.step_by, scalars, low=self._low, high=self._high)
+        return self._iterate(iteration, (View(),), None, update)
+
+    def _iterate(
+        self,
+        iteration: int | Tensor,
+        views: Sequence[View],
+        choose: Choice | None,
+        update: Callable[[Tensor], None],
+    ) -> Tensor:
+        """Run one iteration: loss and gradient, perhaps a stop, the prior's gradient, the update of the pixels.
+
+        Parameters
+        ----------
+        iteration
+            Its number, or ``()`` int64 on the device.
+        views, choose
+            As for `step`.
+        update
+            Moves the pixels, given the ``(B, L, E)`` gradient.
+        """
+        looks = zip(*(self._look(view) for view in views), strict=True)
+        loss, gradient, attention = (torch.stack(part).mean(0) if len(part) > 1 else part[0] for part in looks)
+        self._broken.copy_(torch.where(self._breaks(loss), iteration, self._broken))
         if choose is not None:
             self._canvas = scatter(self._canvas, self.kept, self._adam.pixels)
             stay = choose(attention)
             self.kept, gradient = self.kept.gather(1, stay), take(gradient, stay)
             self._adam.keep(stay)
-            self._prior = Prior(self._canvas, self.kept, self.grid, self._settings)
+            self._prior = Prior(self._canvas, self.kept, self.task.grid, self.task.settings)
         self._prior.add_gradient(self._adam.pixels, gradient)
-        self._adam.step(gradient, self._low, self._high)
-        return self._loss
-
-    def _steady_step(self, scalars: Tensor, iteration: Tensor) -> Tensor:
-        """`step` on memory that stays in place, see `cuda_graphs.Body`."""
-        out = self._ensemble.loss_gradient(self._adam.pixels, self.kept, self._labels, self._dtype)
-        self._broken.copy_(torch.where(self._breaks(out.loss), iteration, self._broken))
-        self._prior.add_gradient(self._adam.pixels, out.gradient)
-        self._adam.step_by(scalars, out.gradient, self._low, self._high)
-        return out.loss
+        update(gradient)
+        return loss
 
     def _breaks(self, loss: Tensor) -> Tensor:
         """Whether these losses are the first that are not finite, ``()`` bool."""
@@ -220,18 +268,18 @@ class InversionBatch:
 
     def _look(self, view: View) -> tuple[Tensor, Tensor, Tensor]:
         """Losses ``(B,)``, gradients ``(B, L, E)`` and attention ``(B, L)`` in one view."""
-        seen, index = view.of(self._adam.pixels), self.grid.shifted(self.kept, view.shift)
-        out = self._ensemble.loss_gradient(seen, index, self._labels, self._dtype, self._terms)
+        seen, index = view.of(self._adam.pixels), self.task.grid.shifted(self.kept, view.shift)
+        out = self.task.ensemble.loss_gradient(seen, index, self._labels, self._dtype, self._terms)
         return out.loss, view.pull_back(out.gradient), out.attention
 
     def release(self) -> None:
         """Give back the memory of the teachers' activations, and of a graph."""
         self._steady = None
-        self._ensemble.release()
+        self.task.ensemble.release()
 
     def result(self) -> SyntheticImages:
         """The images as they are now, in new tensors."""
-        images = self.grid.to_images(scatter(self._canvas, self.kept, self._adam.pixels))
+        images = self.task.grid.to_images(scatter(self._canvas, self.kept, self._adam.pixels))
         return SyntheticImages(images, self._labels, self.kept, self._loss)
 
     def check_finite(self) -> None:

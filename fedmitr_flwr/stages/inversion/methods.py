@@ -1,35 +1,34 @@
-"""Stages 1 to 3 for a batch of images, as the settings choose them: inversion, density split, relabeling.
+"""The ways of inverting, chosen by `inversion.method`, and stage 1 of one batch.
 
-Letters: B images.
+Letters: B images, P patches of the full grid.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.ensemble.loss_terms import Term
-from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.settings import InversionSettings
-from fedmitr_flwr.stages.inversion.batch import NOBODY, Watch
+from fedmitr_flwr.settings.seeds import batch_seed
+from fedmitr_flwr.stages.inversion import rebirth, schedule
+from fedmitr_flwr.stages.inversion.batch import NOBODY, InversionTask, Watch
 from fedmitr_flwr.stages.inversion.rebirth import invert_by_rebirth
 from fedmitr_flwr.stages.inversion.sparse import invert
 from fedmitr_flwr.stages.synthetic import SyntheticImages
 
 
-class InversionMethod(Protocol):
-    """A way of inverting: `sparse.invert`, or another of the same signature."""
+class Invert(Protocol):
+    """A function that inverts a batch: `sparse.invert`, or another of the same signature."""
 
     def __call__(
         self,
-        ensemble: Ensemble,
+        task: InversionTask,
         labels: Tensor,
-        grid: PatchGrid,
-        settings: InversionSettings,
         *,
         generator: torch.Generator,
         watch: Watch = NOBODY,
@@ -38,35 +37,76 @@ class InversionMethod(Protocol):
         """Invert the ensemble; see `sparse.invert`."""
 
 
-INVERSION: dict[str, InversionMethod] = {"sparse": invert, "rebirth": invert_by_rebirth}
-"""By `inversion.method`."""
+def _one(settings: InversionSettings) -> int:
+    return 1
+
+
+@dataclass(frozen=True)
+class InversionMethod:
+    """A way of inverting, and what plans, progress and cost must know about it.
+
+    Attributes
+    ----------
+    invert
+        Inverts a batch.
+    images_per_run
+        How many images one label yields, given the settings.
+    kept_after_stops
+        How many of P patches are in the graph after each stop, given P and the settings.
+    """
+
+    invert: Invert
+    images_per_run: Callable[[InversionSettings], int] = _one
+    kept_after_stops: Callable[[int, InversionSettings], list[int]] = schedule.kept_after_stops
+
+
+INVERSION: dict[str, InversionMethod] = {
+    "sparse": InversionMethod(invert),
+    "rebirth": InversionMethod(invert_by_rebirth, rebirth.images_per_run, rebirth.kept_after_stops),
+}
+"""By `inversion.method`, in the order of `settings.choices.InversionName`."""
+
+
+def images_per_run(settings: InversionSettings) -> int:
+    """Return how many images one label yields."""
+    return INVERSION[settings.method].images_per_run(settings)
+
+
+def runs(settings: InversionSettings) -> int:
+    """Return how many labels are inverted, for at least `inversion.images` images."""
+    return -(-settings.images // images_per_run(settings))
+
+
+def patches_left(patches: int, settings: InversionSettings) -> int:
+    """Return how many of P patches a finished image has."""
+    return [patches, *INVERSION[settings.method].kept_after_stops(patches, settings)][-1]
 
 
 def invert_batch(
-    ensemble: Ensemble,
+    task: InversionTask,
     labels: Tensor,
-    grid: PatchGrid,
-    settings: InversionSettings,
     *,
     number: int,
     seed: int,
     watch: Watch = NOBODY,
     terms: Sequence[Term] = (),
 ) -> SyntheticImages:
-    """Stage 1 of one batch, which depends on no other one.
+    """Run stage 1 of one batch. The result does not depend on other batches.
 
     Parameters
     ----------
+    task
+        Teachers, geometry and settings.
     labels
         ``(B,)`` int64.
     number
-        Of the batch in the run, from 0: with the run's seed it decides noise, teachers, jitter and colours.
+        Number of the batch in the run, from 0. With the run's seed it decides starting images, teachers, jitter and
+        colours.
     seed
         Of the run.
     watch, terms
         As for `sparse.invert`.
     """
-    generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-    few = ensemble.draw(settings.teachers_per_batch, labels, generator)
-    method = INVERSION[settings.method]
-    return method(few, labels, grid, settings, generator=generator, watch=watch, terms=terms)
+    generator = torch.Generator().manual_seed(batch_seed(seed, number))
+    few = replace(task, ensemble=task.ensemble.draw(task.settings.teachers_per_batch, labels, generator))
+    return INVERSION[task.settings.method].invert(few, labels, generator=generator, watch=watch, terms=terms)

@@ -19,20 +19,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.ensemble.loss_terms import Term
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.settings import InversionSettings, SettingsError
-from fedmitr_flwr.stages.inversion.batch import NOBODY, InversionBatch, Watch, optimise, starting_images
-from fedmitr_flwr.stages.inversion.schedule import patches_left
+from fedmitr_flwr.stages.inversion.batch import NOBODY, InversionBatch, InversionTask, Watch, optimise, starting_images
 from fedmitr_flwr.stages.synthetic import SyntheticImages
 
 
 def invert_by_rebirth(
-    ensemble: Ensemble,
+    task: InversionTask,
     labels: Tensor,
-    grid: PatchGrid,
-    settings: InversionSettings,
     *,
     generator: torch.Generator,
     watch: Watch = NOBODY,
@@ -53,12 +49,13 @@ def invert_by_rebirth(
     InversionDivergedError
         As `sparse.invert`.
     """
-    size, last = patches_left(grid.num_patches, settings), len(settings.stops) - 1
+    grid, settings = task.grid, task.settings
+    size, last = _patches_each(grid.num_patches, settings), len(settings.stops) - 1
     if size == 0:
         allowed = f"must be fewer than the {grid.num_patches} patches of an image"
         raise SettingsError(("inversion.stops", settings.stops, allowed))
     start = starting_images(len(labels), grid, settings, generator).to(labels.device)
-    batch = InversionBatch(ensemble, labels, start, None, grid, settings, terms)
+    batch = InversionBatch(task, labels, start, terms=terms)
     noise = batch.result().images
     groups: list[Tensor] = []
     losses: list[Tensor] = []
@@ -77,7 +74,7 @@ def invert_by_rebirth(
             watch.on_iteration(iteration, loss)
 
     noting = replace(watch, on_iteration=note)
-    optimise(batch, dict.fromkeys(settings.stops, leave), settings, generator, noting)
+    optimise(batch, dict.fromkeys(settings.stops, leave), generator, noting)
     done = batch.result()
     parts = [
         SyntheticImages(_only(done.images, noise, kept, grid), labels, kept, loss)
@@ -91,3 +88,18 @@ def _only(images: Tensor, others: Tensor, kept: Tensor, grid: PatchGrid) -> Tens
     mask = torch.zeros(len(kept), grid.num_patches, 1, dtype=torch.bool, device=kept.device)
     mask = mask.scatter(1, kept[..., None], True)
     return grid.to_images(torch.where(mask, grid.to_patches(images), grid.to_patches(others)))
+
+
+def images_per_run(settings: InversionSettings) -> int:
+    """Return how many images one run yields: one for each stop, and the last one."""
+    return len(settings.stops) + 1
+
+
+def kept_after_stops(patches: int, settings: InversionSettings) -> list[int]:
+    """Return how many of P patches are in the graph after each stop; after the last stop, those of the last image."""
+    size = _patches_each(patches, settings)
+    return [patches - number * size for number in range(1, len(settings.stops))] + [size]
+
+
+def _patches_each(patches: int, settings: InversionSettings) -> int:
+    return patches // images_per_run(settings)

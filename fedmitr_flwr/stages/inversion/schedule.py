@@ -45,13 +45,13 @@ def most_attended(attention: Tensor, fraction: float) -> Tensor:
     return order[:, :stay].sort(dim=1).values
 
 
-def patches_left(patches: int, settings: InversionSettings) -> int:
-    """How many of the full grid's patches an image has; never fewer than one, but by rebirth if there are too few."""
-    if settings.method == "rebirth":
-        return patches // (len(settings.stops) + 1)
+def kept_after_stops(patches: int, settings: InversionSettings) -> list[int]:
+    """Return how many of P patches stay after each stop of sparse inversion; at least one."""
+    kept = []
     for fraction in settings.fractions:
         patches = _stay(patches, fraction)
-    return patches
+        kept.append(patches)
+    return kept
 
 
 def _stay(L: int, fraction: float) -> int:

@@ -17,8 +17,8 @@ from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.models.vit import check_supported
 from fedmitr_flwr.settings import InversionSettings, SettingsError
-from fedmitr_flwr.stages.inversion.batch import Watch
-from fedmitr_flwr.stages.inversion.sparse import invert
+from fedmitr_flwr.stages.inversion.batch import InversionTask, Watch
+from fedmitr_flwr.stages.inversion.methods import images_per_run, invert_batch
 from fedmitr_flwr.stages.synthetic import SyntheticImages
 
 
@@ -77,15 +77,16 @@ def invert_model(
         If pixels or loss stop being finite.
     """
     check_supported(model)
-    if settings.method != "sparse":
-        raise SettingsError(("inversion.method", settings.method, 'must be "sparse" here: one image for each label'))
+    if images_per_run(settings) != 1:
+        allowed = 'must be a method that makes one image for each label, such as "sparse"'
+        raise SettingsError(("inversion.method", settings.method, allowed))
     C = model.num_classes
     wrong = [label for label in labels if not 0 <= label < C]
     if wrong or not labels:
         raise SettingsError(("labels", wrong[0] if wrong else "", f"must be classes of the model, 0 to {C - 1}"))
     spec = spec or spec_of(model)
     ensemble = Ensemble([model.to(device)], torch.ones(1, C, device=device))
-    grid = PatchGrid.of(model, spec)
+    task = InversionTask(ensemble, PatchGrid.of(model, spec), settings)
     parts = []
     wanted = torch.tensor(list(labels), device=device)
     for number, batch in enumerate(wanted.split(settings.batch_size)):
@@ -95,6 +96,5 @@ def invert_model(
             if on_iteration is not None:
                 on_iteration(before + iteration, loss)
 
-        generator = torch.Generator().manual_seed(seed * 1_000_003 + number)
-        parts.append(invert(ensemble, batch, grid, settings, generator=generator, watch=Watch(count)))
+        parts.append(invert_batch(task, batch, number=number, seed=seed, watch=Watch(count)))
     return SyntheticImages.join(parts)

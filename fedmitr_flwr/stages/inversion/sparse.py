@@ -19,20 +19,15 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.ensemble.loss_terms import Term
-from fedmitr_flwr.models.patch_grid import PatchGrid
-from fedmitr_flwr.settings import InversionSettings
-from fedmitr_flwr.stages.inversion.batch import NOBODY, InversionBatch, Watch, optimise, starting_images
+from fedmitr_flwr.stages.inversion.batch import NOBODY, InversionBatch, InversionTask, Watch, optimise, starting_images
 from fedmitr_flwr.stages.inversion.schedule import most_attended
 from fedmitr_flwr.stages.synthetic import SyntheticImages
 
 
 def invert(
-    ensemble: Ensemble,
+    task: InversionTask,
     labels: Tensor,
-    grid: PatchGrid,
-    settings: InversionSettings,
     *,
     generator: torch.Generator,
     watch: Watch = NOBODY,
@@ -42,29 +37,26 @@ def invert(
 
     Parameters
     ----------
-    ensemble
-        Frozen teachers, on the device of `labels`.
+    task
+        Teachers, geometry and settings.
     labels
         ``(B,)`` int64 target classes.
-    grid
-        Geometry and pixel range.
-    settings
-        Iterations, stop schedule, optimiser, priors.
     generator
-        CPU generator of the starting noise and the jitter.
+        CPU generator of the starting images, jitter and colours.
     watch
-        Who looks on.
+        Callbacks.
     terms
-        Of the loss, beside those that the settings ask for.
+        Terms of the loss beside those that the settings ask for.
 
     Raises
     ------
     InversionDivergedError
-        If pixels or loss are not finite; found at stops, at the end and every `CHECK` iterations.
+        If pixels or loss are not finite; checked at stops, at the end and every `CHECK` iterations.
     """
-    start = starting_images(len(labels), grid, settings, generator).to(labels.device)
-    batch = InversionBatch(ensemble, labels, start, None, grid, settings, terms)
+    settings = task.settings
+    start = starting_images(len(labels), task.grid, settings, generator).to(labels.device)
+    batch = InversionBatch(task, labels, start, terms=terms)
     fractions = zip(settings.stops, settings.fractions, strict=True)
     stops = {stop: partial(most_attended, fraction=fraction) for stop, fraction in fractions}
-    optimise(batch, stops, settings, generator, watch)
+    optimise(batch, stops, generator, watch)
     return batch.result()

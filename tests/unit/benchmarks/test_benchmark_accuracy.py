@@ -11,7 +11,7 @@ from benchmarks.accuracy_tables import render, tables
 from benchmarks.federation import Federation
 from benchmarks.time_to_quality import SMI, accuracies
 from fedmitr_flwr.data import load_source
-from fedmitr_flwr.pipeline.inputs import ClientModel
+from fedmitr_flwr.pipeline.inputs import Upload
 from fedmitr_flwr.pipeline.methods import METHODS
 
 ENSEMBLES = {"uniform": 0.80, "competence": 0.90}
@@ -123,7 +123,7 @@ def test_time_to_quality_compares_what_both_recipes_were_run_on_by_the_same_code
 def test_cost_grows_with_what_a_method_computes():
     settings = settings_for("digits", "0.1", 44, {})
     source = load_source(settings.data)
-    federation = Federation(source, {}, [ClientModel({}, 1, None)] * 10)
+    federation = Federation(source, {}, [Upload({}, 1, None)] * 10)
     costs = {method: teraflops(federation, settings.replace(**{"run.method": method})) for method in METHODS}
     assert costs["fedavg"] == costs["head-aggregation"] == 0.0
     assert 0 < costs["random-images"] < costs["fedmitr"] < costs["dense-inversion"] < costs["dense"]

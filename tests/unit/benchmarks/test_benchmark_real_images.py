@@ -11,7 +11,7 @@ from benchmarks.accuracy import settings_for
 from benchmarks.federation import Federation
 from fedmitr_flwr.data import load_source
 from fedmitr_flwr.models.build import build_model
-from fedmitr_flwr.pipeline.inputs import ClientModel
+from fedmitr_flwr.pipeline.inputs import Upload
 from fedmitr_flwr.pipeline.methods import random_images
 
 SHORT = {
@@ -28,7 +28,7 @@ def federation() -> Federation:
     settings = settings_for("digits", "0.1", 44, SHORT)
     source = load_source(settings.data)
     state = build_model(settings.model, source.spec).state_dict()
-    return Federation(source, state, [ClientModel(state, 10, (1,) * 10), ClientModel(state, 20, (2,) * 10)])
+    return Federation(source, state, [Upload(state, 10, (1,) * 10), Upload(state, 20, (2,) * 10)])
 
 
 def test_only_the_images_differ_and_each_is_seen_as_it_is(federation: Federation, monkeypatch: pytest.MonkeyPatch):

@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from fedmitr_flwr.ensemble.ensemble import Ensemble
-from fedmitr_flwr.ensemble.weighting import class_weights, competence, evidence
+from fedmitr_flwr.ensemble.weighting import Knowledge, class_weights, competence, evidence
 from tests.unit.tiny import CLASSES, plain_ensemble, tiny_ensemble, tiny_grid, tiny_vit
 
 IMAGES = torch.randn(4, 1, 16, 16, generator=torch.Generator().manual_seed(7))
@@ -94,27 +94,27 @@ HEADS = torch.randn(3, 4, 6, generator=torch.Generator().manual_seed(1))
 @pytest.mark.parametrize("weighting", ["uniform", "examples", "histogram", "competence"])
 @pytest.mark.parametrize("power", [0.0, 0.5, 1.0])
 def test_weights_sum_to_one_for_each_class(weighting, power):
-    weights = class_weights(evidence(weighting, EXAMPLES, HISTOGRAMS, HEADS), power)
+    weights = class_weights(evidence(weighting, Knowledge(EXAMPLES, HISTOGRAMS, HEADS)), power)
     assert weights.shape == (3, 4)
     assert torch.allclose(weights.sum(0), torch.ones(4), atol=1e-6)
     assert bool((weights >= 0).all())
 
 
 def test_histogram_weights_are_shares_of_each_class_and_uniform_where_nobody_has_it():
-    weights = class_weights(evidence("histogram", EXAMPLES, HISTOGRAMS, HEADS), 1.0)
+    weights = class_weights(evidence("histogram", Knowledge(EXAMPLES, HISTOGRAMS, HEADS)), 1.0)
     assert torch.allclose(weights[:, 0], torch.tensor([0.9, 0.1, 0.0]))
     assert torch.allclose(weights[:, 3], torch.full((3,), 1 / 3))
 
 
 def test_a_client_without_a_class_has_no_say_in_it_at_any_power():
-    weights = class_weights(evidence("histogram", EXAMPLES, HISTOGRAMS, HEADS), 0.5)
+    weights = class_weights(evidence("histogram", Knowledge(EXAMPLES, HISTOGRAMS, HEADS)), 0.5)
     assert weights[2, 0] == 0
     assert weights[0, 0] == pytest.approx(90**0.5 / (90**0.5 + 10**0.5))
 
 
 def test_withheld_histograms_are_an_error_that_names_the_key():
     with pytest.raises(ValueError, match=r"ensemble\.weighting"):
-        evidence("histogram", EXAMPLES, None, HEADS)
+        evidence("histogram", Knowledge(EXAMPLES, None, HEADS))
 
 
 def test_competence_ranks_the_classes_by_how_far_their_head_rows_moved():

@@ -20,12 +20,11 @@ from fedmitr_flwr.federation import quorum
 from fedmitr_flwr.federation.exchange import windowed_grid
 from fedmitr_flwr.federation.strategy import FedMITR
 from fedmitr_flwr.federation.uploads.records import decode_trusted, encode_state
-from fedmitr_flwr.pipeline.inputs import ClientModel, PipelineInputs, PipelineResult
+from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult, Upload
 from fedmitr_flwr.runs.directory import RunDirectory
 from fedmitr_flwr.runs.observer import Observer
 from fedmitr_flwr.settings import RunConfigValue, Settings
-from fedmitr_flwr.training.client import ClientTask, ClientUpload
-from fedmitr_flwr.training.local import LocalResult
+from fedmitr_flwr.training.upload import ClientTask, ClientUpload
 
 SPEC = ImageSpec(("cat", "dog", "eel"), 1, 8, (0.5,), (0.5,))
 INITIAL = {"head.weight": torch.zeros(3, 4), "head.bias": torch.zeros(3)}
@@ -115,22 +114,23 @@ def fake_training(task: ClientTask, node_config: Mapping[str, RunConfigValue], n
     if partition == 9:
         return None
     state = {key: value + partition + 1 for key, value in task.initial.items()}
-    return ClientUpload(state, LocalResult(0.5, 0.75, partition + 1, (partition, 0, 1)))
+    shared = (partition, 0, 1) if task.settings.train.share_label_histogram else None
+    return ClientUpload(state, partition + 1, shared, 0.5, 0.75, {"loss": 0.5, "accuracy": 0.75})
 
 
 class FakePipeline:
     """Averages the uploads and remembers what it was given."""
 
     def __init__(self) -> None:
-        self.clients: list[list[ClientModel]] = []
+        self.clients: list[list[Upload]] = []
         self.initial: list[Mapping[str, Tensor]] = []
         self.seeds: list[int] = []
 
     def __call__(self, inputs: PipelineInputs) -> PipelineResult:
-        self.clients.append(list(inputs.clients))
+        self.clients.append(list(inputs.uploads))
         self.initial.append(inputs.initial)
         self.seeds.append(inputs.seed)
-        state = {key: torch.stack([client.state[key] for client in inputs.clients]).mean(0) for key in inputs.initial}
+        state = {key: torch.stack([client.state[key] for client in inputs.uploads]).mean(0) for key in inputs.initial}
         return PipelineResult(state, state, *[cast(Any, None)] * 4, {})
 
 

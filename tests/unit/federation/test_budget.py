@@ -12,7 +12,7 @@ from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.federation.plan import check_disk, disk_bytes
 from fedmitr_flwr.federation.uploads.store import UploadStore
 from fedmitr_flwr.pipeline.checkpoints import Checkpoints
-from fedmitr_flwr.pipeline.inputs import ClientModel, PipelineInputs
+from fedmitr_flwr.pipeline.inputs import PipelineInputs, Upload
 from fedmitr_flwr.pipeline.methods.fedmitr import run_pipeline
 from fedmitr_flwr.runs.atomic import TEMPORARY_SUFFIX
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError
@@ -104,8 +104,8 @@ def test_the_estimate_covers_what_a_run_has_on_the_disk_at_any_time(
     store = UploadStore(tmp_path / "uploads", initial, 2)
     for number in range(3):
         state = {name: value + 0.01 * (number + 1) for name, value in initial.items()}
-        store.accept(f"site-{number}", state, num_examples=5, loss=0.1, accuracy=0.9)
-    clients = [ClientModel(store.open(upload), upload.num_examples, None) for upload in store.uploads()]
+        store.accept(f"site-{number}", state, num_examples=5, numbers={"loss": 0.1, "accuracy": 0.9})
+    clients = [Upload(store.open(upload), upload.num_examples, None) for upload in store.uploads()]
     sizes = []
     replace = os.replace
 

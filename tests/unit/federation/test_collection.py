@@ -20,13 +20,12 @@ from fedmitr_flwr.federation import collection
 from fedmitr_flwr.federation.collection import failure_reason
 from fedmitr_flwr.federation.strategy import FedMITR
 from fedmitr_flwr.federation.uploads.records import decode_state, decode_trusted, encode_state
-from fedmitr_flwr.federation.uploads.store import Upload, UploadStore
+from fedmitr_flwr.federation.uploads.store import StoredUpload, UploadStore
 from fedmitr_flwr.runs.directory import RunDirectory
 from fedmitr_flwr.runs.observer import Observer
 from fedmitr_flwr.settings import RunConfigValue, Settings
-from fedmitr_flwr.training.client import ClientTask, ClientUpload
 from fedmitr_flwr.training.initial import initial_state
-from fedmitr_flwr.training.local import LocalResult
+from fedmitr_flwr.training.upload import ClientTask, ClientUpload
 from tests.unit.federation.fake_federation import (
     INITIAL,
     Behaviour,
@@ -88,7 +87,7 @@ def test_refused_uploads_leave_the_model_of_all_real_stages_as_it_would_be_witho
         state = {
             key: value + 0.05 * torch.randn(value.shape, generator=generator) for key, value in task.initial.items()
         }
-        return ClientUpload(state, LocalResult(0.5, 0.75, 20, (2,) * 10))
+        return ClientUpload(state, 20, None, 0.5, 0.75, {"loss": 0.5, "accuracy": 0.75})
 
     def huge(content: RecordDict) -> None:
         content.array_records["arrays"]["head.bias"] = Array(torch.full((10,), 1e9))
@@ -243,7 +242,7 @@ def test_a_reply_that_breaks_the_validation_itself_costs_only_itself(
 def test_a_full_disk_fails_the_run_and_keeps_what_came(run: RunDirectory, monkeypatch: pytest.MonkeyPatch) -> None:
     accept = UploadStore.accept
 
-    def filling(store: UploadStore, client: object, *args: Any, **kwargs: Any) -> Upload:
+    def filling(store: UploadStore, client: object, *args: Any, **kwargs: Any) -> StoredUpload:
         if client == "partition-1":
             raise OSError(errno.ENOSPC, "No space left on device")
         return accept(store, client, *args, **kwargs)

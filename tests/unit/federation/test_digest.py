@@ -11,7 +11,9 @@ import pytest
 
 from fedmitr_flwr.federation.code_digest import PACKAGES, CodeMismatchError, check_digest, code_digest, package_folder
 
-PRINT_DIGEST = "from fedmitr_flwr.federation.code_digest import code_digest; import sys; sys.stdout.write(code_digest())"
+PRINT_DIGEST = (
+    "from fedmitr_flwr.federation.code_digest import code_digest; import sys; sys.stdout.write(code_digest())"
+)
 
 
 @pytest.fixture
@@ -41,7 +43,7 @@ def test_files_that_the_bundle_drops_do_not_count(copy: Path) -> None:
 
 @pytest.mark.parametrize("package", PACKAGES)
 def test_one_changed_character_changes_the_digest(copy: Path, package: str) -> None:
-    file = copy / package / ("atomic.py" if package == "fedmitr_flwr" else "app.py")
+    file = copy / package / ("runs/atomic.py" if package == "fedmitr_flwr" else "app.py")
     file.write_bytes(file.read_bytes()[:-1] + b" ")
     assert digest_of(copy) != code_digest()
 

@@ -10,7 +10,9 @@ import pytest
 import torch
 
 from fedmitr_flwr.data import ImageSpec
+from fedmitr_flwr.ensemble.engine.teachers import MemoryLimits
 from fedmitr_flwr.federation.plan import PROCESS_MB, plan_memory, within_memory
+from fedmitr_flwr.models.build import build_model
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError
 
 CPU = torch.device("cpu")
@@ -30,10 +32,11 @@ SMALL: dict[str, RunConfigValue] = {
 RUN = """
 import json, sys, torch
 from fedmitr_flwr.data import ImageSpec
+from fedmitr_flwr.ensemble.engine.teachers import PagedTeachers
 from fedmitr_flwr.federation.plan import within_memory
 from fedmitr_flwr.training.initial import initial_state
 from fedmitr_flwr.runs.process_memory import peak_rss_mb
-from fedmitr_flwr.pipeline.inputs import ClientModel, PipelineInputs
+from fedmitr_flwr.pipeline.inputs import Upload, PipelineInputs
 from fedmitr_flwr.pipeline.methods.fedmitr import run_pipeline
 from fedmitr_flwr.settings import Settings
 
@@ -51,11 +54,12 @@ class State(dict):  # made when it is asked for, as uploads are read from disk
     def __getitem__(self, name):
         return initial[name] + 0.01 * (self.number + 1)
 
-uploads = [ClientModel(State(number), 10, None) for number in range(clients)]
+uploads = [Upload(State(number), 10, None) for number in range(clients)]
 start = peak_rss_mb()
 result = run_pipeline(PipelineInputs(planned, spec, uploads, initial, seed=1))
 kinds = sorted({str(teacher.head.weight.dtype) for teacher in result.ensemble.teachers})
-print(json.dumps({"took": peak_rss_mb() - start, "kinds": kinds}))
+paged = isinstance(result.ensemble.teachers, PagedTeachers)
+print(json.dumps({"took": peak_rss_mb() - start, "kinds": kinds, "paged": paged}))
 """
 
 
@@ -125,17 +129,23 @@ def test_a_gpu_holds_the_teachers_itself() -> None:
 
 
 def test_a_pipeline_keeps_its_budget_and_a_tighter_one_takes_less() -> None:
-    took = {}
-    for budget, kind in (
-        (4000, "torch.float32"),
-        (plan_memory(with_budget(1), SPEC, CLIENTS, CPU).peak, "torch.bfloat16"),
-    ):
+    """Teachers are in memory as fp32, then as bf16, then on disk, as the budget shrinks."""
+    model, count, tightest, took = build_model(with_budget(1).model, SPEC), 2 * CLIENTS, {}, {}
+    for budget in (4000, *range(2000, 1000, -10)):
+        try:
+            limit = within_memory(with_budget(budget), SPEC, count, CPU).inversion.teacher_memory_mb
+        except SettingsError:
+            break
+        tightest[MemoryLimits(teachers=limit).place(model, count)] = budget
+    assert list(tightest) == ["held", "bf16", "paged"]
+    for place, budget in tightest.items():
         settings = json.dumps({**SMALL, "run.memory-mb": budget})
-        command = [sys.executable, "-c", RUN, settings, str(CLIENTS)]
+        command = [sys.executable, "-c", RUN, settings, str(count)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
-        plan = plan_memory(with_budget(budget), SPEC, CLIENTS, CPU)
-        assert found["kinds"] == [kind]
-        assert found["took"] <= plan.peak - PROCESS_MB
-        took[kind] = found["took"]
-    assert took["torch.bfloat16"] < 0.8 * took["torch.float32"]
+        assert found["kinds"] == ["torch.bfloat16" if place == "bf16" else "torch.float32"]
+        assert found["paged"] is (place == "paged")
+        assert found["took"] <= budget - PROCESS_MB, place
+        took[place] = found["took"]
+    assert took["bf16"] < 0.8 * took["held"]
+    assert took["paged"] < took["bf16"]

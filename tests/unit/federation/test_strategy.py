@@ -16,7 +16,8 @@ from fedmitr_flwr.federation.quorum import QuorumError, wait_for_nodes
 from fedmitr_flwr.federation.uploads.records import decode_trusted
 from fedmitr_flwr.runs.directory import COLLECTED, RunDirectory
 from fedmitr_flwr.settings import RunConfigValue, RunSettings
-from fedmitr_flwr.training.client import ClientTask, client_name, client_seed
+from fedmitr_flwr.training.client import client_name, training_seed
+from fedmitr_flwr.training.upload import ClientTask
 from tests.unit.federation.fake_federation import (
     INITIAL,
     SPEC,
@@ -113,7 +114,7 @@ def test_each_client_is_counted_once_and_its_reason_logged(run: RunDirectory, ca
         "node 107 failed (code 8): node gone",
         "node 109 has no data",
         "1 clients did not answer before the deadline",
-        "partition-5: 6 images, local accuracy 0.750",
+        "partition-5: 6 images, training loss 0.5, training accuracy 75.0 %",
     ):
         assert text in caplog.text
 
@@ -271,6 +272,6 @@ def test_a_client_goes_by_its_site_its_partition_or_its_node() -> None:
 
 def test_seeds_differ_between_clients_and_rounds() -> None:
     configs: list[dict[str, RunConfigValue]] = [{"partition-id": 0}, {"partition-id": 1}, {"site": "a"}, {"site": "b"}]
-    seeds = {client_seed(config, client_name(config, 0), 42, turn) for config in configs for turn in (1, 2)}
+    seeds = {training_seed(config, client_name(config, 0), 42, turn) for config in configs for turn in (1, 2)}
     assert len(seeds) == 8
-    assert client_seed({"partition-id": 3}, "partition-3", 42, 1) == 45
+    assert training_seed({"partition-id": 3}, "partition-3", 42, 1) == 45

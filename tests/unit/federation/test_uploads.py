@@ -17,7 +17,8 @@ from fedmitr_flwr.federation.uploads.store import UploadStore
 from fedmitr_flwr.federation.uploads.validation import UploadRefused, natural_key
 from fedmitr_flwr.runs.tensors import checksum
 
-GOOD = {"num_examples": 7, "loss": 0.5, "accuracy": 0.75, "histogram": [3, 0, 4]}
+NUMBERS = {"loss": 0.5, "accuracy": 0.75}
+GOOD = {"num_examples": 7, "numbers": NUMBERS, "histogram": [3, 0, 4]}
 
 
 def weights(seed: int = 0, dtype: torch.dtype = torch.float32) -> dict[str, Tensor]:
@@ -40,7 +41,7 @@ def files(store: UploadStore) -> list[str]:
 
 def test_an_upload_comes_back_from_disk_as_it_was(store: UploadStore) -> None:
     upload = store.accept("partition-3", weights(1), **GOOD)
-    assert (upload.num_examples, upload.histogram, upload.loss, upload.accuracy) == (7, (3, 0, 4), 0.5, 0.75)
+    assert (upload.num_examples, upload.histogram, upload.numbers) == (7, (3, 0, 4), NUMBERS)
     assert files(store) == ["partition-3.safetensors"]
     loaded = store.load(upload)
     assert all(torch.equal(loaded[key], value) for key, value in weights(1).items())
@@ -147,10 +148,10 @@ def test_missing_tensors_are_refused(store: UploadStore) -> None:
         ({"histogram": 7}, "histogram 7 is not a list"),
         ({"histogram": "304"}, "histogram '304' is not a list"),
         ({"histogram": [0] * 10_000}, "is not a list of 3 counts"),
-        ({"loss": float("nan")}, "loss nan is not a finite number"),
-        ({"loss": None}, "loss None"),
-        ({"accuracy": float("inf")}, "accuracy inf is not a finite number"),
-        ({"accuracy": 1.5}, r"accuracy 1\.5 is not between 0 and 1"),
+        ({"numbers": {**NUMBERS, "loss": float("nan")}}, "loss nan is not a finite number"),
+        ({"numbers": {**NUMBERS, "loss": None}}, "loss None"),
+        ({"numbers": {**NUMBERS, "accuracy": float("inf")}}, "accuracy inf is not a finite number"),
+        ({"numbers": {**NUMBERS, "accuracy": 1.5}}, r"accuracy 1\.5 is not between 0 and 1"),
         ({"client": ""}, "client name ''"),
         ({"client": None}, "client name None"),
         ({"client": "x" * 129}, "client name 'xxx"),

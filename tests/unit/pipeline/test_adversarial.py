@@ -16,8 +16,9 @@ from fedmitr_flwr.results.flops import stage_flops
 from fedmitr_flwr.settings import InversionSettings, Settings, SettingsError
 from fedmitr_flwr.stages.density import PatchSplit
 from fedmitr_flwr.stages.distillation import distill
-from fedmitr_flwr.stages.distillation.pool import Pool, Targets, unnamed_pool
+from fedmitr_flwr.stages.distillation.pool import LabelledImages, Pool, Targets, unnamed_pool
 from fedmitr_flwr.stages.inversion import methods
+from fedmitr_flwr.stages.inversion.batch import InversionTask
 from fedmitr_flwr.stages.inversion.sparse import invert
 from fedmitr_flwr.stages.inversion.terms import Disagreement, jensen_shannon
 from fedmitr_flwr.stages.relabel import LowTargets
@@ -60,7 +61,9 @@ def test_hard_images_divide_ensemble_and_student_and_still_look_like_their_label
     apart = []
     student.requires_grad_(False)
     for terms in ([], [Disagreement(student, 1.0)]):
-        made = invert(ensemble, LABELS, grid, settings, generator=torch.Generator().manual_seed(3), terms=terms)
+        made = invert(
+            InversionTask(ensemble, grid, settings), LABELS, generator=torch.Generator().manual_seed(3), terms=terms
+        )
         patches = grid.to_patches(made.images).gather(1, made.kept[..., None].expand(-1, -1, 16))
         said = forward_patches(student, patches, made.kept).logits.softmax(-1)
         apart.append(float(jensen_shannon(ensemble(patches, made.kept).probabilities, said).mean()))
@@ -81,32 +84,35 @@ def part(count, more, start):
     low = LowTargets(numbers[:count, None].float().repeat(1, 2), numbers[:count] % 2 == 0)
     pixels = numbers[:, None, None].float().expand(-1, 4, 3)
     targets = Targets(numbers[:, None].float().repeat(1, 2), numbers[:, None, None].bfloat16().repeat(1, 3, 2))
-    return Pool(pixels, numbers, targets, PatchSplit(high), low)
+    everything = LabelledImages(pixels, numbers, targets)
+    return Pool(everything[:count], PatchSplit(high), low, everything[count:])
 
 
 def test_joined_pools_keep_images_labels_targets_and_splits_together():
     first, second = part(2, 3, 0), part(4, 1, 5)
     joined = first.join(second)
-    assert joined.labels.tolist() == [0, 1, 5, 6, 7, 8, 2, 3, 4, 9]
-    assert joined.patches[:, 0, 0].tolist() == joined.targets.probabilities[:, 0].tolist() == joined.labels.tolist()
-    assert joined.targets.features[:, 2, 1].tolist() == joined.labels.tolist()
+    images = joined.batch(torch.arange(len(joined))).images
+    assert images.labels.tolist() == [0, 1, 5, 6, 7, 8, 2, 3, 4, 9]
+    assert images.patches[:, 0, 0].tolist() == images.targets.probabilities[:, 0].tolist() == images.labels.tolist()
+    assert images.targets.features[:, 2, 1].tolist() == images.labels.tolist()
     assert torch.equal(joined.split.high, torch.cat([first.split.high, second.split.high]))
     assert joined.low_targets.probabilities[:, 0].tolist() == [0, 1, 5, 6, 7, 8]
     assert joined.low_targets.present.tolist() == [True, False, False, True, False, True]
     unnamed = unnamed_pool(torch.zeros(2, 4, 3), Targets(torch.ones(2, 2), torch.ones(2, 3, 2).bfloat16()))
-    assert unnamed.join(second).labels.tolist() == [5, 6, 7, 8, -1, -1, 9]
+    both = unnamed.join(second)
+    assert both.batch(torch.arange(7)).images.labels.tolist() == [5, 6, 7, 8, -1, -1, 9]
 
 
 def pools_of(monkeypatch):
     """Every pool that a step of distillation learnt from, in order, each once."""
     seen = []
 
-    def watched(student, pool, rows, settings, branches, original=test_pipeline.loss_terms):
-        if not seen or seen[-1] is not pool:
+    def watched(pool, rows, original=Pool.batch):
+        if all(pool is not other for other in seen):
             seen.append(pool)
-        return original(student, pool, rows, settings, branches)
+        return original(pool, rows)
 
-    monkeypatch.setattr("fedmitr_flwr.stages.distillation.distill.loss_terms", watched)
+    monkeypatch.setattr(Pool, "batch", watched)
     return seen
 
 
@@ -114,11 +120,11 @@ def test_the_pool_grows_by_each_round_and_rounds_differ(clients, monkeypatch):  
     pools = pools_of(monkeypatch)
     result = test_pipeline.run(clients, **HARD)
     assert [len(pool.split.high) for pool in pools] == [25, 32, 39]
-    assert [len(pool.labels) for pool in pools] == [100, 114, 128]  # each with a view, nothing mixed or random
+    assert [len(pool) for pool in pools] == [100, 114, 128]  # each with a view, nothing mixed or random
     last = pools[-1]
-    assert torch.equal(last.patches[:25], pools[0].patches[:25])
-    assert not torch.equal(last.patches[25:32], last.patches[32:39])
-    assert bool((last.labels[25:39] < 9).all())
+    assert torch.equal(last.inverted.patches[:25], pools[0].inverted.patches[:25])
+    assert not torch.equal(last.inverted.patches[25:32], last.inverted.patches[32:39])
+    assert bool((last.inverted.labels[25:39] < 9).all())
     assert len(result.synthetic.labels) == 25
 
 

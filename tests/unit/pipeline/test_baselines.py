@@ -74,14 +74,14 @@ def test_hard_labels_are_the_most_probable_class(clients, monkeypatch):  # noqa:
 
     monkeypatch.setattr("fedmitr_flwr.pipeline.steps.distill", keep)
     run("fedmitr", clients)
-    soft = seen["pool"]
+    soft = everything(seen["pool"])
     run("hard-labels", clients)
-    hard = seen["pool"]
+    hard = everything(seen["pool"])
     assert torch.equal(hard.patches, soft.patches)
     best = soft.targets.probabilities.argmax(1)
     assert torch.equal(hard.targets.probabilities, torch.nn.functional.one_hot(best, 10).float())
     assert hard.targets.features is None
-    assert set(hard.low_targets.probabilities.unique().tolist()) == {0.0, 1.0}
+    assert set(seen["pool"].low_targets.probabilities.unique().tolist()) == {0.0, 1.0}
 
 
 def test_random_images_inverts_nothing_and_distils_as_many_images(clients, monkeypatch):  # noqa: F811
@@ -97,11 +97,16 @@ def test_random_images_inverts_nothing_and_distils_as_many_images(clients, monke
     assert result.synthetic is None
     assert set(observer.seconds) == {"distill"}
     distill = SETTINGS.distill
-    assert len(seen["pool"].patches) == round(25 * (distill.views + distill.mix + distill.noise))
+    assert len(seen["pool"]) == round(25 * (distill.views + distill.mix + distill.noise))
     assert seen["settings"].steps == distill.steps
-    ensemble = result.ensemble(seen["pool"].patches).probabilities
-    assert torch.allclose(seen["pool"].targets.probabilities, ensemble, atol=1e-6)
+    images = everything(seen["pool"])
+    ensemble = result.ensemble(images.patches).probabilities
+    assert torch.allclose(images.targets.probabilities, ensemble, atol=1e-6)
     assert not torch.equal(result.state["head.weight"], run("head-aggregation", clients).state["head.weight"])
+
+
+def everything(pool):
+    return pool.batch(torch.arange(len(pool))).images
 
 
 @pytest.fixture
@@ -138,8 +143,8 @@ def test_dense_labels_all_images_so_far_with_the_ensemble(clients, pools):  # no
     result = run("dense", clients)
     views, mix, noise = SETTINGS.distill.views, SETTINGS.distill.mix, SETTINGS.distill.noise
     sizes = [round(number * 8 * (views + mix) + 25 * noise) for number in (1, 2, 3)]
-    assert [len(pool.patches) for _, pool in pools] == sizes
-    last = pools[-1][1]
+    assert [len(pool) for _, pool in pools] == sizes
+    last = everything(pools[-1][1])
     assert torch.allclose(last.targets.probabilities, result.ensemble(last.patches).probabilities, atol=1e-6)
     grid = PatchGrid.of(result.ensemble.teachers[0], SOURCE.spec)
     assert torch.equal(last.patches[:8], grid.to_patches(result.synthetic.images[:8]))
@@ -151,8 +156,8 @@ def test_co_boosting_learns_weights_and_shows_as_many_images_as_the_student_take
     assert not torch.equal(plain.weights, result.ensemble.weights)
     assert torch.allclose(result.ensemble.weights.sum(0), plain.weights.sum(0), atol=1e-5)
     assert torch.equal(result.ensemble.weights == 0, plain.weights == 0)
-    assert [len(pool.patches) for _, pool in pools[3:]] == [2 * 16, 6 * 16, 7 * 16]
-    last = pools[-1][1]
+    assert [len(pool) for _, pool in pools[3:]] == [2 * 16, 6 * 16, 7 * 16]
+    last = everything(pools[-1][1])
     assert torch.allclose(last.targets.probabilities, result.ensemble(last.patches).probabilities, atol=1e-6)
     grid = PatchGrid.of(plain.teachers[0], SOURCE.spec)
     shown = {patches.numpy().tobytes() for patches in last.patches}

@@ -6,6 +6,7 @@ from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.pipeline.diagnostics import diagnose, diversity
 from fedmitr_flwr.pipeline.stage_costs import stage_costs
 from fedmitr_flwr.settings import InversionSettings
+from fedmitr_flwr.stages.inversion.batch import InversionTask
 from fedmitr_flwr.stages.inversion.sparse import invert
 from fedmitr_flwr.stages.synthetic import SyntheticImages
 from tests.unit.tiny import CLASSES, tiny_ensemble, tiny_grid, tiny_vit
@@ -21,7 +22,7 @@ def synthetic(images=None, kept=7):
 
 
 def look(images=None, kept=7):
-    return diagnose(tiny_ensemble(), synthetic(images, kept), tiny_grid(), SETTINGS)
+    return diagnose(InversionTask(tiny_ensemble(), tiny_grid(), SETTINGS), synthetic(images, kept))
 
 
 def test_black_and_saturated_pixels_are_counted_and_named():
@@ -37,8 +38,10 @@ def test_black_and_saturated_pixels_are_counted_and_named():
 
 
 def test_inverted_images_agree_with_their_labels_and_noise_does_not():
-    made = invert(tiny_ensemble(), LABELS, tiny_grid(), SETTINGS, generator=torch.Generator().manual_seed(0))
-    good = diagnose(tiny_ensemble(), made, tiny_grid(), SETTINGS)
+    made = invert(
+        InversionTask(tiny_ensemble(), tiny_grid(), SETTINGS), LABELS, generator=torch.Generator().manual_seed(0)
+    )
+    good = diagnose(InversionTask(tiny_ensemble(), tiny_grid(), SETTINGS), made)
     assert good.ensemble_agrees > look().ensemble_agrees
     assert good.teachers_agree > look().teachers_agree
     assert good.kept == good.expected == 7
@@ -53,7 +56,7 @@ def test_patches_left_in_the_graph_against_the_schedule_are_named():
 
 
 def test_each_stage_computes_exactly_what_its_patches_cost():
-    costs = stage_costs(tiny_ensemble(), torch.zeros(1, 1, 16, 16), LABELS[:1], tiny_grid(), SETTINGS)
+    costs = stage_costs(InversionTask(tiny_ensemble(), tiny_grid(), SETTINGS), torch.zeros(1, 1, 16, 16), LABELS[:1])
     assert [stage.patches for stage in costs] == [stage.expected for stage in costs] == [16, 11, 7]
     assert [stage.flops for stage in costs] == [pass_flops(tiny_vit(), tiny_grid(), L) for L in (16, 11, 7)]
     assert [stage.flops_excess for stage in costs] == pytest.approx([1, 1, 1])
@@ -84,7 +87,7 @@ def test_teachers_that_agree_with_nobody_are_named():
             teacher.head.weight.zero_()
             teacher.head.bias.copy_(torch.nn.functional.one_hot(torch.tensor(k), CLASSES) * 9.0)
     same = Ensemble(teachers, torch.full((CLASSES, CLASSES), 1 / CLASSES))
-    found = diagnose(same, synthetic(), tiny_grid(), SETTINGS)
+    found = diagnose(InversionTask(same, tiny_grid(), SETTINGS), synthetic())
     assert found.teachers_agree == pytest.approx(1 / CLASSES)
     assert any("client models disagree" in line for line in found.warnings())
     assert any("ensemble takes only" in line for line in found.warnings())

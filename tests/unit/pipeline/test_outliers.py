@@ -13,7 +13,7 @@ from fedmitr_flwr.data import load_source
 from fedmitr_flwr.ensemble.trust import known_classes, trust_by_opinion, trust_by_weights
 from fedmitr_flwr.ensemble.weighting import class_weights
 from fedmitr_flwr.models.build import build_model
-from fedmitr_flwr.pipeline.inputs import ClientModel, PipelineInputs
+from fedmitr_flwr.pipeline.inputs import PipelineInputs, Upload
 from fedmitr_flwr.pipeline.outliers import LEAST_TRUST
 from fedmitr_flwr.pipeline.steps import make_ensemble
 from fedmitr_flwr.settings import Settings
@@ -39,7 +39,7 @@ SOURCE = load_source(SETTINGS.data)
 CLASSES = [[(2 * number + step) % 10 for step in range(6)] for number in range(5)]
 
 
-def trained(number: int, flipped: bool = False) -> ClientModel:
+def trained(number: int, flipped: bool = False) -> Upload:
     rows = np.flatnonzero(np.isin(SOURCE.train.labels, CLASSES[number]))[number::5]
     images = SOURCE.train.subset(rows)
     if flipped:
@@ -47,15 +47,15 @@ def trained(number: int, flipped: bool = False) -> ClientModel:
     model = build_model(SETTINGS.model, SOURCE.spec)
     model.load_state_dict(initial_state(SETTINGS, SOURCE.spec))
     result = train_local(model, images, SOURCE.spec, SETTINGS.train, seed=number, device=CPU)
-    return ClientModel(model.state_dict(), result.num_examples, result.histogram)
+    return Upload(model.state_dict(), result.num_examples, result.histogram)
 
 
 @pytest.fixture(scope="module")
-def honest() -> list[ClientModel]:
+def honest() -> list[Upload]:
     return [trained(number) for number in range(5)]
 
 
-def noised(client: ClientModel) -> ClientModel:
+def noised(client: Upload) -> Upload:
     generator = torch.Generator().manual_seed(0)
     state = {
         name: value + 2 * value.std() * torch.randn(value.shape, generator=generator)
@@ -64,7 +64,7 @@ def noised(client: ClientModel) -> ClientModel:
     return replace(client, state=state)
 
 
-def weights(clients: list[ClientModel], guard: float = 0.5) -> Tensor:
+def weights(clients: list[Upload], guard: float = 0.5) -> Tensor:
     settings = SETTINGS.replace(**{"ensemble.outlier-guard": guard})
     initial = initial_state(settings, SOURCE.spec)
     return make_ensemble(PipelineInputs(settings, SOURCE.spec, clients, initial))[0].weights
@@ -92,15 +92,15 @@ def rankings(classes: list[list[int]], contrary: tuple[int, ...] = (), num_class
     return stacked / stacked.std(1, keepdim=True), evidence
 
 
-def test_honest_teachers_that_know_different_classes_keep_all_their_weight(honest: list[ClientModel]) -> None:
+def test_honest_teachers_that_know_different_classes_keep_all_their_weight(honest: list[Upload]) -> None:
     assert torch.equal(weights(honest), weights(honest, guard=0.0))
 
 
-def test_a_teacher_of_flipped_labels_loses_its_say(honest: list[ClientModel]) -> None:
+def test_a_teacher_of_flipped_labels_loses_its_say(honest: list[Upload]) -> None:
     assert silent(weights([*honest[:2], trained(2, flipped=True), *honest[3:]])) == [2]
 
 
-def test_a_teacher_of_noise_loses_its_say(honest: list[ClientModel]) -> None:
+def test_a_teacher_of_noise_loses_its_say(honest: list[Upload]) -> None:
     assert silent(weights([*honest[:4], noised(honest[4])])) == [4]
 
 
@@ -143,7 +143,7 @@ def test_less_agreement_means_less_say_and_not_none() -> None:
     assert trust[1:].tolist() == [1.0] * 5
 
 
-def test_weights_that_no_training_leads_to_are_not_heard(honest: list[ClientModel]) -> None:
+def test_weights_that_no_training_leads_to_are_not_heard(honest: list[Upload]) -> None:
     initial = initial_state(SETTINGS, SOURCE.spec)
     models = []
     for client in [*honest[:4], noised(honest[4])]:
@@ -155,7 +155,7 @@ def test_weights_that_no_training_leads_to_are_not_heard(honest: list[ClientMode
     assert float(trust[4]) < LEAST_TRUST
 
 
-def test_a_single_client_is_believed(honest: list[ClientModel]) -> None:
+def test_a_single_client_is_believed(honest: list[Upload]) -> None:
     assert torch.equal(weights(honest[:1]), weights(honest[:1], guard=0.0))
 
 

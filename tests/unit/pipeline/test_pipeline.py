@@ -8,7 +8,7 @@ from fedmitr_flwr.models.build import build_model
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.models.vit import forward_images
 from fedmitr_flwr.pipeline.checkpoints import Checkpoints, Progress
-from fedmitr_flwr.pipeline.inputs import ClientModel, PipelineInputs
+from fedmitr_flwr.pipeline.inputs import PipelineInputs, Upload
 from fedmitr_flwr.pipeline.methods.fedmitr import run_pipeline
 from fedmitr_flwr.results.evaluate import evaluate
 from fedmitr_flwr.results.figures import save_synthetic, shown
@@ -56,7 +56,7 @@ def clients():
         model.load_state_dict(initial_state(SETTINGS, SOURCE.spec))
         images = SOURCE.train.subset(rows)
         result = train_local(model, images, SOURCE.spec, SETTINGS.train, seed=seed, device=CPU)
-        uploads.append(ClientModel(model.state_dict(), result.num_examples, result.histogram))
+        uploads.append(Upload(model.state_dict(), result.num_examples, result.histogram))
     return uploads
 
 
@@ -174,7 +174,7 @@ def test_every_alternative_of_the_stages_runs(clients, changes):
 
 
 def test_withheld_histogram_is_an_error_under_histogram_weighting(clients):
-    withheld = [ClientModel(client.state, client.num_examples, None) for client in clients]
+    withheld = [Upload(client.state, client.num_examples, None) for client in clients]
     with pytest.raises(ValueError, match=r"ensemble\.weighting"):
         run(withheld)
     run(withheld, **{"ensemble.weighting": "competence", "distill.steps": 1})

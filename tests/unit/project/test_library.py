@@ -41,10 +41,10 @@ def test_type_checkers_see_the_public_names(tmp_path: Path) -> None:
     assert (ROOT / "fedmitr_flwr" / "py.typed").is_file()
     (tmp_path / "user.py").write_text(
         "import fedmitr_flwr as fm\n"
-        "def use(settings: fm.Settings) -> fm.ClientModel:\n"
-        "    return fm.ClientModel({}, settings.run.seed, None)\n"
-        "reveal_type(fm.ClientModel({}, 1, None).num_examples)\n"
-        "fm.ClientModel({}, 'one', None)\n"
+        "def use(settings: fm.Settings) -> fm.Upload:\n"
+        "    return fm.Upload({}, settings.run.seed, None)\n"
+        "reveal_type(fm.Upload({}, 1, None).num_examples)\n"
+        "fm.Upload({}, 'one', None)\n"
     )
     arguments = ["-m", "mypy", "--follow-imports=silent", "--ignore-missing-imports", "user.py"]
     result = python(*arguments, "--cache-dir", str(ROOT / ".mypy_cache"), cwd=tmp_path)

@@ -12,7 +12,7 @@ from fedmitr_flwr.data import load_source
 from fedmitr_flwr.federation.prepare import Federation, describe_run
 from fedmitr_flwr.federation.quorum import ClientCounts
 from fedmitr_flwr.models.build import build_model
-from fedmitr_flwr.pipeline.inputs import ClientModel, PipelineInputs
+from fedmitr_flwr.pipeline.inputs import PipelineInputs, Upload
 from fedmitr_flwr.pipeline.methods import METHODS
 from fedmitr_flwr.results.write import write_results
 from fedmitr_flwr.runs.directory import CONFIG, EVENTS, RunDirectory
@@ -66,7 +66,7 @@ def make_run(folder: Path, name: str, *, listening: bool = True, **changes: str 
             model = build_model(settings.model, source.spec)
             model.load_state_dict(initial)
             result = train_local(model, source.train.subset(rows), source.spec, settings.train, seed=0, device=device)
-            clients.append(ClientModel(model.state_dict(), result.num_examples, None))
+            clients.append(Upload(model.state_dict(), result.num_examples, None))
             observer.client(
                 "accepted", client=f"<b>site {number}</b>", num_examples=result.num_examples, accuracy=result.accuracy
             )

@@ -31,7 +31,7 @@ def token(model, image):
 
 def test_the_pool_keeps_each_teachers_token_as_its_head_sees_it():
     ensemble = tiny_ensemble()
-    features = labelled(ensemble).targets.features
+    features = labelled(ensemble).further.targets.features
     assert features.shape == (B, 3, 24)
     assert features.dtype == torch.bfloat16
     for k, teacher in enumerate(ensemble.teachers):
@@ -42,14 +42,14 @@ def test_the_pool_keeps_each_teachers_token_as_its_head_sees_it():
 def test_terms_equal_plain_recomputation_with_any_maps():
     ensemble, student = tiny_ensemble(), tiny_vit(seed=50)
     made = labelled(ensemble)
-    features = made.targets.features
-    branches = Branches.of(ensemble, features)
+    (features,) = [part for part in made.features() if len(part)]
+    branches = Branches.of(ensemble, [features])
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for parameter in branches.parameters():
             parameter.add_(0.1 * torch.randn(parameter.shape, generator=generator))
     rows = torch.tensor([4, 0, 3])
-    got = loss_terms(student, made, rows, SETTINGS, branches)
+    got = loss_terms(student, made.batch(rows), SETTINGS, branches)
     feature = teacher_kl = 0.0
     weight = ensemble.weights.mean(1) / ensemble.weights.mean(1).sum()
     for b in rows.tolist():
@@ -69,7 +69,7 @@ def test_both_terms_are_zero_for_a_student_that_is_every_teacher():
     one = tiny_vit(seed=9)
     ensemble = Ensemble([copy.deepcopy(one) for _ in range(2)], torch.full((2, CLASSES), 0.5))
     made = labelled(ensemble)
-    terms = loss_terms(one, made, torch.arange(B), SETTINGS, Branches.of(ensemble, made.targets.features))
+    terms = loss_terms(one, made.batch(torch.arange(B)), SETTINGS, Branches.of(ensemble, made.features()))
     assert float(terms.feature) < 1e-4  # of bf16
     assert float(terms.teacher) < 1e-4
 
@@ -77,11 +77,11 @@ def test_both_terms_are_zero_for_a_student_that_is_every_teacher():
 def test_maps_learn_beside_the_student_and_teachers_heads_do_not():
     ensemble, student = tiny_ensemble(), tiny_vit(seed=50).requires_grad_(True)
     made = labelled(ensemble)
-    branches = Branches.of(ensemble, made.targets.features)
-    before = loss_terms(student, made, torch.arange(B), SETTINGS, branches)
+    branches = Branches.of(ensemble, made.features())
+    before = loss_terms(student, made.batch(torch.arange(B)), SETTINGS, branches)
     heads = branches.weight.clone()
     distill(student, made, SETTINGS, generator=torch.Generator().manual_seed(0), branches=branches)
-    after = loss_terms(student, made, torch.arange(B), SETTINGS, branches)
+    after = loss_terms(student, made.batch(torch.arange(B)), SETTINGS, branches)
     assert float(after.feature) < 0.5 * float(before.feature)
     assert float(after.teacher) < 0.5 * float(before.teacher)
     assert not torch.equal(branches.maps[0], torch.eye(24))
@@ -91,7 +91,7 @@ def test_maps_learn_beside_the_student_and_teachers_heads_do_not():
 
 def test_with_both_weights_zero_nothing_is_kept():
     settings = SETTINGS.model_copy(update=OFF)
-    assert labelled(tiny_ensemble(), settings).targets.features is None
+    assert labelled(tiny_ensemble(), settings).further.targets.features is None
 
 
 def test_teachers_with_a_second_head_and_in_bf16_are_read_by_their_first():
@@ -101,17 +101,17 @@ def test_teachers_with_a_second_head_and_in_bf16_are_read_by_their_first():
     exact = [teacher.forward_features(IMAGES)[:, 0].detach() for teacher in teachers]
     ensemble = Ensemble([teacher.bfloat16() for teacher in teachers], torch.full((2, CLASSES), 0.5))
     made = labelled(ensemble)
-    branches = Branches.of(ensemble, made.targets.features)
+    branches = Branches.of(ensemble, made.features())
     assert branches.weight.dtype == torch.float32
     for k in range(2):
-        assert torch.allclose(made.targets.features[:, k].float(), exact[k], atol=0.1)
+        assert torch.allclose(made.further.targets.features[:, k].float(), exact[k], atol=0.1)
         assert torch.allclose(branches.weight[k], teachers[k].head.weight.float())
 
 
 @pytest.mark.parametrize("count", [1, 5])
 def test_images_that_do_not_differ_are_measured_by_the_tokens_size(count):
     features = torch.randn(1, 3, 24, generator=torch.Generator().manual_seed(4)).expand(count, -1, -1)
-    made = Branches.of(tiny_ensemble(), features)
+    made = Branches.of(tiny_ensemble(), [features])
     assert torch.allclose(made.variance, 0.01 * features[0].square().mean(1))
 
 
@@ -119,7 +119,7 @@ def test_a_pool_of_one_image_can_be_learnt():
     ensemble, student = tiny_ensemble(), tiny_vit(seed=50).requires_grad_(True)
     patches = tiny_grid().to_patches(IMAGES[:1])
     made = unnamed_pool(patches, label_patches(ensemble, patches, SETTINGS, batch_size=4))
-    branches = Branches.of(ensemble, made.targets.features)
+    branches = Branches.of(ensemble, made.features())
     settings = SETTINGS.model_copy(update={"steps": 5})
     distill(student, made, settings, generator=torch.Generator().manual_seed(0), branches=branches)
     assert bool(student.head.weight.isfinite().all())

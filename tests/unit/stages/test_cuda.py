@@ -9,11 +9,11 @@ from torch.nn import functional as F
 from fedmitr_flwr.ensemble.engine.teachers import MemoryLimits
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.models.build import build_model
-from fedmitr_flwr.pipeline.inputs import ClientModel, PipelineInputs
+from fedmitr_flwr.pipeline.inputs import PipelineInputs, Upload
 from fedmitr_flwr.pipeline.methods import METHODS
 from fedmitr_flwr.settings import InversionSettings
 from fedmitr_flwr.stages.inversion import cuda_graphs
-from fedmitr_flwr.stages.inversion.batch import InversionBatch, InversionDivergedError, Watch
+from fedmitr_flwr.stages.inversion.batch import InversionBatch, InversionDivergedError, InversionTask, Watch
 from fedmitr_flwr.stages.inversion.cuda_graphs import WARM_UP, GraphRunner
 from fedmitr_flwr.stages.inversion.schedule import most_attended
 from fedmitr_flwr.stages.inversion.sparse import invert
@@ -58,12 +58,12 @@ def there(ensemble: Ensemble, limits: MemoryLimits | None = None) -> Ensemble:
 def run(ensemble: Ensemble | None = None, settings: InversionSettings = LONG, **more):
     ensemble = ensemble or there(tiny_ensemble())
     generator = torch.Generator().manual_seed(3)
-    return invert(ensemble, SIX.to(CUDA), tiny_grid(), settings, generator=generator, **more)
+    return invert(InversionTask(ensemble, tiny_grid(), settings), SIX.to(CUDA), generator=generator, **more)
 
 
 def tiny_batch(settings: InversionSettings = LONG) -> InversionBatch:
     start = torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(0)).to(CUDA)
-    return InversionBatch(there(tiny_ensemble()), SIX.to(CUDA), start, None, tiny_grid(), settings)
+    return InversionBatch(InversionTask(there(tiny_ensemble()), tiny_grid(), settings), SIX.to(CUDA), start)
 
 
 def both(K: int, tokens: int, dtype: torch.dtype, **size: int):
@@ -214,7 +214,7 @@ def test_a_federation_is_trained_and_distilled():
         assert 0 < result.loss < 3
         assert next(model.parameters()).is_cuda
         state = {name: value.cpu() for name, value in model.state_dict().items()}
-        clients.append(ClientModel(state, result.num_examples, result.histogram))
+        clients.append(Upload(state, result.num_examples, result.histogram))
     found = METHODS["fedmitr"](PipelineInputs(settings, SOURCE.spec, clients, initial, 5, device=CUDA))
     for state in (found.state, found.fedavg):
         assert all(value.device.type == "cpu" and bool(value.isfinite().all()) for value in state.values())

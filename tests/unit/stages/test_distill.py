@@ -9,8 +9,8 @@ from fedmitr_flwr.stages.density import PatchSplit
 from fedmitr_flwr.stages.distillation.distill import distill
 from fedmitr_flwr.stages.distillation.losses import kl_divergence, loss_terms
 from fedmitr_flwr.stages.distillation.pool import Pool, Targets, make_pool, mix_patches
-from fedmitr_flwr.stages.random_images import random_images
-from fedmitr_flwr.stages.relabel import LowTargets, relabel
+from fedmitr_flwr.stages.random_images.families import random_images
+from fedmitr_flwr.stages.relabel import LowTargets, RelabelledImages, relabel
 from fedmitr_flwr.stages.synthetic import SyntheticImages
 from tests.unit.tiny import CLASSES, plain_ensemble, plain_subset_logits, tiny_ensemble, tiny_grid, tiny_vit
 
@@ -26,9 +26,8 @@ def pool(settings: DistillSettings, low: str = "soft") -> Pool:
     grid, ensemble = tiny_grid(), tiny_ensemble()
     low_targets = relabel(ensemble, grid.to_patches(IMAGES), SPLIT, RelabelSettings(labels=low))
     synthetic = SyntheticImages(IMAGES, LABELS, KEPT, torch.zeros(B))
-    return make_pool(
-        ensemble, synthetic, SPLIT, low_targets, grid, settings, generator=torch.Generator().manual_seed(0)
-    )
+    made = RelabelledImages(synthetic, SPLIT, low_targets)
+    return make_pool(ensemble, made, grid, settings, generator=torch.Generator().manual_seed(0))
 
 
 def by_hand_kl(target: torch.Tensor, logits: torch.Tensor) -> float:
@@ -42,7 +41,7 @@ def by_hand_kl(target: torch.Tensor, logits: torch.Tensor) -> float:
 def test_loss_terms_equal_hand_computed_values(ce_on):
     settings = DistillSettings(ce_on=ce_on, **PLAIN)
     student, ensemble, rows = tiny_vit(seed=50), tiny_ensemble(), torch.arange(B)
-    got = loss_terms(student, pool(settings), rows, settings)
+    got = loss_terms(student, pool(settings).batch(rows), settings)
     full = student(IMAGES)
     seen = full if ce_on == "full" else plain_subset_logits(student, IMAGES, KEPT)
     low = SPLIT.low.nonzero()[:, 1].reshape(B, 11)
@@ -55,7 +54,7 @@ def test_loss_terms_equal_hand_computed_values(ce_on):
 
 def test_total_weights_the_terms():
     settings = DistillSettings(kl_weight=2.0, ce_weight=0.5, low_weight=3.0, **PLAIN)
-    terms = loss_terms(tiny_vit(seed=50), pool(settings), torch.arange(B), settings)
+    terms = loss_terms(tiny_vit(seed=50), pool(settings).batch(torch.arange(B)), settings)
     terms = replace(terms, feature=torch.tensor(0.3), teacher=torch.tensor(0.7))
     settings = settings.model_copy(update={"feature_weight": 5.0, "teacher_weight": 7.0})
     expected = 2.0 * terms.kl + 0.5 * terms.ce + 3.0 * terms.low + 5.0 * 0.3 + 7.0 * 0.7
@@ -65,21 +64,21 @@ def test_total_weights_the_terms():
 @pytest.mark.parametrize("change", [{"low_weight": 0.0}, {"ce_weight": 0.0}])
 def test_a_term_of_weight_zero_is_not_there(change):
     settings = DistillSettings(**change, **PLAIN)
-    terms = loss_terms(tiny_vit(seed=50), pool(settings), torch.arange(B), settings)
+    terms = loss_terms(tiny_vit(seed=50), pool(settings).batch(torch.arange(B)), settings)
     assert float(getattr(terms, next(iter(change)).removesuffix("_weight"))) == 0.0
 
 
 def test_low_labels_off_removes_the_low_term():
     settings = DistillSettings(**PLAIN)
-    assert float(loss_terms(tiny_vit(seed=50), pool(settings, "off"), torch.arange(B), settings).low) == 0.0
+    assert float(loss_terms(tiny_vit(seed=50), pool(settings, "off").batch(torch.arange(B)), settings).low) == 0.0
 
 
 def test_ensemble_targets_are_constants():
     settings = DistillSettings(**PLAIN)
     student = tiny_vit(seed=50).requires_grad_(True)
     made = pool(settings)
-    assert not made.targets.probabilities.requires_grad
-    loss_terms(student, made, torch.arange(B), settings).total(settings).backward()
+    assert not made.inverted.targets.probabilities.requires_grad
+    loss_terms(student, made.batch(torch.arange(B)), settings).total(settings).backward()
     assert all(parameter.grad is not None for parameter in student.parameters())
 
 
@@ -92,7 +91,8 @@ def test_temperature_scales_both_sides():
 
 
 def test_pool_holds_views_mixes_and_noise_labelled_by_the_ensemble():
-    made = pool(DistillSettings(views=3, mix=2.0, noise=1.5, augment="shift"))
+    whole = pool(DistillSettings(views=3, mix=2.0, noise=1.5, augment="shift"))
+    made = whole.batch(torch.arange(len(whole))).images
     assert len(made.labels) == 3 * B + 2 * B + 9
     assert made.labels[: 3 * B].tolist() == LABELS.tolist() * 3
     assert made.labels[3 * B :].unique().tolist() == [-1]
@@ -103,7 +103,7 @@ def test_pool_holds_views_mixes_and_noise_labelled_by_the_ensemble():
 
 def test_images_without_pseudo_label_join_only_the_first_term():
     settings = DistillSettings(views=1, mix=1.0, noise=0.0)
-    terms = loss_terms(tiny_vit(seed=50), pool(settings), torch.arange(B, 2 * B), settings)
+    terms = loss_terms(tiny_vit(seed=50), pool(settings).batch(torch.arange(B, 2 * B)), settings)
     assert float(terms.kl) > 0
     assert float(terms.ce) == float(terms.low) == 0.0
 
@@ -144,9 +144,9 @@ def test_distillation_lowers_the_loss_and_repeats_bit_for_bit():
     made, states = pool(settings), []
     for _ in range(2):
         student = tiny_vit(seed=50).requires_grad_(True)
-        before = float(loss_terms(student, made, torch.arange(B), settings).total(settings))
+        before = float(loss_terms(student, made.batch(torch.arange(B)), settings).total(settings))
         distill(student, made, settings, generator=torch.Generator().manual_seed(1))
-        assert float(loss_terms(student, made, torch.arange(B), settings).total(settings)) < 0.6 * before
+        assert float(loss_terms(student, made.batch(torch.arange(B)), settings).total(settings)) < 0.6 * before
         states.append(student.state_dict())
     assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
 
@@ -155,7 +155,9 @@ def test_a_loss_that_is_not_finite_is_an_error():
     settings = DistillSettings(steps=2, batch_size=4, **PLAIN)
     made = pool(settings)
     unknown = Targets(torch.full((B, CLASSES), float("nan")), None)
-    broken = Pool(made.patches, made.labels, unknown, made.split, made.low_targets)
+    broken = replace(
+        made, inverted=replace(made.inverted, targets=unknown), further=replace(made.further[:0], targets=unknown[:0])
+    )
     with pytest.raises(RuntimeError, match="not finite after 2 steps"):
         distill(tiny_vit(seed=50).requires_grad_(True), broken, settings, generator=torch.Generator().manual_seed(0))
 
@@ -164,5 +166,5 @@ def test_images_without_low_patches_have_no_low_target():
     settings = DistillSettings(**PLAIN)
     made = pool(settings)
     none = LowTargets(made.low_targets.probabilities, torch.zeros(B, dtype=torch.bool))
-    made = Pool(made.patches, made.labels, made.targets, made.split, none)
-    assert float(loss_terms(tiny_vit(seed=50), made, torch.arange(B), settings).low) == 0.0
+    made = replace(made, low_targets=none)
+    assert float(loss_terms(tiny_vit(seed=50), made.batch(torch.arange(B)), settings).low) == 0.0

@@ -4,10 +4,11 @@ from torch.nn import functional as F
 
 from benchmarks.inversion.reference import PlainInversion
 from fedmitr_flwr.settings import InversionSettings
-from fedmitr_flwr.stages.inversion.batch import InversionBatch, InversionDivergedError
+from fedmitr_flwr.stages.inversion.batch import InversionBatch, InversionDivergedError, InversionTask
+from fedmitr_flwr.stages.inversion.methods import patches_left
 from fedmitr_flwr.stages.inversion.pixel_adam import scatter
 from fedmitr_flwr.stages.inversion.prior import Prior
-from fedmitr_flwr.stages.inversion.schedule import most_attended, patches_left
+from fedmitr_flwr.stages.inversion.schedule import most_attended
 from fedmitr_flwr.stages.inversion.sparse import invert
 from tests.unit.tiny import plain_ensemble, tiny_ensemble, tiny_grid
 
@@ -15,7 +16,12 @@ LABELS = torch.tensor([0, 1, 2, 3, 4, 0])
 
 
 def run(settings: InversionSettings, seed: int = 3, labels: torch.Tensor = LABELS, **more):
-    return invert(tiny_ensemble(), labels, tiny_grid(), settings, generator=torch.Generator().manual_seed(seed), **more)
+    return invert(
+        InversionTask(tiny_ensemble(), tiny_grid(), settings),
+        labels,
+        generator=torch.Generator().manual_seed(seed),
+        **more,
+    )
 
 
 def prior_gradient(canvas, kept, grid, settings):
@@ -120,7 +126,7 @@ def test_kept_set_shrinks_by_the_schedule_and_is_the_set_that_was_inverted():
 
     watched = Watched(real.teachers, real.weights)
     settings = InversionSettings(iterations=6, stops="1,2,4", fractions="0.3,0.3,0.3")
-    got = invert(watched, LABELS, tiny_grid(), settings, generator=torch.Generator().manual_seed(0))
+    got = invert(InversionTask(watched, tiny_grid(), settings), LABELS, generator=torch.Generator().manual_seed(0))
     assert sizes == [16, 16, 11, 7, 7, 4]
     assert got.kept.shape == (6, 4)
     assert torch.equal(got.kept, got.kept.sort(dim=1).values)
@@ -190,7 +196,7 @@ def test_a_loss_that_is_not_finite_names_its_iteration_and_keeps_the_last_good_i
     breaks = Breaks(ensemble.teachers, ensemble.weights)
     settings = InversionSettings(iterations=8, stops="3", fractions="0.3", tv_weight=0.1)
     with pytest.raises(InversionDivergedError, match=r"iteration 4: .*inversion\.learning-rate") as caught:
-        invert(breaks, LABELS, tiny_grid(), settings, generator=torch.Generator().manual_seed(3))
+        invert(InversionTask(breaks, tiny_grid(), settings), LABELS, generator=torch.Generator().manual_seed(3))
     good = caught.value.last_good
     assert good.kept.shape[1] == 11
     assert torch.equal(good.images, run(settings.model_copy(update={"iterations": 4})).images)
@@ -202,7 +208,7 @@ def test_a_broken_teacher_is_found_at_the_first_iteration():
         ensemble.teachers[0].head.weight.fill_(float("nan"))
     settings = InversionSettings(iterations=5, stops="2", fractions="0.3")
     with pytest.raises(InversionDivergedError, match="iteration 0"):
-        invert(ensemble, LABELS, tiny_grid(), settings, generator=torch.Generator().manual_seed(0))
+        invert(InversionTask(ensemble, tiny_grid(), settings), LABELS, generator=torch.Generator().manual_seed(0))
 
 
 @pytest.mark.parametrize("stopping", [False, True])
@@ -214,7 +220,7 @@ def test_trajectories_follow_the_plain_reference(stopping):
     kept = torch.rand(6, 16, generator=torch.Generator().manual_seed(1)).argsort(1)[:, :7].sort(1).values
     kept = kept if stopping else None
     plain = PlainInversion(ensemble.teachers, ensemble.weights, start, LABELS, kept, grid, settings)
-    batch = InversionBatch(tiny_ensemble(), LABELS, start, kept, grid, settings)
+    batch = InversionBatch(InversionTask(tiny_ensemble(), grid, settings), LABELS, start, kept)
     for _ in range(5):
         assert torch.allclose(batch.step(), plain.step(), rtol=1e-3)
     assert float((batch.result().images - plain.images.detach()).abs().mean()) < 1e-4
@@ -230,7 +236,10 @@ def test_a_mask_without_a_patch_is_refused():
     settings = InversionSettings()
     with pytest.raises(ValueError, match="at least one"):
         InversionBatch(
-            tiny_ensemble(), LABELS, torch.zeros(6, 1, 16, 16), LABELS[:, None][:, :0], tiny_grid(), settings
+            InversionTask(tiny_ensemble(), tiny_grid(), settings),
+            LABELS,
+            torch.zeros(6, 1, 16, 16),
+            LABELS[:, None][:, :0],
         )
 
 
@@ -238,7 +247,9 @@ def test_a_mask_without_a_patch_is_refused():
 def test_a_mask_outside_the_grid_is_refused(place):
     kept = torch.tensor([0, place]).repeat(6, 1)
     with pytest.raises(ValueError, match="the grid has 0 to 15"):
-        InversionBatch(tiny_ensemble(), LABELS, torch.zeros(6, 1, 16, 16), kept, tiny_grid(), InversionSettings())
+        InversionBatch(
+            InversionTask(tiny_ensemble(), tiny_grid(), InversionSettings()), LABELS, torch.zeros(6, 1, 16, 16), kept
+        )
 
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5])
@@ -257,7 +268,7 @@ def test_pixels_that_are_not_finite_are_found_though_every_loss_was():
     breaks = Breaks(tiny_ensemble().teachers, tiny_ensemble().weights)
     settings = InversionSettings(iterations=1, stops="", fractions="")
     with pytest.raises(InversionDivergedError, match="iteration 0") as caught:
-        invert(breaks, LABELS, tiny_grid(), settings, generator=torch.Generator().manual_seed(0))
+        invert(InversionTask(breaks, tiny_grid(), settings), LABELS, generator=torch.Generator().manual_seed(0))
     assert torch.isfinite(caught.value.last_good.images).all()
 
 

@@ -5,9 +5,9 @@ import torch
 
 from fedmitr_flwr.results.flops import kept_schedule
 from fedmitr_flwr.settings import InversionSettings, Settings, SettingsError
-from fedmitr_flwr.stages.inversion.batch import Watch, starting_images
+from fedmitr_flwr.stages.inversion.batch import InversionTask, Watch, starting_images
+from fedmitr_flwr.stages.inversion.methods import patches_left
 from fedmitr_flwr.stages.inversion.rebirth import invert_by_rebirth
-from fedmitr_flwr.stages.inversion.schedule import patches_left
 from tests.unit.pipeline.test_pipeline import clients  # noqa: F401 - a fixture
 from tests.unit.pipeline.test_pipeline import run as run_all
 from tests.unit.stages.test_inversion import LABELS
@@ -19,7 +19,7 @@ SETTINGS = InversionSettings(method="rebirth", iterations=8, stops=(3, 5), fract
 
 def run(settings=SETTINGS, seed=3, **more):
     generator = torch.Generator().manual_seed(seed)
-    return invert_by_rebirth(tiny_ensemble(), LABELS, tiny_grid(), settings, generator=generator, **more)
+    return invert_by_rebirth(InversionTask(tiny_ensemble(), tiny_grid(), settings), LABELS, generator=generator, **more)
 
 
 def mask(kept):

@@ -11,7 +11,7 @@ from fedmitr_flwr.ensemble.engine.teachers import MemoryLimits
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.settings import InversionSettings
 from fedmitr_flwr.stages.inversion import cuda_graphs
-from fedmitr_flwr.stages.inversion.batch import InversionBatch, InversionDivergedError, Watch
+from fedmitr_flwr.stages.inversion.batch import InversionBatch, InversionDivergedError, InversionTask, Watch
 from fedmitr_flwr.stages.inversion.cuda_graphs import MIN_STEPS, WARM_UP, GraphRunner, stretches, suits
 from fedmitr_flwr.stages.inversion.pixel_adam import PixelAdam
 from fedmitr_flwr.stages.inversion.rebirth import invert_by_rebirth
@@ -72,7 +72,9 @@ def tapes(monkeypatch):
 
 def run(settings=LONG, method=invert, ensemble=None, **more):
     generator = torch.Generator().manual_seed(3)
-    return method(ensemble or tiny_ensemble(), LABELS, tiny_grid(), settings, generator=generator, **more)
+    return method(
+        InversionTask(ensemble or tiny_ensemble(), tiny_grid(), settings), LABELS, generator=generator, **more
+    )
 
 
 def same(one, other):
@@ -123,7 +125,7 @@ def test_memory_that_others_made_the_ensemble_let_go_of_is_held(tapes):
 
 def test_a_step_with_a_view_or_beyond_those_announced_runs_as_ever(tapes):
     start = torch.randn(6, 1, 16, 16, generator=torch.Generator().manual_seed(0))
-    batches = [InversionBatch(tiny_ensemble(), LABELS, start, None, tiny_grid(), LONG) for _ in range(2)]
+    batches = [InversionBatch(InversionTask(tiny_ensemble(), tiny_grid(), LONG), LABELS, start) for _ in range(2)]
     batches[1].expect(MIN_STEPS)
     for batch in batches:
         for _ in range(MIN_STEPS + 2):
@@ -165,7 +167,7 @@ def test_what_cannot_be_recorded_goes_on_as_it_is_with_one_warning(tapes, monkey
 
 def test_a_graph_is_let_go_of_at_the_end(tapes):
     start = torch.zeros(6, 1, 16, 16)
-    batch = InversionBatch(tiny_ensemble(), LABELS, start, None, tiny_grid(), LONG)
+    batch = InversionBatch(InversionTask(tiny_ensemble(), tiny_grid(), LONG), LABELS, start)
     batch.expect(MIN_STEPS)
     for _ in range(WARM_UP + 2):
         batch.step()

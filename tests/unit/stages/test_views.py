@@ -7,7 +7,7 @@ from torch.nn import functional as F
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.results.flops import kept_schedule
 from fedmitr_flwr.settings import InversionSettings, Settings, SettingsError
-from fedmitr_flwr.stages.inversion.batch import InversionBatch, Watch, starting_images
+from fedmitr_flwr.stages.inversion.batch import InversionBatch, InversionTask, Watch, starting_images
 from fedmitr_flwr.stages.inversion.rebirth import invert_by_rebirth
 from fedmitr_flwr.stages.inversion.schedule import growth
 from fedmitr_flwr.stages.inversion.views import View
@@ -76,7 +76,7 @@ def test_several_copies_average_loss_gradient_and_attention(monkeypatch):
             return parts[-1]
 
     ensemble = Watched(tiny_ensemble().teachers, tiny_ensemble().weights)
-    batch = InversionBatch(ensemble, LABELS, start, None, tiny_grid(), settings)
+    batch = InversionBatch(InversionTask(ensemble, tiny_grid(), settings), LABELS, start)
     monkeypatch.setattr(
         "fedmitr_flwr.stages.inversion.pixel_adam.PixelAdam.step",
         lambda adam, gradient, low, high: gradients.append(gradient),
@@ -120,7 +120,7 @@ def test_patches_do_not_move_before_their_time_and_all_do_after_it():
     outer = torch.ones(16, dtype=torch.bool)
     outer[middle] = False
     before = InversionSettings(iterations=5, stops=(), fractions=(), centring=4, tv_weight=0.05)
-    batch = InversionBatch(tiny_ensemble(), LABELS, start, None, grid, before)
+    batch = InversionBatch(InversionTask(tiny_ensemble(), grid, before), LABELS, start)
     batch.restart(middle)
     for _ in range(4):
         batch.step()
@@ -136,7 +136,7 @@ def test_patches_that_join_begin_with_a_step_of_the_learning_rate():
     """Under the optimiser of those before them, their first step would be five times as long."""
     grid, settings = tiny_grid(), DENSE.model_copy(update={"tv_weight": 0.0, "learning_rate": 0.01})
     start = torch.zeros(6, 1, 16, 16)
-    batch = InversionBatch(tiny_ensemble(), LABELS, start, None, grid, settings)
+    batch = InversionBatch(InversionTask(tiny_ensemble(), grid, settings), LABELS, start)
     batch.restart(torch.tensor([5, 6, 9, 10]))
     for _ in range(20):
         batch.step()
@@ -149,7 +149,9 @@ def test_patches_that_join_begin_with_a_step_of_the_learning_rate():
 def test_centring_works_under_rebirth_as_well():
     settings = InversionSettings(method="rebirth", iterations=9, stops=(4, 6), fractions=(0.3, 0.3), centring=4)
     generator = torch.Generator().manual_seed(3)
-    assert invert_by_rebirth(tiny_ensemble(), LABELS, tiny_grid(), settings, generator=generator).kept.shape == (18, 5)
+    assert invert_by_rebirth(
+        InversionTask(tiny_ensemble(), tiny_grid(), settings), LABELS, generator=generator
+    ).kept.shape == (18, 5)
 
 
 def test_arithmetic_counts_the_patches_that_are_there():

@@ -12,10 +12,10 @@ from fedmitr_flwr.training.time_limit import time_limit
 
 BLOCKED = """
 import signal, sys, time
-from fedmitr_flwr import watchdog
-watchdog.GRACE_SECONDS = 0.2
+from fedmitr_flwr.training import time_limit
+time_limit.GRACE_SECONDS = 0.2
 signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGALRM])  # as code that never comes back to Python
-with watchdog.time_limit(0.2, "training"):
+with time_limit.time_limit(0.2, "training"):
     time.sleep(30)
 """
 
