@@ -28,6 +28,7 @@ SMALL: dict[str, RunConfigValue] = {
     "distill.steps": 3,
     "distill.noise": 20.0,
 }
+FEW: dict[str, RunConfigValue] = {"distill.noise": 2.0, "inversion.iterations": 2}
 
 RUN = """
 import json, sys, torch
@@ -130,17 +131,17 @@ def test_a_gpu_holds_the_teachers_itself() -> None:
 
 def test_a_pipeline_keeps_its_budget_and_a_tighter_one_takes_less() -> None:
     """Teachers are in memory as fp32, then as bf16, then on disk, as the budget shrinks."""
-    model, count, tightest, took = build_model(with_budget(1).model, SPEC), 2 * CLIENTS, {}, {}
+    model, tightest, took = build_model(with_budget(1).model, SPEC), {}, {}
     for budget in (4000, *range(2000, 1000, -10)):
         try:
-            limit = within_memory(with_budget(budget), SPEC, count, CPU).inversion.teacher_memory_mb
+            limit = within_memory(with_budget(budget, **FEW), SPEC, CLIENTS, CPU).inversion.teacher_memory_mb
         except SettingsError:
             break
-        tightest[MemoryLimits(teachers=limit).place(model, count)] = budget
+        tightest[MemoryLimits(teachers=limit).place(model, CLIENTS)] = budget
     assert list(tightest) == ["held", "bf16", "paged"]
     for place, budget in tightest.items():
-        settings = json.dumps({**SMALL, "run.memory-mb": budget})
-        command = [sys.executable, "-c", RUN, settings, str(count)]
+        settings = json.dumps({**SMALL, **FEW, "run.memory-mb": budget})
+        command = [sys.executable, "-c", RUN, settings, str(CLIENTS)]
         done = subprocess.run(command, capture_output=True, text=True, check=True)
         found = json.loads(done.stdout.splitlines()[-1])
         assert found["kinds"] == ["torch.bfloat16" if place == "bf16" else "torch.float32"]
