@@ -11,7 +11,9 @@ import pytest
 
 from fedmitr_flwr.federation.code_digest import PACKAGES, CodeMismatchError, check_digest, code_digest, package_folder
 
-PRINT_DIGEST = "from fedmitr_flwr.federation.code_digest import code_digest; import sys; sys.stdout.write(code_digest())"
+PRINT_DIGEST = (
+    "from fedmitr_flwr.federation.code_digest import code_digest; import sys; sys.stdout.write(code_digest())"
+)
 
 
 @pytest.fixture
