@@ -122,7 +122,7 @@ class InversionSettings(Stage):
         description="Number of iterations in which an image grows from its central patches, ring by ring, to the whole "
         "grid (Plug-In Inversion). Must not exceed the first of `inversion.stops`. 0: the whole grid from the start.",
     )
-    start: Literal["white"] | RandomFamily = Field(
+    start: Literal["white", RandomFamily] = Field(
         "fields",
         description="Noise that the pixels start from. `white`: Gaussian noise around the normalisation mean; the "
         "others as for `distill.noise-kind`.",
