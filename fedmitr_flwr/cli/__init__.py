@@ -1,4 +1,4 @@
-"""The ``fedmitr`` command, one file a command; each file's function is registered here."""
+"""The command ``fedmitr``: each subcommand is a function in a file of its own and is registered here."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ for command in (*_OF_A_RUN, *_OF_A_DEPLOYMENT, invert, initial, settings, doctor
 
 
 def main() -> None:
-    """Entry point of the ``fedmitr`` command."""
+    """Run the command ``fedmitr``."""
     app()
 
 

@@ -1,4 +1,4 @@
-"""``python -m fedmitr_flwr.cli``, where the ``fedmitr`` command is not on the path."""
+"""Run ``python -m fedmitr_flwr.cli``, for systems without the command ``fedmitr`` on the path."""
 
 from fedmitr_flwr.cli import main
 

@@ -1,4 +1,4 @@
-"""What all commands share: options, exit codes, and how mistakes and results are shown."""
+"""Options, exit codes and output that all commands share."""
 
 from __future__ import annotations
 
@@ -17,25 +17,29 @@ BAD_INPUT = 2
 
 ConfArgument = Annotated[
     Path | None,
-    typer.Argument(show_default=False, help="Settings file, such as conf/demo.toml. Without it: the app's defaults."),
+    typer.Argument(
+        show_default=False, help="Settings file, such as conf/demo.toml. Without it, the default settings apply."
+    ),
 ]
 SetOption = Annotated[
     list[str] | None,
-    typer.Option("--set", "-s", metavar="KEY=VALUE", help="One setting, wins over CONF; repeatable."),
+    typer.Option("--set", "-s", metavar="KEY=VALUE", help="Set one setting; overrides CONF. Repeatable."),
 ]
 AppOption = Annotated[
     Path | None,
-    typer.Option("--app", metavar="DIR", help="Folder of the Flower app. Default: where this command comes from."),
+    typer.Option(
+        "--app", metavar="DIR", help="Folder of the Flower app. Default: the folder that holds this command's code."
+    ),
 ]
 RunArgument = Annotated[
-    Path, typer.Argument(metavar="RUN", show_default=False, help="Folder of a completed run, as its last line said.")
+    Path, typer.Argument(metavar="RUN", show_default=False, help="Folder of a completed run, such as outputs/demo.")
 ]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON instead of text.")]
 
 
 @contextmanager
 def bad_input() -> Iterator[None]:
-    """Turn a `SettingsError` into its message on stderr and exit code 2."""
+    """Print the message of a `SettingsError` on stderr and exit with code 2."""
     try:
         yield
     except SettingsError as error:
@@ -44,11 +48,11 @@ def bad_input() -> Iterator[None]:
 
 
 def show_error(text: str) -> None:
-    """Print to stderr, in red where there are colours."""
+    """Print a text on stderr, in red if stderr shows colours."""
     typer.secho(text, err=True, fg=typer.colors.RED)
 
 
 def echo(line: str) -> None:
-    """Print a line now; click takes the colours that Flower puts into its log out where they don't belong."""
+    """Print a line at once; click removes the colours of Flower's log if the output is not a terminal."""
     typer.echo(line)
     sys.stdout.flush()

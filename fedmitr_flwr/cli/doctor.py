@@ -1,4 +1,4 @@
-"""``fedmitr doctor``."""
+"""The command ``fedmitr doctor``."""
 
 from __future__ import annotations
 
@@ -13,13 +13,17 @@ from fedmitr_flwr.cli.common import FAILED, JsonOption
 
 def doctor(
     output: Annotated[
-        Path, typer.Option("--output", "-o", metavar="DIR", help="Where results would go; its disk is looked at.")
+        Path,
+        typer.Option("--output", "-o", metavar="DIR", help="Folder for results; the space on its disk is checked."),
     ] = Path("outputs"),
     as_json: JsonOption = False,
 ) -> None:
-    """Check this machine: Python, packages, Flower, GPU, disk, memory, ports, a leftover SuperLink.
+    """Check whether runs can work on this machine.
 
-    Exit code: 0 runs can work, 1 something would make them fail.
+    The command checks Python, packages, Flower, GPU, disk, memory and ports, and looks for a SuperLink that an earlier
+    `flwr run` left running.
+
+    Exit code: 0 no problem found, 1 a problem that makes runs fail.
     """
     from fedmitr_flwr.launch.doctor import examine
 

@@ -1,4 +1,4 @@
-"""``fedmitr initial``."""
+"""The command ``fedmitr initial``."""
 
 from __future__ import annotations
 
@@ -9,15 +9,16 @@ from fedmitr_flwr.launch import settings_files
 
 
 def initial(conf: ConfArgument = None, overrides: SetOption = None, app_dir: AppOption = None) -> None:
-    """Make the common initialisation that a run would start from, and say where it is cached.
+    """Make the common initialisation of a run in advance.
 
-    For `model.init = glyphs` this renders letters and trains on them, once for each model and image size;
-    pretrained weights are downloaded. Runs do this by themselves when needed.
-    Exit code: 0 made, 2 bad input.
+    With `model.init = glyphs` the command renders letters, trains on them once for each model and image size, and
+    prints the path of the cached weights. Pretrained weights are downloaded. A run makes its initialisation itself if
+    it is missing.
+    Exit code: 0 made, 2 invalid input.
     """
     with bad_input():
         run = settings_files.run_settings(settings_files.app_directory(app_dir), conf, overrides or [])
-        # PyTorch takes seconds to import, and most commands do without it.
+        # Import PyTorch here, because it takes seconds and most commands do not need it.
         from fedmitr_flwr.data import load_spec
         from fedmitr_flwr.runs.log import console_log
         from fedmitr_flwr.training.glyphs import cache_path

@@ -1,4 +1,4 @@
-"""``fedmitr invert``."""
+"""The command ``fedmitr invert``."""
 
 from __future__ import annotations
 
@@ -13,38 +13,45 @@ from fedmitr_flwr.settings import InversionSettings, SettingsError
 
 def invert(
     labels: Annotated[
-        str, typer.Option("--labels", metavar="LIST", help="Classes to make images of: numbers and ranges, as 0-9,3,3.")
+        str, typer.Option("--labels", metavar="LIST", help="Class of each image, as numbers and ranges: 0-9,3,3.")
     ],
-    name: Annotated[str, typer.Option("--model", metavar="NAME", help="A timm ViT, such as deit_tiny_patch16_224.")],
+    name: Annotated[
+        str, typer.Option("--model", metavar="NAME", help="Name of a timm ViT, such as deit_tiny_patch16_224.")
+    ],
     checkpoint: Annotated[
         Path | None,
-        typer.Option("--checkpoint", metavar="FILE", help="Weights: .safetensors, or a folder as RUN/model."),
+        typer.Option(
+            "--checkpoint", metavar="FILE", help="Weights: a .safetensors file or a folder such as RUN/model."
+        ),
     ] = None,
     options: Annotated[
         str,
-        typer.Option("--options", metavar="LIST", help="timm's arguments, as img_size=28,patch_size=4,num_classes=10."),
+        typer.Option("--options", metavar="LIST", help="Arguments for timm: img_size=28,patch_size=4,num_classes=10."),
     ] = "",
-    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Where the images go.")] = Path(
+    output: Annotated[Path, typer.Option("--output", "-o", metavar="DIR", help="Folder for the images.")] = Path(
         "inverted"
     ),
-    iterations: Annotated[int, typer.Option("--iterations", help="Optimisation steps.")] = 4000,
+    iterations: Annotated[int, typer.Option("--iterations", help="Number of optimisation steps.")] = 4000,
     stops: Annotated[
-        str, typer.Option("--stops", metavar="LIST", help='Iterations at which patches stop; "" is dense inversion.')
+        str,
+        typer.Option("--stops", metavar="LIST", help='Iterations at which patches are stopped. "": dense inversion.'),
     ] = "50,100,200,300",
     fraction: Annotated[
-        float, typer.Option("--fraction", help="Part of the remaining patches that stops each time.")
+        float, typer.Option("--fraction", help="Fraction of the remaining patches that each stop excludes.")
     ] = 0.3,
-    rate: Annotated[float, typer.Option("--learning-rate", help="Adam's, in normalised pixels.")] = 0.25,
+    rate: Annotated[float, typer.Option("--learning-rate", help="Adam's learning rate, in normalised pixels.")] = 0.25,
     tv: Annotated[float, typer.Option("--tv-weight", help="Weight of the total variation.")] = 0.05,
-    batch: Annotated[int, typer.Option("--batch-size", help="Images at a time.")] = 32,
-    seed: Annotated[int, typer.Option("--seed", help="Of noise and jitter.")] = 0,
-    device: Annotated[str, typer.Option("--device", help="auto, cpu, cuda or cuda:N.")] = "auto",
+    batch: Annotated[int, typer.Option("--batch-size", help="Number of images inverted together.")] = 32,
+    seed: Annotated[int, typer.Option("--seed", help="Seed of the starting noise.")] = 0,
+    device: Annotated[str, typer.Option("--device", help="Device: auto, cpu, cuda or cuda:N.")] = "auto",
 ) -> None:
-    """Invert one timm ViT into images, without any federation (sparse model inversion).
+    """Invert a timm ViT into images, without a federation.
 
-    Writes one PNG for each label and inverted.safetensors (images, labels, kept patches, loss); the default schedule is
-    that of SMI. Without --checkpoint the pretrained weights are taken from the Hub or its cache. The last line printed
-    is the folder. Exit code: 0 written, 1 the loss stopped being finite, 2 bad input.
+    The method is sparse model inversion (SMI) with SMI's schedule as default. The command writes one PNG for each label
+    and inverted.safetensors with images, labels, kept patches and losses. Without --checkpoint it uses timm's
+    pretrained weights, from the local cache or the Hugging Face Hub. The last line printed is the folder.
+
+    Exit code: 0 written, 1 the loss is not finite, 2 invalid input.
     """
     with bad_input():
         wanted = parse_labels(labels)
@@ -74,12 +81,12 @@ def invert(
 
 
 def parse_labels(text: str) -> list[int]:
-    """Parse ``0-9,3,3``.
+    """Parse numbers and ranges such as ``0-9,3,3`` into a list of labels.
 
     Raises
     ------
     SettingsError
-        If it is anything else.
+        If the text has another form.
     """
     found: list[int] = []
     for part in text.split(","):
@@ -113,5 +120,5 @@ def _folder(output: Path) -> Path:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise SettingsError(("--output", str(output), f"can't be made: {error.strerror or error}")) from None
+        raise SettingsError(("--output", str(output), f"cannot be created: {error.strerror or error}")) from None
     return folder

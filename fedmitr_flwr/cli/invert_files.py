@@ -1,4 +1,4 @@
-"""Files around the inversion of a single model: timm models in, images out."""
+"""Load the timm model of ``fedmitr invert``, and write the images."""
 
 from __future__ import annotations
 
@@ -21,39 +21,41 @@ from fedmitr_flwr.stages.synthetic import SyntheticImages
 
 
 def load_timm(name: str, options: str, checkpoint: Path | None) -> VisionTransformer:
-    """Build a timm ViT with weights from a checkpoint, or pretrained ones.
+    """Build a timm ViT with the weights of a checkpoint or timm's pretrained weights.
 
     Parameters
     ----------
     name
-        As timm knows it.
+        Model name in timm.
     options
-        ``key=value`` pairs for timm, image size, channels and classes among them.
+        Arguments for timm as ``key=value`` separated by commas; may include image size, channels and classes.
     checkpoint
-        A safetensors file or a folder with one; None: timm's pretrained weights.
+        A safetensors file or a folder with one. None: timm's pretrained weights.
 
     Raises
     ------
     SettingsError
-        Naming the option that can't work.
+        If the name, an option or the weights are invalid; the message names the option of the command.
     """
     if not timm.is_model(name):
-        raise SettingsError(("--model", name, "must be a model name that timm knows; see timm.list_models('*vit*')"))
+        raise SettingsError(("--model", name, "must be the name of a timm model; timm.list_models('*vit*') lists them"))
     pairs = [part.strip() for part in options.split(",") if part.strip()]
     ours = [part for part in pairs if part.partition("=")[0].strip() in FROM_DATA]
     arguments: dict[str, Any] = dict(parse_options(",".join(part for part in pairs if part not in ours)))
     for part in ours:
         key, _, value = part.partition("=")
         if not value.strip().isdecimal():
-            raise SettingsError(("--options", part, "must be a number"))
+            raise SettingsError(("--options", part, "must be a whole number, such as img_size=28"))
         arguments[key.strip()] = int(value)
     try:
         model = timm.create_model(name, pretrained=checkpoint is None, **arguments)
     except OSError as error:
-        reason = f"its weights are neither in the local cache nor to be had from the Hub; give --checkpoint ({error})"
+        reason = (
+            f"its weights are not in the local cache and cannot be downloaded from the Hub; use --checkpoint ({error})"
+        )
         raise SettingsError(("--model", name, reason)) from None
-    except Exception as error:  # timm reports bad arguments by whatever exception they run into
-        raise SettingsError(("--options", options, f"{name} can't be built with them: {error}")) from None
+    except Exception as error:  # timm raises exceptions of any kind for bad arguments
+        raise SettingsError(("--options", options, f"{name} cannot be built with these options: {error}")) from None
     model = cast(VisionTransformer, model)
     check_supported(model)
     if checkpoint is not None:
@@ -62,7 +64,7 @@ def load_timm(name: str, options: str, checkpoint: Path | None) -> VisionTransfo
 
 
 def save_images(synthetic: SyntheticImages, spec: ImageSpec, folder: Path) -> list[Path]:
-    """Write one PNG an image, named by place and label, and all tensors as ``inverted.safetensors``."""
+    """Write each image as a PNG named by its number and label, and all tensors as ``inverted.safetensors``."""
     pixels = spec.denormalise(synthetic.images.cpu())
     files = []
     for number, (image, label) in enumerate(zip(pixels, synthetic.labels.tolist(), strict=True)):
@@ -76,12 +78,12 @@ def save_images(synthetic: SyntheticImages, spec: ImageSpec, folder: Path) -> li
 
 
 def load_weights(model: VisionTransformer, checkpoint: Path) -> None:
-    """Load a safetensors file, or a folder with one, into a model; the head must fit too.
+    """Load a safetensors file, or a folder with one, into a model.
 
     Raises
     ------
     SettingsError
-        If it cannot be read or does not fit.
+        If the file cannot be read or does not fit the model.
     """
     try:
         state = load_checkpoint(f"file:{checkpoint}", model, spec_of(model))

@@ -1,7 +1,8 @@
-r"""Plain ``--help`` that is complete with the versions of typer and click that Flower 1.41 allows.
+r"""A complete plain ``--help`` with the versions of typer and click that Flower 1.41 allows.
 
-Flower holds typer below 0.21. With click 8.5 that loses the descriptions of arguments, and it writes ``\[default: 3]``
-wherever rich is installed. Both are put right here; with versions that do neither, nothing changes.
+Flower requires typer below 0.21. With click 8.5, that typer omits the descriptions of arguments, and with rich
+installed it writes ``\[default: 3]``. This module corrects both. It changes nothing with versions that have neither
+error.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ _TWICE = re.compile(r"^Positional arguments:\n.*?(?=^Arguments:\n)", re.M | re.S
 
 
 class PlainHelpCommand(TyperCommand):
-    """A command whose help shows every argument's description, once, and no stray backslashes."""
+    """A command whose help describes each argument once and has no backslash before a bracket."""
 
     def get_help(self, ctx: click.Context) -> str:
         """Return the help text."""
@@ -25,5 +26,5 @@ class PlainHelpCommand(TyperCommand):
             if isinstance(parameter, TyperArgument) and not parameter.help and parameter.name in hints:
                 described = getattr(hints[parameter.name], "__metadata__", ())
                 parameter.help = next((info.help for info in described if getattr(info, "help", None)), None)
-        # Click 8.5 lists arguments that have help by itself, and typer lists them again.
+        # Click 8.5 lists the arguments that have a help text, and typer lists them a second time.
         return _TWICE.sub("", super().get_help(ctx)).replace("\\[", "[")

@@ -1,4 +1,4 @@
-"""``fedmitr settings``."""
+"""The command ``fedmitr settings``."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from fedmitr_flwr.settings import docs
 
 
 class Format(StrEnum):
-    """How ``fedmitr settings`` prints."""
+    """Output format of ``fedmitr settings``."""
 
     TABLE = "table"
     TOML = "toml"
@@ -25,14 +25,15 @@ def settings(
     conf: ConfArgument = None,
     overrides: SetOption = None,
     app_dir: AppOption = None,
-    style: Annotated[Format, typer.Option("--format", "-f", help="How to print them.")] = Format.TABLE,
+    style: Annotated[Format, typer.Option("--format", "-f", help="Output format.")] = Format.TABLE,
 ) -> None:
-    """Print every setting: key, default, allowed values and what it does.
+    """List all settings, or check a settings file.
 
-    With CONF or --set: check them as a run does, before anything starts, and print the values that a run would have.
-    Plain `flwr run` refuses an unknown key without naming it; this names it.
+    For each setting the list has the key, the value, the allowed values and a description. With CONF or --set the
+    command checks these settings as a run does and prints the values that a run would have. It names unknown keys,
+    which `flwr run` does not.
 
-    Exit code: 0 printed, 2 bad input.
+    Exit code: 0 printed, 2 invalid input.
     """
     checked = None
     if conf is not None or overrides:

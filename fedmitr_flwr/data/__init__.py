@@ -1,4 +1,4 @@
-"""Image sources, their splits, and their division among clients."""
+"""Load image sources, split them into training, validation and test sets, and divide them among clients."""
 
 from fedmitr_flwr.data.cache import cache_dir
 from fedmitr_flwr.data.client_images import client_images

@@ -1,4 +1,4 @@
-"""A user cache, addressed by content, that several processes may fill at once."""
+"""A cache in the user's home directory; several processes may write to it at the same time."""
 
 from __future__ import annotations
 
@@ -16,25 +16,25 @@ log = logging.getLogger("fedmitr.data")
 
 
 def cache_dir() -> Path:
-    """Where things are cached: FEDMITR_CACHE, else XDG_CACHE_HOME/fedmitr, else ~/.cache/fedmitr."""
+    """Return the cache directory: FEDMITR_CACHE, else XDG_CACHE_HOME/fedmitr, else ~/.cache/fedmitr."""
     own = os.environ.get("FEDMITR_CACHE")
     shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
     return Path(own).expanduser() if own else Path(shared).expanduser() / "fedmitr"
 
 
 def cached_array(name: str, make: Callable[[], NDArray[np.uint8]]) -> NDArray[np.uint8]:
-    """Return an array from the cache, or make it and put it there.
+    """Return an array from the cache; if it is missing, make it and store it.
 
     Parameters
     ----------
     name
-        File name without its ending. Must contain a digest of all that the array depends on.
+        File name without its suffix. Must contain a digest of everything that the array depends on.
     make
-        Makes the array; slow.
+        Function that makes the array.
 
     Notes
     -----
-    A damaged file is made anew. Without a writable cache the array is made each time.
+    A damaged file is replaced. If the cache is not writable, the array is made in every call.
     """
     path = cache_dir() / "data" / f"{name}.npy"
     try:
@@ -44,27 +44,27 @@ def cached_array(name: str, make: Callable[[], NDArray[np.uint8]]) -> NDArray[np
     except FileNotFoundError:
         pass
     except (OSError, ValueError, EOFError) as error:
-        log.warning("the cached file %s is damaged and is made anew (%s)", path, error)
+        log.warning("the cached file %s is damaged and will be replaced (%s)", path, error)
     made = make()
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary, temporary.open("wb") as file:
             np.save(file, made, allow_pickle=False)
     except OSError as error:
-        log.warning("cannot write the cache at %s (%s)", path.parent, error)
+        log.warning("cannot write to the cache %s (%s)", path.parent, error)
     return made
 
 
 def is_marked(name: str) -> bool:
-    """Whether `mark` was called with this name on this machine."""
+    """Return whether `mark` was called with this name before on this machine."""
     return (cache_dir() / "marks" / name).is_file()
 
 
 def mark(name: str) -> None:
-    """Remember a fact, named by a digest of all that it depends on; does nothing without a writable cache."""
+    """Store a mark under a name that is a digest of all it depends on; a read-only cache stores nothing."""
     path = cache_dir() / "marks" / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     except OSError as error:
-        log.warning("cannot write the cache at %s (%s)", path.parent, error)
+        log.warning("cannot write to the cache %s (%s)", path.parent, error)

@@ -1,4 +1,4 @@
-"""A client's own training images: its part of the simulated federation, or the data of its site."""
+"""Load the training images of a client: its partition in a simulation, or the data of its site."""
 
 from __future__ import annotations
 
@@ -30,33 +30,32 @@ def client_images(
     *,
     spec: ImageSpec | None = None,
 ) -> tuple[ImageSet, ImageSpec]:
-    """Return what this client trains on: never an image of the test or validation set.
+    """Return the training images of this client, without any image of the test or validation set.
 
     Parameters
     ----------
     settings
-        The run's settings.
+        Settings of the run.
     node_config
-        Flower's node config. With ``data-path`` (a folder or ``.npz`` file of this site) that is the
-        data and everything in it is for training, less what it marks as test data itself (a
-        ``test`` folder or array). Otherwise ``partition-id`` and ``num-partitions`` say which part of
-        `data.source` is this client's.
+        Flower's node config. If it has ``data-path``, a folder or ``.npz`` file of this site, all images there are
+        training images, except those that the folder or file itself marks as test data (a ``test`` folder or array).
+        Otherwise ``partition-id`` and ``num-partitions`` name the part of `data.source` that belongs to this client.
     class_names
-        The federation's classes as the server knows them; None: as this client finds them.
+        Class names of the federation as the server has them. None: those that this client finds.
     spec
-        The server's spec; None: worked out here. A site's images are brought to it.
+        The server's spec, to which a site's images are converted. None: it is derived here.
 
     Returns
     -------
     images
-        Possibly empty; possibly of one class only.
+        May be empty, and may have images of one class only.
     spec
-        Classes, size and normalisation to train with.
+        Classes, size and normalisation for training.
 
     Raises
     ------
     SettingsError
-        If the data is not there, has classes that the federation does not know, or differs from the server's.
+        If the data is missing, has classes that the federation does not have, or differs from the server's.
     """
     names = spec.class_names if spec else class_names
     path = node_config.get("data-path")
@@ -70,17 +69,17 @@ def client_images(
 
 
 def site_images(settings: DataSettings, origin: Origin, spec: ImageSpec) -> ImageSet:
-    """Return what a folder or ``.npz`` file holds, less what it marks as test data itself, brought to a spec.
+    """Return the images of a folder or ``.npz`` file, without its test data, converted to a spec.
 
     Raises
     ------
     SettingsError
-        As `client_images`, naming the key of `origin`.
+        As for `client_images`; the message names the key of `origin`.
     """
     return _site(settings, origin, spec.class_names, spec)[0]
 
 
-# Ray actors serve many clients one after another: they load and divide once.
+# A Ray actor trains many clients one after another. It loads and divides the source only once.
 @lru_cache(maxsize=1)
 def _source(settings: DataSettings) -> Source:
     return load_source(settings)
@@ -94,8 +93,10 @@ def _partition(data: DataSettings, partition: PartitionSettings, clients: int) -
 def _place(node_config: NodeConfig) -> tuple[int, int]:
     client, clients = node_config.get("partition-id"), node_config.get("num-partitions")
     if not isinstance(client, int) or not isinstance(clients, int) or not 0 <= client < clients:
-        allowed = "the node config needs data-path, or integers partition-id and num-partitions with the first below"
-        raise SettingsError(("partition-id", client, f"{allowed} the second (num-partitions = {clients})"))
+        allowed = (
+            "the node config needs data-path, or integers partition-id and num-partitions, where partition-id is from 0"
+        )
+        raise SettingsError(("partition-id", client, f"{allowed} to num-partitions - 1 (num-partitions = {clients})"))
     return client, clients
 
 
@@ -104,7 +105,7 @@ def _site(
 ) -> tuple[ImageSet, ImageSpec]:
     kind, path = split_origin(origin)
     if kind == "hub" or not path.exists():
-        raise origin.error(f"there is no folder or .npz file {path} on this site; set data-path in its node config")
+        raise origin.error(f"no folder or .npz file {path} exists on this site; set data-path in its node config")
     raw = load_npz(path, origin) if kind == "npz" else load_folder(path, origin, train_only=True)
     spec = spec or _site_spec(settings, raw, names or load_spec(settings).class_names)
     rows = np.flatnonzero(raw.split == TRAIN)
@@ -121,18 +122,18 @@ def _site(
 
 
 def _site_spec(settings: DataSettings, raw: RawSource, names: tuple[str, ...]) -> ImageSpec:
-    """Work out the spec without the server's files: from the kind of its source, else from the site's own data."""
+    """Derive the spec without the server's files, from the source's known geometry or else from the site's data."""
     return ImageSpec(names, *resolve_geometry(settings, known_geometry(settings) or raw.header.geometry))
 
 
 def _check_channels(geometry: Geometry, spec: ImageSpec, origin: Origin) -> None:
     if geometry.channels != spec.channels and {geometry.channels, spec.channels} != {1, 3}:
-        raise origin.error(f"has images of {geometry.channels} channels, the federation works with {spec.channels}")
+        raise origin.error(f"has images of {geometry.channels} channels, but the federation uses {spec.channels}")
 
 
 def _check_same(here: ImageSpec, there: ImageSpec, settings: Settings) -> None:
     for name in (item.name for item in fields(ImageSpec)):
         mine, other = getattr(here, name), getattr(there, name)
         if mine != other:
-            allowed = f"is not the same here as at the server: {name} is {mine} here and {other} there"
+            allowed = f"differs from the server's: {name} is {mine} here and {other} at the server"
             raise SettingsError(("data.source", settings.data.source, allowed))

@@ -1,4 +1,4 @@
-"""A labelled set of images that is read where it lies: from memory, from files or from an Arrow table."""
+"""Sets of labelled images whose pixels stay in memory, in files or in an Arrow table until they are read."""
 
 from __future__ import annotations
 
@@ -18,27 +18,27 @@ Index = Tensor | NDArray[np.integer] | Sequence[int]
 
 
 class Reader(Protocol):
-    """Where the pixels of a source lie; rows count from 0 over all its splits."""
+    """Reads the pixels of a source; rows are numbered from 0 over all its splits."""
 
     def read(self, rows: NDArray[np.int64], channels: int, size: int) -> Tensor:
-        """Return the images of these rows, ``(B, channels, size, size)`` uint8, resized where needed."""
+        """Return the images of these rows, ``(B, channels, size, size)`` uint8, resized if needed."""
         ...
 
 
 @dataclass(frozen=True)
 class ImageSet:
-    """Images with labels. Holds no pixels itself, so that subsets are cheap and large sources stay on disk.
+    """Images with labels. The set holds no pixels, so subsets are cheap and large sources stay on disk.
 
     Attributes
     ----------
     labels
-        ``(N,)`` int64, position in the spec's class names.
+        ``(N,)`` int64, positions in the spec's class names.
     columns
-        Further columns, each ``(N,)``: what `partition.kind = natural` can divide by.
+        Further columns, each ``(N,)``, by which `partition.kind = natural` can divide.
     reader, rows
-        Where the pixels lie, and this set's rows there, ``(N,)`` int64.
+        Reader of the source's pixels, and the rows of this set in it, ``(N,)`` int64.
     channels, image_size
-        What `images` delivers.
+        Number of channels and side in pixels of the images that `images` returns.
     """
 
     labels: Labels = field(repr=False)
@@ -52,18 +52,18 @@ class ImageSet:
         lengths = {"rows": len(self.rows), **{name: len(column) for name, column in self.columns.items()}}
         wrong = {name: length for name, length in lengths.items() if length != len(self.labels)}
         if wrong:
-            raise ValueError(f"{len(self.labels)} labels, but other lengths: {wrong}")
+            raise ValueError(f"all columns must have the length of labels, {len(self.labels)}; other lengths: {wrong}")
 
     def __len__(self) -> int:
         return len(self.labels)
 
     def images(self, index: Index) -> Tensor:
-        """Read some images, decoding them now if they lie in files.
+        """Read some images; images in files are decoded in this call.
 
         Parameters
         ----------
         index
-            ``(B,)`` positions in this set, in any order, repeats allowed.
+            ``(B,)`` positions in this set, in any order; repeats are allowed.
 
         Returns
         -------
@@ -75,12 +75,12 @@ class ImageSet:
         IndexError
             If a position is outside the set.
         SettingsError
-            If an image cannot be decoded any more; names the file.
+            If an image can no longer be decoded; the message names the file.
         """
         return self.reader.read(self.rows[_positions(index, len(self))], self.channels, self.image_size)
 
     def subset(self, index: Index) -> ImageSet:
-        """Return the images at ``(M,)`` positions as a set of their own; shares the pixels."""
+        """Return the images at ``(M,)`` positions as a new set that shares the pixels."""
         chosen = _positions(index, len(self))
         return ImageSet(
             labels=self.labels[chosen],
@@ -103,7 +103,7 @@ class ArrayReader:
     pixels: NDArray[np.uint8] = field(repr=False)
 
     def read(self, rows: NDArray[np.int64], channels: int, size: int) -> Tensor:
-        """Return rows, converted between grey and colour and resized (bilinear, antialiased) where asked."""
+        """Return rows, converted between grey and colour and resized (bilinear, antialiased) if needed."""
         images = convert_channels(torch.from_numpy(np.ascontiguousarray(self.pixels[rows])), channels)
         if images.shape[-2:] == (size, size):
             return images
@@ -114,12 +114,12 @@ class ArrayReader:
 
 
 def convert_channels(images: Tensor, channels: int) -> Tensor:
-    """Make colour of grey by repetition, or grey of colour by its luma (ITU-R BT.601).
+    """Convert grey to colour by repetition, or colour to grey by its luma (ITU-R BT.601).
 
     Raises
     ------
     ValueError
-        For other pairs of channel numbers.
+        For any other pair of channel numbers.
     """
     have = images.shape[1]
     if have == channels:
@@ -129,7 +129,7 @@ def convert_channels(images: Tensor, channels: int) -> Tensor:
     if have == 3 and channels == 1:
         weights = torch.tensor([0.299, 0.587, 0.114]).view(1, 3, 1, 1)
         return (images.float() * weights).sum(1, keepdim=True).round().clamp(0, 255).to(torch.uint8)
-    raise ValueError(f"cannot turn images of {have} channels into images of {channels}")
+    raise ValueError(f"images of {have} channels cannot be converted to {channels} channels")
 
 
 def _positions(index: Index, length: int) -> NDArray[np.int64]:
@@ -138,14 +138,14 @@ def _positions(index: Index, length: int) -> NDArray[np.int64]:
         chosen = index.detach().cpu().numpy().astype(np.int64, casting="safe")
     else:
         plain = np.asarray(index)
-        # An empty list is float64 to numpy, and a mask would silently be taken for the rows 0 and 1.
+        # NumPy reads an empty list as float64, and would convert a mask to the rows 0 and 1 without an error.
         chosen = plain.astype(np.int64, casting="safe") if plain.size and plain.dtype != bool else _empty(plain)
     if chosen.size and (chosen.min() < 0 or chosen.max() >= length):
-        raise IndexError(f"positions {chosen.min()} to {chosen.max()} in a set of {length} images")
+        raise IndexError(f"positions {chosen.min()} to {chosen.max()} are outside a set of {length} images")
     return chosen
 
 
 def _empty(plain: NDArray[np.generic]) -> NDArray[np.int64]:
     if plain.size:
-        raise TypeError("positions are integers; turn a mask into them with numpy.flatnonzero")
+        raise TypeError("positions must be integers; convert a mask with numpy.flatnonzero")
     return np.zeros(0, np.int64)

@@ -1,4 +1,4 @@
-"""From `data.source` to three sets that share no image: training, validation and test."""
+"""Load `data.source` as three disjoint sets: training, validation and test."""
 
 from __future__ import annotations
 
@@ -22,15 +22,15 @@ from fedmitr_flwr.settings import DataSettings, SettingsError
 
 @dataclass(frozen=True)
 class Source:
-    """Images of a run.
+    """The images of a run.
 
     Attributes
     ----------
     spec
         Classes, size and normalisation.
     train, validation, test
-        Disjoint. Clients train on `train`, or parts of it, and never see the others; settings are
-        chosen on `validation`; results are reported on `test`.
+        Disjoint sets. Clients train on parts of `train` only. Settings are chosen on `validation`, and results are
+        reported on `test`.
     """
 
     spec: ImageSpec
@@ -40,19 +40,19 @@ class Source:
 
 
 def load_source(settings: DataSettings, *, data_path: str | None = None) -> Source:
-    """Load what `data.source` names, or a path that stands in for it.
+    """Load the images that `data.source` names, or those of another path.
 
     Parameters
     ----------
     settings
         Source, classes, size, normalisation and splits.
     data_path
-        A folder or ``.npz`` file (``folder:`` and ``npz:`` may stand before it) instead of `data.source`.
+        A folder or ``.npz`` file to load instead of `data.source`; may begin with ``folder:`` or ``npz:``.
 
     Raises
     ------
     SettingsError
-        If the source cannot be read or does not fit the settings: the message names the key or file.
+        If the source cannot be read or does not fit the settings; the message names the key or file.
     """
     origin = Origin("data-path", data_path) if data_path else Origin("data.source", settings.source)
     raw = _load(settings, origin)
@@ -62,17 +62,17 @@ def load_source(settings: DataSettings, *, data_path: str | None = None) -> Sour
     split = complete_split(labels[kept], raw.split[kept], settings)
     sets = [_image_set(raw, spec, labels, kept[split == part]) for part in (TRAIN, VALIDATION, TEST)]
     if np.count_nonzero(sets[0].histogram(spec.num_classes)) < 2:
-        raise origin.error("has training images of fewer than two classes; at least two are needed")
+        raise origin.error("has training images of fewer than two classes; a run needs at least two")
     if len(sets[2]) == 0:
-        raise origin.error("leaves no image for the test set; add images or a test split")
+        raise origin.error("has no image for the test set; add images or a test split")
     return Source(spec, *sets)
 
 
 def load_spec(settings: DataSettings) -> ImageSpec:
-    """Return the spec that `load_source` would give, reading no more than names and shapes.
+    """Return the spec that `load_source` would return, but read only names and shapes.
 
-    With `data.class-names` the source itself need not be here where its geometry is known
-    beforehand: built-in sources, presets of the Hub, and folders.
+    With `data.class-names` the source itself may be missing if its geometry is known: for built-in sources, Hub
+    datasets with a preset, and folders.
 
     Raises
     ------
@@ -98,21 +98,21 @@ def load_spec(settings: DataSettings) -> ImageSpec:
 
 
 def build_spec(settings: DataSettings, header: Header) -> tuple[ImageSpec, Labels]:
-    """Apply the settings to what a source has.
+    """Apply the settings to the classes and geometry of a source.
 
     Returns
     -------
     spec
         Classes, size and normalisation of the run.
     new_label
-        ``(classes of the source,)`` int64: the label in the run of each class of the source, -1 for
-        those left out.
+        ``(classes of the source,)`` int64: label in the run of each class of the source, -1 for a class that the run
+        does not use.
 
     Raises
     ------
     SettingsError
-        For more classes than the source has, class names that don't fit, and a mean or standard
-        deviation that has not one entry for each channel.
+        If the settings ask for more classes than the source has, the class names do not fit, or mean or standard
+        deviation do not have one entry for each channel.
     """
     names, new_label = choose_classes(settings, header)
     return ImageSpec(names, *resolve_geometry(settings, header.geometry)), new_label
@@ -121,11 +121,11 @@ def build_spec(settings: DataSettings, header: Header) -> tuple[ImageSpec, Label
 def resolve_geometry(
     settings: DataSettings, geometry: Geometry
 ) -> tuple[int, int, tuple[float, ...], tuple[float, ...]]:
-    """Return channels, image size, mean and standard deviation: the settings' where given, else the source's."""
+    """Return channels, image size, mean and standard deviation, from the settings or else from the source."""
     for key, values in (("data.mean", settings.mean), ("data.std", settings.std)):
         if values and len(values) != geometry.channels:
-            allowed = f"must have {geometry.channels} entries, one for each channel of {settings.source}"
-            raise SettingsError((key, values, f"{allowed}; has {len(values)}"))
+            allowed = f"must have as many entries as {settings.source} has channels ({geometry.channels})"
+            raise SettingsError((key, values, f"{allowed}, but has {len(values)}"))
     return (
         geometry.channels,
         settings.image_size or geometry.image_size,
@@ -135,7 +135,7 @@ def resolve_geometry(
 
 
 def known_geometry(settings: DataSettings) -> Geometry | None:
-    """Geometry of a source that can be told without looking at it; None for archives and unknown Hub IDs."""
+    """Return the geometry of a source without reading it; None for archives and Hub IDs without a preset."""
     if settings.source in BUILTIN:
         return BUILTIN[settings.source]
     kind, _, rest = settings.source.partition(":")
@@ -144,7 +144,7 @@ def known_geometry(settings: DataSettings) -> Geometry | None:
 
 
 def split_origin(origin: Origin) -> tuple[str, Path]:
-    """Return kind and path of a source; a bare path is an archive if it ends in .npz, else a folder."""
+    """Return kind and path of a source; a path without a kind is an archive if it ends in .npz, else a folder."""
     kind, colon, rest = origin.value.partition(":")
     if colon and kind in ("npz", "folder", "hub"):
         return kind, Path(rest).expanduser()
@@ -176,5 +176,5 @@ def _check_count(settings: DataSettings, names: tuple[str, ...]) -> None:
     preset = find_preset(settings.source.partition(":")[2])
     expected = settings.classes or (preset.classes if preset else len(names))
     if len(names) != expected:
-        allowed = f"must name {expected} classes, names {len(names)}"
+        allowed = f"must name {expected} classes, but names {len(names)}"
         raise SettingsError(("data.class-names", settings.class_names, allowed))

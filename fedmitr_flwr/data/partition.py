@@ -1,4 +1,4 @@
-"""The training images divided among simulated clients, by the partitioners of flwr-datasets."""
+"""Divide the training images among simulated clients with the partitioners of flwr-datasets."""
 
 from __future__ import annotations
 
@@ -27,37 +27,37 @@ def partition_indices(train: ImageSet, settings: PartitionSettings, num_partitio
     Parameters
     ----------
     train
-        The training set; only its labels and columns are looked at.
+        The training set; only its labels and columns are used.
     settings
-        `kind` and what belongs to it; the same `seed` gives the same partition.
+        `kind` and its parameters; the same `seed` gives the same partition.
     num_partitions
         Number of clients K.
 
     Returns
     -------
     list
-        K arrays of ascending positions in `train`, disjoint, that together cover it. `dirichlet` may
-        leave clients empty unless `min_size` forbids it. `pathological` covers every class only if
-        there are at least as many clients as classes; images of the other classes are not used.
+        K disjoint arrays of ascending positions in `train` that together cover it. With `dirichlet` clients may be
+        empty unless `min_size` is above 0. `pathological` covers every class only if there are at least as many
+        clients as classes; images of the other classes are not used.
 
     Raises
     ------
     SettingsError
-        If the images can't be divided in this way among so many clients.
+        If the images cannot be divided in this way among `num_partitions` clients.
 
     Notes
     -----
-    Dirichlet: for each class, client shares from Dir(alpha) (Yurochkin et al., ICML 2019), without
-    balancing. Pathological: client k has class k mod C and further ones at random (after McMahan et
-    al., AISTATS 2017).
+    Dirichlet: the clients' shares of each class are drawn from Dir(alpha) (Yurochkin et al., ICML 2019), without
+    balancing. Pathological: client k has class k mod C and further classes at random (after McMahan et al., AISTATS
+    2017).
     """
     if not 1 <= num_partitions <= len(train):
-        allowed = f"must lie between 1 and the number of training images, {len(train)}"
+        allowed = f"must be from 1 to the number of training images, {len(train)}"
         raise SettingsError((CLIENTS, num_partitions, allowed))
     _check(train, settings, num_partitions)
     partitioner = _partitioner(settings, num_partitions)
     partitioner.dataset = _table(train, settings)
-    # One partitioner draws its own progress bar, others warn about what is checked here.
+    # One partitioner prints a progress bar, others warn about errors that `_check` has excluded.
     with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
         warnings.simplefilter("ignore")
         try:
@@ -93,12 +93,12 @@ def _partitioner(settings: PartitionSettings, num_partitions: int) -> Partitione
 
 
 def _table(train: ImageSet, settings: PartitionSettings) -> Dataset:
-    """Row numbers and what is divided by, without the images."""
+    """Return a table of row numbers and of the columns to divide by, without the images."""
     import datasets
 
     rows = np.arange(len(train))
     if settings.kind == "iid":
-        # The IID partitioner cuts the table in pieces as it lies, and images often lie sorted by class.
+        # The IID partitioner takes consecutive rows, and the images of a source are often sorted by class.
         rows = np.random.default_rng(settings.seed).permutation(rows)
     columns: dict[str, object] = {"row": rows, "label": train.labels[rows]}
     if settings.kind == "natural":
@@ -122,13 +122,13 @@ def _check(train: ImageSet, settings: PartitionSettings, num_partitions: int) ->
     if settings.kind == "natural":
         if settings.column not in ("label", *train.columns):
             has = ", ".join(sorted(train.columns)) or "none"
-            allowed = f'must be a column of the source for partition.kind = "natural"; it has: {has}'
+            allowed = f'must be a column of the source for partition.kind = "natural"; its columns are: {has}'
             raise SettingsError(("partition.column", settings.column, allowed))
         values = tuple(str(value) for value in np.unique(_column(train, settings)))
         if len(values) != num_partitions:
             allowed = (
                 f"needs one client for each value of partition.column = {settings.column!r}: "
-                f"{len(values)} ({listed(values)}), but there are {num_partitions} clients ({CLIENTS})"
+                f"there are {len(values)} values ({listed(values)}) and {num_partitions} clients ({CLIENTS})"
             )
             raise SettingsError(("partition.kind", "natural", allowed))
 
@@ -137,7 +137,7 @@ def _refused(error: ValueError, settings: PartitionSettings, num_partitions: int
     if settings.kind == "dirichlet":
         allowed = (
             f"was not met in ten draws with {num_partitions} clients and partition.alpha = {settings.alpha}; "
-            "lower it, raise alpha, or take fewer clients"
+            "lower it, raise partition.alpha or use fewer clients"
         )
         return SettingsError(("partition.min-size", settings.min_size, allowed))
     allowed = f"does not work with {num_partitions} clients: {error}"

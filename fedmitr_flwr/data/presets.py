@@ -1,4 +1,4 @@
-"""What is known beforehand about sources: sizes, classes, columns, splits and normalisation."""
+"""Known properties of sources: image size, classes, columns, splits and normalisation."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ IMAGENET_STD = (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Geometry:
-    """Shape and normalisation of a source's images before the settings change them.
+    """Shape and normalisation of a source's images before the settings are applied.
 
     Attributes
     ----------
     channels, image_size
-        As the source has them, or the default it is brought to.
+        Number of channels and side in pixels: those of the source, or the default to which its images are converted.
     mean, std
-        Of each channel, for pixels in 0..1.
+        Mean and standard deviation of each channel, for pixels from 0 to 1.
     """
 
     channels: int
@@ -35,11 +35,11 @@ class Preset:
     classes
         Number of classes.
     image_column, label_column
-        Columns of the images and of the labels.
+        Names of the columns of the images and of the labels.
     train, test, validation
-        Names of the splits; None: there is none, it is made from the training split.
+        Names of the splits. None: the dataset has no such split, and it is made from the training split.
     geometry
-        Size and normalisation.
+        Shape and normalisation of the images.
     """
 
     classes: int
@@ -66,14 +66,14 @@ CIFAR100 = Preset(
     label_column="fine_label",
     geometry=Geometry(3, 32, (0.5071, 0.4865, 0.4409), (0.2673, 0.2564, 0.2762)),
 )
-# The test set of Tiny-ImageNet has no public labels; results are reported on its validation set.
+# The labels of Tiny-ImageNet's test set are not public, so its validation set is the test set here.
 TINY_IMAGENET = Preset(
     classes=200,
     test="valid",
     geometry=Geometry(3, 64, (0.4802, 0.4481, 0.3975), (0.2770, 0.2691, 0.2821)),
 )
 MINI_IMAGENET = Preset(classes=100, validation="validation", geometry=FOLDER)
-# One split only, and a `domain` column: Art, Clipart, Product, Real World.
+# Has one split and a column `domain`: Art, Clipart, Product, Real World.
 OFFICE_HOME = Preset(classes=65, test=None, geometry=FOLDER)
 
 PRESETS = {
@@ -86,12 +86,12 @@ PRESETS = {
 
 
 def find_preset(name: str) -> Preset | None:
-    """Return the preset of a Hub ID, or of a local copy in a folder called like it (``…/uoft-cs/cifar10``)."""
+    """Return the preset of a Hub ID, or of a local copy whose path ends in that ID (``…/uoft-cs/cifar10``)."""
     return PRESETS.get("/".join(name.replace("\\", "/").rstrip("/").lower().split("/")[-2:]))
 
 
 def default_geometry(channels: int, image_size: int) -> Geometry:
-    """Normalisation where nothing better is known: ImageNet's for colour, else mean and std one half."""
+    """Return a geometry with ImageNet's normalisation for colour images, and mean and std 0.5 for others."""
     if channels == 3:
         return Geometry(3, image_size, IMAGENET_MEAN, IMAGENET_STD)
     return Geometry(channels, image_size, (0.5,) * channels, (0.5,) * channels)

@@ -1,4 +1,4 @@
-"""What an image of a run looks like: classes, channels, size and normalisation.
+"""Specification of the images of a run: classes, channels, size and normalisation.
 
 Dimension letters: B images, C classes; ch channels, S side of the square images.
 """
@@ -15,24 +15,24 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class ImageSpec:
-    """What server and clients must agree on to exchange models.
+    """Properties of the images that must be the same on the server and on all clients.
 
     Attributes
     ----------
     class_names
-        Names of the C classes; their position is the label.
+        Names of the C classes; the position of a name is the label.
     channels
-        1 (grey) or 3 (colour), or what an ``.npz`` file has.
+        1 (grey) or 3 (colour); an ``.npz`` file may have another number.
     image_size
         Side S in pixels.
     mean, std
-        Normalisation of each channel, for pixels in 0..1.
+        Mean and standard deviation of each channel for the normalisation, for pixels from 0 to 1.
 
     Raises
     ------
     ValueError
-        If there are no classes or names repeat, a size is not positive, or mean and std do not have
-        one entry for each channel.
+        If there are no classes, a name occurs twice, a size is not positive, a standard deviation is not above 0, or
+        mean and std do not have one entry for each channel.
     """
 
     class_names: tuple[str, ...]
@@ -43,11 +43,13 @@ class ImageSpec:
 
     def __post_init__(self) -> None:
         if not self.class_names or len(set(self.class_names)) != len(self.class_names):
-            raise ValueError(f"class names must be there and differ from each other: {self.class_names}")
+            raise ValueError(f"class_names must have at least one name and no name twice: {self.class_names}")
         if self.channels < 1 or self.image_size < 1:
             raise ValueError(f"channels = {self.channels} and image_size = {self.image_size} must be at least 1")
         if len(self.mean) != self.channels or len(self.std) != self.channels or min(self.std) <= 0.0:
-            raise ValueError(f"mean {self.mean} and std {self.std} need {self.channels} entries, std above 0")
+            raise ValueError(
+                f"mean {self.mean} and std {self.std} must have {self.channels} entries, and std must be above 0"
+            )
 
     @property
     def num_classes(self) -> int:
@@ -55,7 +57,7 @@ class ImageSpec:
         return len(self.class_names)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """Turn pixels into the model's input.
+        """Convert pixels to the model's input.
 
         Parameters
         ----------
@@ -72,7 +74,7 @@ class ImageSpec:
         )
 
     def denormalise(self, images: Tensor) -> Tensor:
-        """Turn model input into pixels, the inverse of `normalise`; values outside 0..255 are clipped.
+        """Convert model input to pixels, the inverse of `normalise`; values outside 0..255 are clipped.
 
         Parameters
         ----------
@@ -88,17 +90,17 @@ class ImageSpec:
         return (pixels * 255.0).round().clamp(0, 255).to(torch.uint8)
 
     def valid_range(self) -> tuple[Tensor, Tensor]:
-        """Lowest and highest normalised value of each channel, ``(ch,)`` float32: those of black and white."""
+        """Return the normalised values of black and white for each channel, both ``(ch,)`` float32."""
         mean, std = torch.tensor(self.mean), torch.tensor(self.std)
         return (0.0 - mean) / std, (1.0 - mean) / std
 
     def to_json(self) -> str:
-        """Write the spec as JSON, for a message from the server to its clients."""
+        """Return the spec as JSON, for messages from the server to the clients."""
         return json.dumps(asdict(self))
 
     @classmethod
     def from_json(cls, text: str) -> Self:
-        """Read what `to_json` wrote.
+        """Return the spec that `to_json` wrote.
 
         Raises
         ------
@@ -115,7 +117,7 @@ class ImageSpec:
                 std=tuple(float(value) for value in raw["std"]),
             )
         except (KeyError, TypeError) as error:
-            raise ValueError(f"not an image spec: {error!r}") from None
+            raise ValueError(f"the text is not an image spec: {error!r}") from None
 
     @staticmethod
     def _per_channel(values: tuple[float, ...], like: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Train, validation and test split: what the source gives stays, what is missing is made, class by class."""
+"""Complete the split of a source: make the missing test and validation sets from each class's training images."""
 
 from __future__ import annotations
 
@@ -11,22 +11,22 @@ from fedmitr_flwr.settings import DataSettings
 
 
 def complete_split(labels: Labels, given: NDArray[np.int8], settings: DataSettings) -> NDArray[np.int8]:
-    """Hold out a test and a validation set where the source has none.
+    """Hold out a test set and a validation set if the source has none.
 
     Parameters
     ----------
     labels
         ``(N,)`` int64.
     given
-        ``(N,)`` int8, TRAIN, VALIDATION or TEST as the source says.
+        ``(N,)`` int8, TRAIN, VALIDATION or TEST as given by the source.
     settings
-        `test_fraction` of each class of the training split, then `validation_fraction` of each class
-        of what is left; `split_seed`.
+        `test_fraction` of each class's training images becomes the test set, then `validation_fraction` of the rest
+        becomes the validation set; `split_seed` is the seed.
 
     Returns
     -------
     ndarray
-        ``(N,)`` int8; differs from `given` only in training images that became VALIDATION or TEST.
+        ``(N,)`` int8; differs from `given` only for training images that are now VALIDATION or TEST.
     """
     split = given.copy()
     for part, fraction in ((TEST, settings.test_fraction), (VALIDATION, settings.validation_fraction)):
@@ -37,10 +37,10 @@ def complete_split(labels: Labels, given: NDArray[np.int8], settings: DataSettin
 
 
 def held_out(labels: Labels, fraction: float, seed: tuple[int, ...]) -> NDArray[np.int64]:
-    """Choose a fraction of each class at random.
+    """Choose a fraction of the images of each class at random.
 
-    Of a class with two images or more at least one is chosen and at least one is left; a single
-    image is left. Each class has a generator of its own, so that its choice does not depend on the others.
+    In a class of two or more images, at least one is chosen and at least one is not. The only image of a class is not
+    chosen. Each class has its own random generator, so its choice does not depend on the other classes.
 
     Returns
     -------

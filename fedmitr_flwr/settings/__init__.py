@@ -1,8 +1,8 @@
-"""Run settings: one frozen pydantic model a stage, composed into one.
+"""Settings of a run: one frozen pydantic model for each stage, and `Settings`, which combines them.
 
-The models are the only place where keys, types, ranges and defaults are defined; the defaults are the
-demo. ``pyproject.toml`` repeats them because Flower accepts only keys that stand there, and
-``docs/settings.md`` is generated from them; a test compares all three.
+The models alone define keys, types, ranges and defaults; the defaults are those of the demo. `settings.docs` copies
+them to ``pyproject.toml``, because Flower accepts only keys that are declared there, and to ``docs/settings.md``. A
+test compares all three.
 """
 
 from fedmitr_flwr.settings.choices import (

@@ -1,8 +1,8 @@
-"""The names that settings choose from, each list once.
+"""The choices of the settings whose values are names.
 
-A name stands here and in the registry of the room that implements it: `pipeline.methods.METHODS`,
-`stages.inversion.methods.INVERSION`, `ensemble.weighting.WEIGHTINGS`, `stages.random_images.FAMILIES`. Tests hold that
-both agree.
+Four of the lists have a registry that maps each name to its implementation: `pipeline.methods.METHODS`,
+`stages.inversion.methods.INVERSION`, `ensemble.weighting.WEIGHTINGS` and `stages.random_images.FAMILIES`. Tests check
+that list and registry have the same names.
 """
 
 from __future__ import annotations
@@ -20,25 +20,25 @@ MethodName = Literal[
     "dense",
     "co-boosting",
 ]
-"""`run.method`."""
+"""Choices of `run.method`."""
 
 Weighting = Literal["uniform", "examples", "histogram", "competence"]
-"""`ensemble.weighting`."""
+"""Choices of `ensemble.weighting`."""
 
 InversionName = Literal["sparse", "rebirth"]
-"""`inversion.method`."""
+"""Choices of `inversion.method`."""
 
 RandomFamily = Literal["fields", "contours", "shapes"]
-"""`distill.noise-kind`."""
+"""Choices of `distill.noise-kind`."""
 
 Start = Literal["white", RandomFamily]
-"""`inversion.start`."""
+"""Choices of `inversion.start`."""
 
 Augmentation = Literal["none", "shift", "flip", "strong"]
-"""`train.augment` and `distill.augment`."""
+"""Choices of `train.augment` and `distill.augment`."""
 
 Precision = Literal["auto", "fp32", "bf16"]
-"""`inversion.precision`."""
+"""Choices of `inversion.precision`."""
 
 UploadDtype = Literal["fp32", "fp16", "bf16"]
-"""`train.upload-dtype`."""
+"""Choices of `train.upload-dtype`."""

@@ -1,4 +1,4 @@
-"""Settings of what a client sees: its data, the partition, the model and local training."""
+"""Settings that a client uses: data, partition, model and local training."""
 
 from __future__ import annotations
 
@@ -16,105 +16,175 @@ class DataSettings(Stage):
     source: str = Field(
         "mnist-5k",
         pattern=r"^(mnist-5k|digits|hub:.+|npz:.+|folder:.+)$",
-        description="`mnist-5k`, `digits`, `hub:ID`, `npz:PATH` or `folder:PATH`. A site's own `data-path` in its "
-        "node config wins over it on that client.",
+        description="Source of the images. `mnist-5k` (5,000 images) and `digits` come with the installation. "
+        "`hub:ID`: a dataset of the Hugging Face Hub, or a local copy of one. `npz:PATH`: a NumPy archive. "
+        "`folder:PATH`: image files in one folder per class. A client whose node config has a `data-path` trains on "
+        "that instead.",
     )
-    image_size: int = Field(0, ge=0, le=1024, description="Side of the square images in pixels; 0: the source's own.")
-    classes: int = Field(0, ge=0, description="Number of classes C, the first C of the source; 0: all it has.")
+    image_size: int = Field(
+        0, ge=0, le=1024, description="Side of the square images in pixels. 0: the source's own size."
+    )
+    classes: int = Field(
+        0, ge=0, description="Number of classes C; the first C classes of the source are used. 0: all classes."
+    )
     class_names: str = Field(
         "",
-        description="Names of the classes in order, separated by commas. Needed only when the server has no data "
-        "(`run.evaluate-on = none`); sites map their class folders by these names.",
+        description="Names of the classes in order, separated by commas. Required only if the server has no data "
+        "(`run.evaluate-on = none`). Sites match their class folders to these names. Empty: the source's names.",
     )
-    image_column: str = Field("", description="Image column of a `hub:` dataset; empty: the preset's.")
-    label_column: str = Field("", description="Label column of a `hub:` dataset; empty: the preset's.")
+    image_column: str = Field(
+        "",
+        description="Image column of a `hub:` dataset. Empty: that of the dataset's preset, else its only image "
+        "column.",
+    )
+    label_column: str = Field(
+        "",
+        description="Label column of a `hub:` dataset. Empty: that of the dataset's preset, else `label` or `labels`.",
+    )
     mean: FloatList = Field(
-        (), description="Normalisation mean for each channel, in 0..1, as `0.5,0.5,0.5`; empty: the source's."
+        (),
+        description="Mean of each channel for the normalisation, for pixels from 0 to 1, such as `0.5,0.5,0.5`. "
+        "Empty: the source's values.",
     )
-    std: FloatList = Field((), description="Normalisation standard deviation for each channel; empty: the source's.")
+    std: FloatList = Field(
+        (),
+        description="Standard deviation of each channel for the normalisation, for pixels from 0 to 1. Empty: the "
+        "source's values.",
+    )
     test_fraction: float = Field(
         0.2,
         gt=0.0,
         lt=1.0,
-        description="Fraction of each class held out as test set when the source has no test split.",
+        description="Fraction of each class's training images that becomes the test set if the source has none.",
     )
     validation_fraction: float = Field(
         0.1,
         gt=0.0,
         lt=1.0,
-        description="Fraction of each class of the training split held out as validation set, for choosing settings, "
-        "when the source has none.",
+        description="Fraction of each class's training images, after the test set is taken out, that becomes the "
+        "validation set if the source has none. Choose settings on the validation set.",
     )
-    split_seed: int = Field(0, ge=0, description="Seed of the train, validation and test split.")
+    split_seed: int = Field(0, ge=0, description="Seed of the split into training, validation and test set.")
 
 
 class PartitionSettings(Stage):
-    """How the training images are divided among simulated clients (flwr-datasets partitioners)."""
+    """Division of the training images among simulated clients, by the partitioners of flwr-datasets."""
 
     kind: Literal["dirichlet", "iid", "pathological", "natural"] = Field(
-        "dirichlet", description="Partitioner; `natural`: one client for each value of `partition.column`."
+        "dirichlet",
+        description="How images are assigned to clients. `dirichlet`: the clients' shares of each class are drawn "
+        "from a Dirichlet distribution. `iid`: at random, in equal numbers. `pathological`: each client has images of "
+        "`partition.classes-per-client` classes. `natural`: one client for each value of `partition.column`.",
     )
-    alpha: float = Field(0.1, gt=0.0, le=1e6, description="Dirichlet concentration; smaller is more skewed.")
-    classes_per_client: int = Field(2, ge=1, description="Classes of each client for `pathological`.")
-    column: str = Field("domain", description="Column for `natural`.")
-    min_size: int = Field(0, ge=0, description="Smallest partition that `dirichlet` may make; 0 allows empty clients.")
+    alpha: float = Field(
+        0.1,
+        gt=0.0,
+        le=1e6,
+        description="For `dirichlet`: concentration of the distribution. The smaller it is, the more the clients' "
+        "labels differ.",
+    )
+    classes_per_client: int = Field(2, ge=1, description="For `pathological`: number of classes of each client.")
+    column: str = Field("domain", description="For `natural`: column of the source by which images are divided.")
+    min_size: int = Field(
+        0,
+        ge=0,
+        description="For `dirichlet`: smallest number of images that a client may get. 0: clients may be empty.",
+    )
     seed: int = Field(42, ge=0, description="Seed of the partition.")
 
 
 class ModelSettings(Stage):
-    """The Vision Transformer that clients and server share, and its common initialisation."""
+    """The Vision Transformer of clients and server, and the common initialisation of its weights."""
 
-    name: str = Field("vit_tiny_patch16_224", min_length=1, description="timm name of a ViT with a [CLS] token.")
+    name: str = Field("vit_tiny_patch16_224", min_length=1, description="Name in timm of a ViT with a [CLS] token.")
     options: str = Field(
         "patch_size=4,embed_dim=64,depth=4,num_heads=4,mlp_ratio=2",
-        description="Keyword overrides for timm, `key=value` separated by commas. Image size, channels and classes "
-        "come from the data.",
+        description="Arguments of timm's VisionTransformer to override, as `key=value` separated by commas. Image "
+        "size, channels and number of classes are taken from the data.",
     )
     init: str = Field(
         "glyphs",
         pattern=r"^(glyphs|seeded|pretrained|file:.+)$",
-        description="Common initialisation: `glyphs` (pretrained here on letters rendered from fonts, cached), "
-        "`seeded` (random), `pretrained` (timm weights from the Hub) or `file:PATH` (a local checkpoint).",
+        description="Common initialisation, the weights from which all clients start. `glyphs`: pretrained on this "
+        "machine on letters rendered from fonts, and cached. `seeded`: random weights from `run.seed`. `pretrained`: "
+        "timm's weights from the Hugging Face Hub. `file:PATH`: a local safetensors file, or a folder with one.",
     )
-    glyph_images: int = Field(16000, ge=100, le=1_000_000, description="Rendered letters for `model.init = glyphs`.")
-    glyph_epochs: int = Field(6, ge=1, le=100, description="Epochs of training on them.")
+    glyph_images: int = Field(
+        16000, ge=100, le=1_000_000, description="Number of rendered letters for `model.init = glyphs`."
+    )
+    glyph_epochs: int = Field(
+        6, ge=1, le=100, description="Passes over the rendered letters for `model.init = glyphs`."
+    )
 
 
 class TrainSettings(Stage):
-    """Local training of each client, once."""
+    """Local training, which each client runs once per round."""
 
-    epochs: int = Field(1, ge=0, le=10_000, description="Passes over the client's images (at least; see min-steps).")
+    epochs: int = Field(
+        1,
+        ge=0,
+        le=10_000,
+        description="Passes over the client's images. The resulting number of steps is raised to `train.min-steps` and "
+        "limited to `train.max-steps`. 0: `train.min-steps` alone.",
+    )
     min_steps: int = Field(
         300,
         ge=0,
         le=1_000_000,
-        description="Optimiser steps that a client makes at least, so that small ones learn too.",
+        description="Smallest number of optimiser steps of a client, so that clients with few images train enough. "
+        "0: no lower limit.",
     )
-    max_steps: int = Field(100_000, ge=1, description="Optimiser steps that a client makes at most.")
-    batch_size: int = Field(32, ge=1, le=65_536, description="Images in a step (all of them if a client has fewer).")
-    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Optimiser.")
+    max_steps: int = Field(100_000, ge=1, description="Largest number of optimiser steps of a client.")
+    batch_size: int = Field(
+        32, ge=1, le=65_536, description="Number of images in a step. A client with fewer images uses all of them."
+    )
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Optimiser: AdamW, or SGD with momentum 0.9.")
     learning_rate: float = Field(1e-3, gt=0.0, le=10.0, description="Peak learning rate.")
-    weight_decay: float = Field(0.05, ge=0.0, le=10.0, description="Decoupled weight decay.")
-    warmup_fraction: float = Field(0.1, ge=0.0, le=1.0, description="Part of the steps with rising learning rate.")
-    schedule: Literal["cosine", "constant"] = Field("cosine", description="Learning rate after the warm-up.")
+    weight_decay: float = Field(
+        0.05,
+        ge=0.0,
+        le=10.0,
+        description="Weight decay of the parameters with two or more dimensions, decoupled for `adamw`. 0: off.",
+    )
+    warmup_fraction: float = Field(
+        0.1,
+        ge=0.0,
+        le=1.0,
+        description="Fraction of the steps in which the learning rate rises linearly to its peak. 0: no warm-up; 1: it "
+        "rises to the last step.",
+    )
+    schedule: Literal["cosine", "constant"] = Field(
+        "cosine", description="Learning rate after the warm-up: falling to 0 along a cosine, or constant."
+    )
     augment: Augmentation = Field(
         "shift",
-        description="`shift`: random shifts by up to 1/14 of the side; `flip`: shifts and horizontal flips; `strong`: "
-        "random resized crop, flip and colour jitter.",
+        description="Random augmentation of the training images. `shift`: shift by up to 1/14 of the side. `flip`: "
+        "the same, and half of the images mirrored left to right. `strong`: zoom from 0.7 to 1.3, shift by up to 1/7 "
+        "of the side, half of the images mirrored, brightness and contrast changed by up to a fifth.",
     )
-    label_smoothing: float = Field(0.0, ge=0.0, lt=1.0, description="Label smoothing.")
+    label_smoothing: float = Field(
+        0.0,
+        ge=0.0,
+        lt=1.0,
+        description="Fraction of the target probability that is spread evenly over the classes; with "
+        "`train.balanced-softmax`, over the client's own classes. 0: off.",
+    )
     balanced_softmax: bool = Field(
         True,
-        description="Add log class counts to the logits in training (Ren et al. 2020), against label skew.",
+        description="In training, add the logarithm of the client's number of images of a class to that class's logit "
+        "(balanced softmax, Ren et al. 2020). The upload is used without that term, so the client's label skew does "
+        "not shift its predictions.",
     )
     share_label_histogram: bool = Field(
         False,
-        description="Upload the number of examples of each class; needed by `ensemble.weighting = histogram`.",
+        description="Upload the client's number of images of each class. Required by `ensemble.weighting = histogram`.",
     )
     time_limit_seconds: float = Field(
         0.0,
         ge=0.0,
-        description="A client that trains for longer gives up with an error, and its process is ended if it hangs; "
-        "0: `run.deadline-seconds`.",
+        description="Time limit of a client's training in seconds. A client above it reports an error; if its process "
+        "hangs, the process is ended. 0: the value of `run.deadline-seconds`.",
     )
-    upload_dtype: UploadDtype = Field("fp32", description="Number format of uploaded weights.")
+    upload_dtype: UploadDtype = Field(
+        "fp32", description="Number format of the uploaded weights. `fp16` and `bf16` halve the size of an upload."
+    )

@@ -1,8 +1,7 @@
-"""Render the settings for people and tools: a Markdown page, a table, TOML and JSON.
+"""Render the settings as a Markdown page, a table for the terminal, TOML and JSON.
 
-Everything comes from the fields in `fedmitr_flwr.settings`. ``python -m fedmitr_flwr.settings.docs``
-writes ``docs/settings.md`` and the ``[tool.flwr.app.config]`` block of ``pyproject.toml``; a test
-compares both with what is rendered here.
+``python -m fedmitr_flwr.settings.docs`` writes ``docs/settings.md`` and the ``[tool.flwr.app.config]`` table of
+``pyproject.toml`` from the fields in `fedmitr_flwr.settings`. A test compares both files with the fields.
 """
 
 from __future__ import annotations
@@ -19,29 +18,29 @@ from fedmitr_flwr.settings import RunConfigValue, Settings, flat_fields
 from fedmitr_flwr.settings.run_config import allowed_values
 
 CONFIG_TABLE = "[tool.flwr.app.config]"
-_MARKER = "# The demo's settings. Written by `make settings`; described in docs/settings.md."
+_MARKER = "# The demo's settings, written by `make settings` and described in docs/settings.md."
 _INTRO = """\
 # Settings
 
-Written by `make settings` from the fields in `fedmitr_flwr/settings/`; don't edit it by hand.
+`make settings` writes this page from the fields in `fedmitr_flwr/settings/`; do not edit it by hand.
 
-A run takes its settings from a flat TOML file of dotted keys, such as the files in `conf/`; keys that are
-left out have the defaults below, which are those of `make demo` but for its shorter distillation. Values are integers,
-numbers, `true` or `false`, and strings; lists are strings with commas, `"50,100,200"`. The same keys work in all three
-places:
+A run reads its settings from a TOML file of dotted keys, such as the files in `conf/`. Keys that are left out have the
+defaults below. These are the settings of `make demo`, except that the demo distils on fewer images and for fewer
+steps. A value is an integer, a number, `true` or `false`, or a string. A list is a string with commas, such as
+`"50,100,200"`. The same keys can be given in three ways:
 
     fedmitr simulate conf/cifar10_dir01.toml --set run.seed=7 --set inversion.stops=50,100
     flwr run . --stream --run-config conf/cifar10_dir01.toml
     flwr run . --stream --run-config "run.seed=7 inversion.stops='50,100'"
 
-`flwr run` takes either one file or `key=value` pairs, not both; `fedmitr simulate` takes both. Unknown
-keys, wrong types, values out of range and contradictions end a run before any client starts.
+`flwr run` accepts either one file or `key=value` pairs; `fedmitr simulate` accepts both together. A run fails before
+any client starts if a key is unknown, a value has the wrong type or is out of range, or settings contradict each other.
 """
 
 
 @dataclass(frozen=True)
 class Entry:
-    """One key of the run-config, ready to be shown."""
+    """One key of the run-config with the texts that describe it."""
 
     key: str
     default: RunConfigValue
@@ -51,12 +50,12 @@ class Entry:
 
     @property
     def stage(self) -> str:
-        """The part of the key before the dot."""
+        """Name of the stage: the part of the key before the dot."""
         return self.key.split(".", 1)[0]
 
 
 def entries(settings: Settings | None = None) -> list[Entry]:
-    """Every key of the run-config in order, with its default and its value in `settings`, in Flower's types."""
+    """Return an entry for every key of the run-config in order; without `settings`, values are the defaults."""
     defaults = Settings().flat()
     values = defaults if settings is None else settings.flat()
     return [
@@ -66,7 +65,7 @@ def entries(settings: Settings | None = None) -> list[Entry]:
 
 
 def takes_text(key: str) -> bool:
-    """Whether the values of a key are strings in the run-config: text, a choice or a list of numbers."""
+    """Return whether the values of a key are strings in the run-config: text, a choice or a list of numbers."""
     kind = flat_fields()[key].annotation
     if get_origin(kind) is tuple:
         return True
@@ -74,7 +73,7 @@ def takes_text(key: str) -> bool:
 
 
 def to_markdown() -> str:
-    """Render ``docs/settings.md``: one table of the defaults for each stage."""
+    """Return the text of ``docs/settings.md``, with a table of keys and defaults for each stage."""
     parts = [_INTRO]
     for stage, field in Settings.model_fields.items():
         purpose = (getattr(field.annotation, "__doc__", None) or "").strip().splitlines()[0]
@@ -93,14 +92,14 @@ def _markdown_row(entry: Entry) -> str:
 
 
 def to_table(settings: Settings | None = None, width: int = 100) -> str:
-    """Render all settings as plain text for a terminal.
+    """Return all settings as plain text for a terminal.
 
     Parameters
     ----------
     settings
-        Whose values are shown; where they are no defaults, these are shown too. None: the defaults.
+        Settings to show. A value that differs from its default is shown with the default. None: the defaults.
     width
-        Columns of the terminal; descriptions are wrapped to it.
+        Width of the terminal in columns; descriptions are wrapped to it.
     """
     lines: list[str] = []
     for entry in entries(settings):
@@ -111,31 +110,31 @@ def to_table(settings: Settings | None = None, width: int = 100) -> str:
 
 
 def to_toml(config: Mapping[str, RunConfigValue] | None = None) -> str:
-    """Render a flat run-config as TOML that ``flwr run --run-config FILE`` reads; default: the defaults."""
+    """Return a flat run-config as TOML for ``flwr run --run-config FILE``; None: the defaults."""
     config = Settings().flat() if config is None else config
     return "".join(f"{key} = {toml_value(value)}\n" for key, value in config.items())
 
 
 def to_json(settings: Settings | None = None) -> str:
-    """Render all settings as JSON: a list of objects with key, default, value, allowed and description."""
+    """Return all settings as JSON: a list of objects with key, default, value, allowed and description."""
     return json.dumps([vars(entry) for entry in entries(settings)], indent=2) + "\n"
 
 
 def toml_value(value: RunConfigValue) -> str:
-    """Write one value in TOML."""
+    """Return one value in TOML."""
     if isinstance(value, bool):
         return str(value).lower()
-    # JSON's escapes of strings are TOML's, once characters beyond ASCII stay as they are.
+    # TOML accepts JSON's escapes in strings if characters beyond ASCII are not escaped.
     return json.dumps(value, ensure_ascii=False) if isinstance(value, str) else repr(value)
 
 
 def pyproject_block() -> str:
-    """Render the table with which ``pyproject.toml`` tells Flower the keys and their defaults."""
+    """Return the table in which ``pyproject.toml`` declares the keys and their defaults to Flower."""
     return f"{CONFIG_TABLE}\n{_MARKER}\n{to_toml()}"
 
 
 def with_config(pyproject: str) -> str:
-    """Return the text of a ``pyproject.toml`` with its run-config table replaced, or added before the tools."""
+    """Return the text of a ``pyproject.toml`` with its run-config table replaced, or added if it has none."""
     block = pyproject_block()
     found = re.search(rf"^{re.escape(CONFIG_TABLE)}\n.*?(?=^\[|\Z)", pyproject, flags=re.M | re.S)
     if found:
@@ -146,7 +145,7 @@ def with_config(pyproject: str) -> str:
 
 
 def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, object]]:
-    """Yield dotted keys and values of nested TOML tables, as Flower flattens them."""
+    """Yield the dotted keys and values of nested TOML tables, as Flower flattens them."""
     for name, value in table.items():
         if isinstance(value, Mapping):
             yield from flatten(value, f"{prefix}{name}.")
@@ -155,7 +154,7 @@ def flatten(table: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, o
 
 
 def write(root: Path) -> list[Path]:
-    """Bring the settings page and ``pyproject.toml`` of a checkout up to date; return the files that changed."""
+    """Update the settings page and ``pyproject.toml`` of a checkout, and return the files that changed."""
     pyproject, page = root / "pyproject.toml", root / "docs" / "settings.md"
     wanted = {pyproject: with_config(pyproject.read_text("utf-8")), page: to_markdown()}
     changed = [path for path, text in wanted.items() if not path.is_file() or path.read_text("utf-8") != text]

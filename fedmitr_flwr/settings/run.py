@@ -1,4 +1,4 @@
-"""Settings of the run as a whole, and all stages composed into one."""
+"""Settings of the whole run, and `Settings`, which combines the settings of all stages."""
 
 from __future__ import annotations
 
@@ -22,108 +22,125 @@ from fedmitr_flwr.settings.server_stages import (
 
 
 class RunSettings(Stage):
-    """What concerns the run as a whole."""
+    """Settings of the whole run: method, device, results, clients and time limits."""
 
     method: MethodName = Field(
         "fedmitr",
-        description="How the uploads become one model: `fedmitr`, or a baseline: one-shot averages (`fedavg`, "
-        "`head-aggregation`), dense inversion with or without cross-entropy (`dense-inversion`, `dense-inversion-kl`), "
-        "hard labels everywhere (`hard-labels`), no inversion at all (`random-images`, labelled by the ensemble), or a "
-        "generator in its place (`dense`: DENSE; `co-boosting`: Co-Boosting).",
+        description="Method that turns the uploads into one model: `fedmitr`, or a baseline. `fedavg` and "
+        "`head-aggregation` average the uploads. `dense-inversion` inverts without stopping patches and distils with "
+        "cross-entropy, `dense-inversion-kl` without it. `hard-labels` is FedMITR with the most probable class in "
+        "place of each distribution. `random-images` distils on random images alone. `dense` (DENSE) and "
+        "`co-boosting` (Co-Boosting) train an image generator in place of inversion.",
     )
-    seed: int = Field(42, ge=0, le=2**31 - 1, description="Seed of everything random except the partition.")
+    seed: int = Field(
+        42, ge=0, le=2**31 - 1, description="Seed of all random draws but the partition and the data split."
+    )
     device: str = Field(
         "auto",
         pattern=r"^(auto|cpu|cuda(:\d+)?)$",
-        description="Device of the server's stages: `auto` (a GPU when there is one), `cpu`, `cuda` or `cuda:N`.",
+        description="Device of the server's stages: `auto` (a GPU if there is one, else the CPU), `cpu`, `cuda` or "
+        "`cuda:N`.",
     )
     output: str = Field(
         "outputs",
         min_length=1,
-        description="Directory of the run's results. Without a fixed `run.name` each run gets a folder of its own in "
-        "it. A relative path counts from the working directory of the ServerApp (Flower decides where that is); "
-        "`fedmitr simulate` makes it absolute.",
+        description="Directory in which each run makes a folder for its results. A relative path is relative to the "
+        "working directory of the ServerApp, which Flower sets; `fedmitr simulate` makes it absolute.",
     )
-    name: str = Field("", description="Name of the run's folder; empty: date, time and a random suffix.")
+    name: str = Field(
+        "",
+        description="Name of the run's folder in `run.output`. The results of an earlier run of that name are "
+        "replaced. Empty: date, time and a random suffix.",
+    )
     rounds: int = Field(
         1,
         ge=1,
         le=100,
-        description="Rounds; 1 is one-shot, later rounds start from the previous global model.",
+        description="Number of rounds. 1: one-shot; each further round starts from the previous global model.",
     )
     evaluate_on: Literal["test", "validation", "none"] = Field(
         "test",
-        description="Server-side split the accuracies are measured on. Choose settings on `validation`; "
-        "`none` when the server has no data at all.",
+        description="Images on which the server measures accuracies: the test set or the validation set. Choose "
+        "settings on `validation`. `none`: nothing is measured, for a server without data.",
     )
-    min_clients: int = Field(1, ge=1, description="The run fails when fewer clients than this upload a usable model.")
+    min_clients: int = Field(
+        1,
+        ge=1,
+        description="Smallest number of clients. The run waits for this many nodes to connect, and fails if fewer "
+        "clients upload a valid model.",
+    )
     min_fraction: float = Field(
         0.5,
         ge=0.0,
         le=1.0,
-        description="The run fails when a smaller fraction of the asked clients uploads or says "
-        "that it has no data; 0 leaves it to `run.min-clients`.",
+        description="Smallest fraction of the asked clients that must upload a valid model or report that they have no "
+        "data; the run fails below it. 0: only `run.min-clients` counts; 1: every client must answer.",
     )
     wait_nodes_seconds: float = Field(
         120.0,
         ge=0.0,
-        description="How long to wait for `run.min-clients` nodes to connect before asking them to train.",
+        description="Time in seconds to wait for `run.min-clients` nodes to connect, and for a client that lost its "
+        "connection to come back. 0: no waiting.",
     )
     deadline_seconds: float = Field(
         3600.0,
         gt=0.0,
-        description="How long to wait for the clients' uploads, from the moment they are asked.",
+        description="Time in seconds to wait for the uploads of a round, counted from the request to train.",
     )
     resume: str = Field(
         "",
-        description="Directory of a run that was cut off, to go on with from what it has finished. Its settings apply; "
-        "keys given here change them where that contradicts nothing finished. `fedmitr resume` sets this.",
+        description="Directory of an interrupted run to resume from its last finished work. Its own settings apply. A "
+        "key that is given here replaces one of them; it is refused if finished work depends on the old value. "
+        "`fedmitr resume` sets this key. Empty: a new run.",
     )
     checkpoint_seconds: float = Field(
-        30.0, ge=0.0, description="Least time between two checkpoints of distillation; 0: one after each step."
+        30.0,
+        ge=0.0,
+        description="Shortest time in seconds between two checkpoints of distillation. 0: a checkpoint after each "
+        "step.",
     )
     window: int = Field(
         0,
         ge=0,
-        description="How many clients may be asked and not have answered yet: uploads wait in memory until the server "
-        "takes them. 0: twice the CPU cores in a simulation, all sites at once in a deployment.",
+        description="Largest number of clients that are asked to train and have not replied yet. It limits the uploads "
+        "that wait in memory. 0: twice the number of CPU cores in a simulation, all sites in a deployment.",
     )
     retries: int = Field(
         2,
         ge=0,
         le=100,
-        description="How often a client is asked again whose process died or that lost its connection. One that "
-        "raised an error, or does not answer, is not asked again.",
+        description="Number of times that a client is asked again after its process died or its connection was lost. "
+        "A client that reports an error or does not answer is not asked again. 0: never.",
     )
     max_update_norm: float = Field(
         10.0,
         ge=0.0,
-        description="An upload is refused when its weights lie further from the common initialisation than this many "
-        "times the initialisation's own L2 norm; 0: no limit.",
+        description="Largest L2 distance of an upload's weights from the common initialisation, as a multiple of the "
+        "initialisation's L2 norm; an upload above it is refused. 0: no limit.",
     )
     memory_mb: int = Field(
         0,
         ge=0,
-        description="Memory that the ServerApp's process may take, in MiB; `inversion.teacher-memory-mb` and "
-        "`inversion.activation-memory-mb` are lowered until it is enough, and a run that cannot do with it is refused "
-        "before any client is asked. On a GPU only what the host holds counts. 0: no limit.",
+        description="Memory limit of the ServerApp's process in MiB. To stay within it, the run lowers "
+        "`inversion.teacher-memory-mb` and `inversion.activation-memory-mb`; a run that needs more even so is refused "
+        "before any client is asked. Memory of a GPU is not counted. 0: no limit.",
     )
     tensorboard: bool = Field(
         False,
-        description="Also write losses, agreement and image grids for TensorBoard, into the run's `tensorboard` folder "
-        "(needs `pip install tensorboard`).",
+        description="Also write losses, agreement and image grids for TensorBoard to the run's folder `tensorboard`. "
+        "Requires `pip install tensorboard`.",
     )
     roster: str = Field(
         "",
         pattern=r"^([^=,]+=\d+(,[^=,]+=\d+)*)?$",
-        description="In a deployment: each site's name (`site` in its node config) and the node id that `flwr "
-        "supernode register` printed for its key, `north=123,south=456`. An upload from another node, or under another "
-        "site's name, is refused. Empty: names are believed.",
+        description="For a deployment: each site's name (`site` in its node config) with the node id that `flwr "
+        "supernode register` printed for its key, such as `north=123,south=456`. An upload from another node or under "
+        "another site's name is refused. Empty: site names are not checked.",
     )
 
 
 class Settings(Stage):
-    """All settings of a run."""
+    """All settings of a run, one field for each stage."""
 
     run: RunSettings = RunSettings()
     data: DataSettings = DataSettings()
@@ -141,15 +158,15 @@ class Settings(Stage):
     def _across_stages(self) -> Self:
         problems: list[tuple[str, object, str]] = []
         if self.ensemble.weighting == "histogram" and not self.train.share_label_histogram:
-            allowed = 'needs train.share-label-histogram = true; else "competence", "examples" or "uniform"'
+            allowed = 'needs train.share-label-histogram = true; without it use "competence", "examples" or "uniform"'
             problems.append(("ensemble.weighting", "histogram", allowed))
         if bool(self.data.mean) != bool(self.data.std) or len(self.data.mean) != len(self.data.std):
             allowed = f"must have as many entries as data.mean ({len(self.data.mean)})"
             problems.append(("data.std", self.data.std, allowed))
         if any(s <= 0.0 for s in self.data.std):
-            problems.append(("data.std", self.data.std, "must be above 0"))
+            problems.append(("data.std", self.data.std, "every entry must be above 0"))
         if self.density.rule == "survival" and not self.inversion.stops and self.relabel.labels != "off":
-            allowed = 'needs inversion.stops; for dense inversion choose another rule, or relabel.labels = "off"'
+            allowed = 'needs inversion.stops; without stops use another rule or relabel.labels = "off"'
             problems.append(("density.rule", "survival", allowed))
         if problems:
             raise SettingsError(*problems)
@@ -157,18 +174,18 @@ class Settings(Stage):
 
     @classmethod
     def from_run_config(cls, config: Mapping[str, RunConfigValue]) -> Settings:
-        """Validate a flat run-config; keys that are absent take their defaults.
+        """Validate a flat run-config; missing keys get their defaults.
 
         Parameters
         ----------
         config
-            Dotted kebab-case keys, values int, float, bool or str, as in Flower's ``context.run_config``.
+            Dotted kebab-case keys with values of type int, float, bool or str, as in Flower's ``context.run_config``.
 
         Raises
         ------
         SettingsError
-            Names every key that is unknown, of the wrong type, out of range or in contradiction to
-            another one, with its value and what is allowed.
+            If a key is unknown, has a value of the wrong type or out of range, or contradicts another key. The
+            message has one line for each such key, with its value and what is allowed.
         """
         known = flat_fields()
         unknown = [key for key in config if key not in known]
@@ -184,7 +201,7 @@ class Settings(Stage):
             raise SettingsError(*problems_of(error, known)) from None
 
     def flat(self) -> dict[str, RunConfigValue]:
-        """Return the settings as a flat run-config: the inverse of `from_run_config`."""
+        """Return the settings as a flat run-config, the inverse of `from_run_config`."""
         out: dict[str, RunConfigValue] = {}
         for key in flat_fields():
             stage, name = key.split(".", 1)
@@ -193,12 +210,12 @@ class Settings(Stage):
         return out
 
     def replace(self, **changes: RunConfigValue) -> Settings:
-        """Return settings with some keys changed, ``replace(**{"run.seed": 7})``, validated anew."""
+        """Return validated settings with some keys changed, as in ``replace(**{"run.seed": 7})``."""
         return Settings.from_run_config({**self.flat(), **changes})
 
 
 def flat_fields() -> dict[str, FieldInfo]:
-    """Every key of the run-config, in order, with its pydantic field."""
+    """Return the pydantic field of every key of the run-config, in order."""
     out = {}
     for stage, field in Settings.model_fields.items():
         model = field.annotation

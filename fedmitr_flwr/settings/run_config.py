@@ -1,7 +1,7 @@
-"""Flower's flat run-config: how values are parsed, and how problems with them are put into words.
+"""Parse the values of Flower's flat run-config, and describe invalid ones in error messages.
 
-Flower hands an app a flat mapping of dotted kebab-case keys to int, float, bool or str
-(``{"inversion.iterations": 200}``); lists are written as comma-separated strings.
+Flower passes an app a flat mapping from dotted kebab-case keys to int, float, bool or str, such as
+``{"inversion.iterations": 200}``. Lists are strings with commas.
 """
 
 from __future__ import annotations
@@ -17,9 +17,12 @@ RunConfigValue = bool | int | float | str
 
 
 class SettingsError(ValueError):
-    """One or more run-config keys have values that cannot work.
+    """One or more keys have invalid values; the message has a line for each, with key, value and what is allowed.
 
-    The message has one line for each problem: the key, the value and what is allowed.
+    Parameters
+    ----------
+    *problems
+        Tuples of key, value and what is allowed.
     """
 
     def __init__(self, *problems: tuple[str, object, str]) -> None:
@@ -36,7 +39,7 @@ def _shown(value: object) -> str:
 
 
 def _split(value: object) -> object:
-    """Parse ``"50, 100"`` or ``"[50, 100]"`` into ``(50, 100)``; a single number is a list of one."""
+    """Parse ``"50, 100"`` or ``"[50, 100]"`` into ``(50, 100)``, and a single number into a tuple of one."""
     if isinstance(value, bool):
         return value
     if isinstance(value, int | float):
@@ -62,12 +65,12 @@ FloatList = Annotated[tuple[float, ...], BeforeValidator(_split)]
 
 
 def kebab(name: str) -> str:
-    """Spell a field name as a run-config key."""
+    """Return a field name in kebab case, as in run-config keys."""
     return name.replace("_", "-")
 
 
 class Stage(BaseModel):
-    """Base of every stage's settings: frozen, strictly typed, kebab-case keys, no unknown keys."""
+    """Base class of the settings of a stage: frozen, strictly typed, kebab-case keys, no unknown keys."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -80,7 +83,7 @@ class Stage(BaseModel):
 
 
 def allowed_values(field: FieldInfo) -> str:
-    """Say in words which values a field takes, for error messages and the settings table."""
+    """Describe the values that a field accepts, for error messages and the settings table."""
     kind = field.annotation
     if get_origin(kind) is Literal:
         return "one of " + ", ".join(f'"{choice}"' for choice in get_args(kind))
@@ -96,18 +99,18 @@ def allowed_values(field: FieldInfo) -> str:
         if getattr(rule, "pattern", None) is not None:
             bounds.append(f"matching {rule.pattern}")
         if getattr(rule, "min_length", None):
-            bounds.append("not empty")
+            bounds.append("that is not empty")
     return " ".join([words[kind], " and ".join(bounds)]).strip() if isinstance(kind, type) else str(kind)
 
 
 def unknown_hint(key: str, known: Mapping[str, Any]) -> str:
-    """Say that a key is unknown, and which one may have been meant."""
+    """Return the error text for an unknown key, with the most similar known key if there is one."""
     close = get_close_matches(key, known, n=1, cutoff=0.6)
     return "unknown key; " + (f"did you mean {close[0]}?" if close else "see docs/settings.md for all keys")
 
 
 def problems_of(error: ValidationError, known: Mapping[str, FieldInfo]) -> list[tuple[str, object, str]]:
-    """Translate pydantic's errors into key, value and what is allowed."""
+    """Translate pydantic's errors into tuples of key, value and what is allowed."""
     problems: list[tuple[str, object, str]] = []
     for item in error.errors():
         cause = item.get("ctx", {}).get("error")

@@ -1,4 +1,4 @@
-"""Settings of the server's stages, from the ensemble to distillation."""
+"""Settings of the server's stages: ensemble, inversion, density, relabeling and distillation."""
 
 from __future__ import annotations
 
@@ -11,23 +11,31 @@ from fedmitr_flwr.settings.run_config import FloatList, IntList, SettingsError, 
 
 
 class EnsembleSettings(Stage):
-    """How the teachers' predictions are combined (A(x) = sum_k w_k(c) p_k(c|x))."""
+    """Weights of the teachers in the ensemble A(x) = sum_k w_k(c) p_k(c|x), for teacher k and class c."""
 
     weighting: Weighting = Field(
         "competence",
-        description="Weight of a teacher for a class: equal, by its number of examples, by its label histogram, or by "
-        "the class competence estimated from how its classifier head moved (needs nothing but the upload).",
+        description="Evidence from which a teacher's weight for a class is computed. `uniform`: the same for all "
+        "teachers. `examples`: the client's number of training images. `histogram`: its number of images of the class "
+        "(needs `train.share-label-histogram = true`). `competence`: that number as estimated from the update of the "
+        "classifier head; needs only the upload.",
     )
     power: float = Field(
-        0.5, ge=0.0, le=4.0, description="Exponent on the weights before they are normalised; 0 is uniform."
+        0.5,
+        ge=0.0,
+        le=4.0,
+        description="Exponent on the evidence before it is normalised to weights. 0: equal weights for all teachers "
+        "that know the class; 1: weights proportional to the evidence.",
     )
     outlier_guard: float = Field(
         0.0,
         ge=0.0,
         le=1.0,
-        description="A teacher is heard less when the others agree with it less than this many times as much as with "
-        "the typical one, on synthetic and random images and for the classes that both know, or when its weights "
-        "point away from theirs; 0: nobody is judged, 0.5 is sensible.",
+        description="Fraction of the median agreement below which a teacher is down-weighted. Agreement is measured "
+        "on inverted and random images, over the classes that a teacher and at least one other teacher know. The same "
+        "fraction applies to the cosine between a teacher's weight update and those of the others; an update of more "
+        "than 3 times the median length is down-weighted too. 0: off; 0.5: recommended; 1: every teacher below the "
+        "median is down-weighted.",
     )
 
 
@@ -36,143 +44,184 @@ class InversionSettings(Stage):
 
     method: InversionName = Field(
         "sparse",
-        description="`sparse`: at each stop the patches with the least attention leave for good (SMI). `rebirth`: "
-        "those with the most leave as a finished image, and the others go on (Patch Rebirth): n stops yield n + 1 "
-        "images, which share the patches evenly.",
+        description="`sparse`: each stop excludes the patches with the least attention from the rest of the inversion "
+        "(SMI). `rebirth`: each stop takes out the patches with the most attention as a finished image and inverts the "
+        "remaining patches further (Patch Rebirth); n stops yield n + 1 images with equally many patches each.",
     )
-    images: int = Field(120, ge=1, le=10_000_000, description="Synthetic images, spread evenly over the classes.")
-    batch_size: int = Field(40, ge=1, description="Images inverted at a time.")
-    iterations: int = Field(40, ge=1, le=1_000_000, description="Optimisation steps for each batch.")
+    images: int = Field(
+        120, ge=1, le=10_000_000, description="Number of synthetic images, spread evenly over the classes."
+    )
+    batch_size: int = Field(40, ge=1, description="Number of images that are inverted together.")
+    iterations: int = Field(40, ge=1, le=1_000_000, description="Number of optimisation steps of each batch.")
     stops: IntList = Field(
-        (6, 10, 14, 18), description="Iterations before which patches are stopped; empty: dense inversion."
+        (6, 10, 14, 18),
+        description="Iterations, counted from 0, at which patches stop being optimised. Empty: dense inversion, every "
+        "patch is optimised to the end.",
     )
     fractions: FloatList = Field(
-        (0.3, 0.3, 0.3, 0.3), description="Fraction of the remaining patches stopped at each of them, under `sparse`."
+        (0.3, 0.3, 0.3, 0.3),
+        description="For `sparse`: fraction of the remaining patches that is stopped at each of `inversion.stops`, one "
+        "entry for each stop. Ignored by `rebirth`.",
     )
-    learning_rate: float = Field(0.1, gt=0.0, le=100.0, description="Adam learning rate, in normalised pixels.")
-    beta1: float = Field(0.5, ge=0.0, lt=1.0, description="Adam beta 1.")
-    beta2: float = Field(0.99, ge=0.0, lt=1.0, description="Adam beta 2.")
-    tv_weight: float = Field(0.05, ge=0.0, description="Weight of the total variation.")
+    learning_rate: float = Field(
+        0.1, gt=0.0, le=100.0, description="Learning rate of Adam on the pixels, in units of normalised pixels."
+    )
+    beta1: float = Field(0.5, ge=0.0, lt=1.0, description="Adam's beta 1, the decay of the mean gradient.")
+    beta2: float = Field(0.99, ge=0.0, lt=1.0, description="Adam's beta 2, the decay of the mean squared gradient.")
+    tv_weight: float = Field(
+        0.05, ge=0.0, description="Weight of the total variation in the loss, which favours smooth images. 0: off."
+    )
     l2_weight: float = Field(
-        0.0, ge=0.0, description="Weight of the mean squared pixel: a pull towards the normalisation mean."
+        0.0,
+        ge=0.0,
+        description="Weight of the mean squared normalised pixel in the loss, which pulls pixels towards the "
+        "normalisation mean. 0: off.",
     )
     jitter: int = Field(
-        0, ge=0, le=64, description="Largest random shift in whole patches at dense iterations; 0: none."
+        0,
+        ge=0,
+        le=64,
+        description="Largest random cyclic shift of the image in an iteration, in whole patches along each axis. "
+        "0: no shift.",
     )
     color_shift: float = Field(
         0.0,
         ge=0.0,
         le=3.0,
-        description="ColorShift of Plug-In Inversion: in each iteration the ensemble sees each channel of each image "
-        "less a random mean of up to this, and divided by exp of a random number of up to this; the paper has 1. "
-        "0: none.",
+        description="Strength r of the ColorShift of Plug-In Inversion. In each iteration the ensemble sees "
+        "(x - m) / exp(u) in place of each channel x of each image, with m and u drawn uniformly from [-r, r]. The "
+        "paper uses 1. 0: off.",
     )
     copies: int = Field(
         1,
         ge=1,
         le=1024,
-        description="Looks at each image in an iteration, under different jitter and colours, whose gradients are "
-        "averaged. An iteration takes as many times as long; the paper of Plug-In Inversion has 32.",
+        description="Number of views of each image in an iteration, each with its own jitter and colour shift; their "
+        "gradients are averaged. The time of an iteration grows in proportion. The paper of Plug-In Inversion uses 32. "
+        "1: a single view.",
     )
     diversity: float = Field(
         0.0,
         ge=0.0,
         le=1000.0,
-        description="Weight of a contrastive term that makes the images of a batch differ in what the teachers see in "
-        "them (CMI; its authors have 0.8): the larger `inversion.batch-size`, the more there are to differ from. "
-        "0: off.",
+        description="Weight of a contrastive loss term that pushes the images of a batch apart in the teachers' [CLS] "
+        "features (CMI; its authors use 0.8). The larger `inversion.batch-size`, the more images each one is compared "
+        "with. 0: off.",
     )
     diversity_temperature: float = Field(
         0.1,
         ge=0.01,
         le=10.0,
-        description="Temperature of the similarities in that term; the lower, the more the nearest image counts.",
+        description="Temperature of the similarities in the term of `inversion.diversity`. The lower it is, the more "
+        "an image is pushed away from the most similar ones only.",
     )
     centring: int = Field(
         0,
         ge=0,
         le=1_000_000,
-        description="Iterations in which an image grows from its central patches, ring by ring, to the whole grid, as "
-        "in Plug-In Inversion; the first stop can't come before. 0: the whole grid from the start.",
+        description="Number of iterations in which an image grows from its central patches, ring by ring, to the whole "
+        "grid (Plug-In Inversion). Must not exceed the first of `inversion.stops`. 0: the whole grid from the start.",
     )
     start: Start = Field(
         "fields",
-        description="Starting noise: `white` (Gaussian, around the normalisation mean), or as `distill.noise-kind`.",
+        description="Noise that the pixels start from. `white`: Gaussian noise around the normalisation mean; the "
+        "others as for `distill.noise-kind`.",
     )
-    start_std: float = Field(0.5, ge=0.0, le=10.0, description="Standard deviation of `white` starting noise.")
+    start_std: float = Field(
+        0.5,
+        ge=0.0,
+        le=10.0,
+        description="Standard deviation of the starting noise `white`, in normalised pixels.",
+    )
     precision: Precision = Field(
         "auto",
-        description="What the teachers compute in; loss, pixels and updates are always fp32. `auto`: bf16 where the "
-        "device is fast at bf16 products (CUDA, AMX, AMD from Zen 4 on) and the model is wider than 128, else fp32.",
+        description="Number format in which the teachers compute; loss, pixels and pixel updates are always fp32. "
+        "`auto`: bf16 if the device multiplies bf16 matrices fast (CUDA, AMX, AMD from Zen 4 on) and the model's "
+        "embedding is wider than 128, otherwise fp32.",
     )
     teachers_per_batch: int = Field(
         0,
         ge=0,
-        description="Teachers that a batch is inverted from, drawn for each batch by their weight for its classes; "
-        "0: all.",
+        description="Number of teachers from which a batch is inverted. They are drawn at random for each batch, with "
+        "probabilities given by their weights for the batch's classes. 0: all teachers.",
     )
     activation_memory_mb: int = Field(
         640,
         ge=0,
-        description="Activations of all teachers together, in MiB, kept between forward and backward pass. With more, "
-        "each teacher runs forward twice, half as long again.",
+        description="Memory limit in MiB for the activations that all teachers together keep between the forward and "
+        "the backward pass. Above it no activations are kept and each teacher runs its forward pass twice, which takes "
+        "about 1.5 times as long. 0: none are kept, unless all teachers run in one step.",
     )
     teacher_memory_mb: int = Field(
         4096,
         ge=0,
-        description="Weights of all teachers, in MiB, as they came and packed. With more, they are held once, in bf16; "
-        "if that is too much as well, they are read from the uploads on disk for every pass.",
+        description="Memory limit in MiB for the weights of all teachers, including their packed copies. Above it each "
+        "teacher is held once, in bf16. If that exceeds the limit too, the teachers are read from the uploads on disk "
+        "for every pass. 0: always read from disk.",
     )
 
     @model_validator(mode="after")
     def _schedule(self) -> Self:
         problems: list[tuple[str, object, str]] = []
         if any(b <= a for a, b in zip(self.stops, self.stops[1:], strict=False)) or any(s < 1 for s in self.stops):
-            problems.append(("inversion.stops", self.stops, "must be strictly increasing and at least 1"))
+            problems.append(("inversion.stops", self.stops, "must be strictly increasing integers of at least 1"))
         elif self.stops and self.stops[-1] >= self.iterations:
-            allowed = f"must lie below inversion.iterations = {self.iterations}"
+            allowed = f"must be below inversion.iterations = {self.iterations}"
             problems.append(("inversion.stops", self.stops, allowed))
         if len(self.fractions) != len(self.stops):
             allowed = f"must have as many entries as inversion.stops ({len(self.stops)}), has {len(self.fractions)}"
             problems.append(("inversion.fractions", self.fractions, allowed))
         if any(not 0.0 < r < 1.0 for r in self.fractions):
-            problems.append(("inversion.fractions", self.fractions, "must lie between 0 and 1, both excluded"))
+            problems.append(("inversion.fractions", self.fractions, "every entry must be above 0 and below 1"))
         if self.centring >= self.iterations:
-            allowed = f"must lie below inversion.iterations = {self.iterations}"
+            allowed = f"must be below inversion.iterations = {self.iterations}"
             problems.append(("inversion.centring", self.centring, allowed))
         elif self.stops and self.centring > self.stops[0]:
-            allowed = f"must not exceed the first of inversion.stops, {self.stops[0]}: a stop needs the whole grid"
+            allowed = (
+                f"must not exceed the first of inversion.stops ({self.stops[0]}), because a stop needs the whole grid"
+            )
             problems.append(("inversion.centring", self.centring, allowed))
         if self.copies > 1 and self.jitter == 0 and self.color_shift == 0:
-            allowed = "must be 1 without inversion.jitter and inversion.color-shift: all copies would be the same"
+            allowed = "must be 1 if inversion.jitter and inversion.color-shift are 0, because all copies would be equal"
             problems.append(("inversion.copies", self.copies, allowed))
         if self.method == "rebirth" and not self.stops:
-            problems.append(("inversion.method", "rebirth", "needs inversion.stops"))
+            problems.append(("inversion.method", "rebirth", "needs at least one entry in inversion.stops"))
         if problems:
             raise SettingsError(*problems)
         return self
 
 
 class DensitySettings(Stage):
-    """Stage 2, which patches count as dense."""
+    """Stage 2, the split of each image's patches into high and low density."""
 
     rule: Literal["survival", "quantile", "mass", "otsu"] = Field(
         "survival",
-        description="High density: patches that survived inversion, the top quantile of the attention, the fewest "
-        "patches that hold a share of the attention mass, or above Otsu's threshold for each image.",
+        description="Which patches of an image have high density. `survival`: those that inversion never stopped. "
+        "`quantile`: a fixed number with the most attention. `mass`: the fewest patches that together hold "
+        "`density.mass` of the attention. `otsu`: those above a threshold that Otsu's method sets for each image.",
     )
-    quantile: float = Field(0.75, gt=0.0, lt=1.0, description="Fraction of the patches that is low for `quantile`.")
-    mass: float = Field(0.5, gt=0.0, lt=1.0, description="Share of the attention mass that is high for `mass`.")
+    quantile: float = Field(
+        0.75, gt=0.0, lt=1.0, description="For the rule `quantile`: fraction of the patches that have low density."
+    )
+    mass: float = Field(
+        0.5, gt=0.0, lt=1.0, description="For the rule `mass`: fraction of the attention in the high-density patches."
+    )
 
 
 class RelabelSettings(Stage):
-    """Stage 3, ensemble labels for the low-density patches."""
+    """Stage 3, labels by the ensemble for the low-density patches."""
 
     labels: Literal["soft", "hard", "off"] = Field(
         "soft",
-        description="What the low-density patches learn: the ensemble's soft label, its arg max, or nothing.",
+        description="Target of the low-density patches. `soft`: the distribution that the ensemble predicts from these "
+        "patches alone; `hard`: its most probable class; `off`: no target, the low-density term is left out.",
     )
-    temperature: float = Field(1.0, gt=0.0, le=100.0, description="Temperature of the soft labels; 1 leaves them.")
+    temperature: float = Field(
+        1.0,
+        gt=0.0,
+        le=100.0,
+        description="Temperature of the labels for `relabel.labels = soft`. 1: unchanged; above 1: flatter.",
+    )
 
 
 class DistillSettings(Stage):
@@ -180,100 +229,142 @@ class DistillSettings(Stage):
 
     start: Literal["fedavg", "initial", "merged"] = Field(
         "merged",
-        description="The student's first weights: one-shot average, common initialisation, or the initialisation plus "
-        "`distill.merge-scale` times the mean client update with class-wise weights for the head.",
+        description="Initial weights of the student. `fedavg`: mean of the uploads, weighted by their numbers of "
+        "images. `initial`: the common initialisation. `merged`: the common initialisation plus the mean client "
+        "update, where each class's row of the head is averaged with the ensemble's weights for that class.",
     )
-    merge_scale: float = Field(1.0, ge=0.0, le=10.0, description="Scale of the mean update for `merged`.")
-    steps: int = Field(1200, ge=1, le=10_000_000, description="Optimiser steps.")
-    batch_size: int = Field(64, ge=1, description="Images in a step.")
-    learning_rate: float = Field(1e-3, gt=0.0, le=10.0, description="Peak learning rate (AdamW, warm-up, cosine).")
-    weight_decay: float = Field(0.05, ge=0.0, le=10.0, description="Decoupled weight decay.")
-    temperature: float = Field(1.0, gt=0.0, le=100.0, description="Temperature of KL(A(x) || s(x)).")
+    merge_scale: float = Field(
+        1.0,
+        ge=0.0,
+        le=10.0,
+        description="For `merged` and `run.method = head-aggregation`: factor on the mean client update of all weights "
+        "but the head. 1: the mean itself; 0: these weights keep the common initialisation.",
+    )
+    steps: int = Field(1200, ge=1, le=10_000_000, description="Number of optimiser steps.")
+    batch_size: int = Field(64, ge=1, description="Number of images in a step.")
+    learning_rate: float = Field(
+        1e-3,
+        gt=0.0,
+        le=10.0,
+        description="Peak learning rate of AdamW. It rises over the first 5 % of the steps and falls to 0 along a "
+        "cosine.",
+    )
+    weight_decay: float = Field(
+        0.05, ge=0.0, le=10.0, description="AdamW's weight decay of the parameters with two or more dimensions. 0: off."
+    )
+    temperature: float = Field(
+        1.0,
+        gt=0.0,
+        le=100.0,
+        description="Temperature of both distributions in KL(A(x) || s(x)). 1: unchanged; above 1: flatter.",
+    )
     labels: Literal["soft", "hard"] = Field(
-        "soft", description="What full images learn: the ensemble's distribution A(x), or its most probable class."
+        "soft",
+        description="Target of full images. `soft`: the ensemble's distribution A(x); `hard`: its most probable class.",
     )
     ce_on: Literal["full", "high"] = Field(
         "full",
-        description="Where CE(s(.), y) looks: the full image, or its high-density patches alone (the paper's words).",
+        description="Input of the student in the cross-entropy with the pseudo-label y. `full`: the full image; "
+        "`high`: its high-density patches alone, as the FedMITR paper states.",
     )
-    kl_weight: float = Field(1.0, ge=0.0, description="Weight of KL(A(x) || s(x)) on full images.")
-    ce_weight: float = Field(0.2, ge=0.0, description="Weight of the cross-entropy with the pseudo-label y.")
-    low_weight: float = Field(1.0, ge=0.0, description="Weight of KL(q_low || s(x_low)) on the low-density patches.")
+    kl_weight: float = Field(
+        1.0,
+        ge=0.0,
+        description="Weight of KL(A(x) || s(x)) on full images, A the ensemble and s the student. 0: off; mixed and "
+        "random images are then left out too.",
+    )
+    ce_weight: float = Field(
+        0.2, ge=0.0, description="Weight of the student's cross-entropy with the pseudo-label y. 0: off."
+    )
+    low_weight: float = Field(
+        1.0,
+        ge=0.0,
+        description="Weight of KL(q_low || s(x_low)) on the low-density patches, q_low the labels of stage 3. 0: off.",
+    )
     feature_weight: float = Field(
         1.0,
         ge=0.0,
-        description="Weight of the distance from each teacher's [CLS] token, to which the student's is mapped by a "
-        "linear map of its own. Keeps 2 K D bytes for each image of the pool, D the embedding; 0 with "
-        "`distill.teacher-weight` 0: none.",
+        description="Weight of the squared distance between each teacher's [CLS] token and the student's token after "
+        "a learnt linear map to that teacher. Takes 2 K D bytes of memory for each image of the pool, for K teachers "
+        "of embedding width D. 0: off; the memory is saved only if `distill.teacher-weight` is 0 too.",
     )
     teacher_weight: float = Field(
         10.0,
         ge=0.0,
-        description="Weight of KL(p_k || q_k), mean over the teachers: what each one's own head reads in its token, "
-        "and in the student's after that map.",
+        description="Weight of KL(p_k || q_k), a weighted mean over the teachers k. p_k is what the teacher's head "
+        "predicts from its own [CLS] token, q_k what it predicts from the student's token after the linear map. "
+        "0: off.",
     )
     augment: Augmentation = Field(
-        "shift", description="Augmentation of the synthetic images' further views, as `train.augment`."
+        "shift",
+        description="Augmentation of the further views of synthetic images (`distill.views`) and of generated images. "
+        "Values as for `train.augment`.",
     )
     views: int = Field(
         2,
         ge=1,
         le=1000,
-        description="Views of each synthetic image: itself and augmented ones, each labelled by the ensemble.",
+        description="Number of views of each synthetic image in the pool: the image itself and augmented copies, each "
+        "labelled by the ensemble. 1: the image alone.",
     )
     mix: float = Field(
         0.0,
         ge=0.0,
         le=1000.0,
-        description="Further images for each synthetic one, whose patches are mixed from two of them; labelled by the "
-        "ensemble (KL term only). 0: none.",
+        description="Number of mixed images for each synthetic image. A mixed image takes each of its patches from one "
+        "of two synthetic images. It is labelled by the ensemble and has no pseudo-label y. 0: none.",
     )
     noise_kind: RandomFamily = Field(
         "contours",
-        description="`fields`: noise of random coarseness, contrast and mean, for any images; `contours`: bright "
-        "random lines on a dark ground, for writing; `shapes`: coloured shapes on a plain ground, for pictures of "
-        "things.",
+        description="Kind of the random images. `fields`: noise of random coarseness, contrast and mean, for any data. "
+        "`contours`: bright random lines on a dark ground, for writing. `shapes`: coloured shapes on a "
+        "plain ground, for pictures of objects.",
     )
     noise: float = Field(
         100.0,
         ge=0.0,
         le=1000.0,
-        description="Further images for each synthetic one, of random noise; labelled by the ensemble (KL term only). "
-        "0: none. The pool of all images stays in memory: 0.6 MB for each at 224 px in colour.",
+        description="Number of random images for each synthetic image. They are labelled by the ensemble and have no "
+        "pseudo-label y. All images stay in memory; one of 224 px in colour takes 0.6 MB. 0: none.",
     )
 
     adversarial_rounds: int = Field(
         0,
         ge=0,
         le=10_000,
-        description="Times that further images are inverted while the student learns, on which it and the ensemble "
-        "disagree (Adaptive DeepInversion); spread evenly over the steps. They stay in the pool. 0: none. With rounds "
-        "no state of distillation is kept, and a run that is cut off there distils anew. Without effect on methods "
-        "that invert nothing.",
+        description="Number of rounds in which further images are inverted during distillation, with a loss that "
+        "rewards disagreement between student and ensemble (Adaptive DeepInversion). The rounds are spread evenly over "
+        "the steps; their images stay in the pool. 0: none. With rounds, distillation writes no checkpoints, so an "
+        "interrupted run repeats it from its start. No effect on methods without inversion.",
     )
     adversarial_images: int = Field(
-        40, ge=1, le=10_000_000, description="Images of a round, as `inversion` makes them."
+        40,
+        ge=1,
+        le=10_000_000,
+        description="Number of images that each of the `distill.adversarial-rounds` inverts, under the settings of "
+        "`inversion`.",
     )
     adversarial_weight: float = Field(
         1.0,
         ge=0.0,
         le=1000.0,
-        description="Weight of the disagreement (Jensen-Shannon divergence, at most 0.69) against the cross-entropy in "
-        "their inversion; too high, and they look like nothing to either. 0: they are images like all others.",
+        description="Weight of the disagreement (Jensen-Shannon divergence, at most 0.69) relative to the "
+        "cross-entropy in the inversion of these images. If it is too high, neither student nor ensemble recognises a "
+        "class in them. 0: they are inverted like all other images.",
     )
 
     @property
     def learns_teachers(self) -> bool:
-        """Whether any term of the loss reads what each teacher makes of an image."""
+        """Whether any loss term uses the outputs of the single teachers."""
         return self.feature_weight > 0.0 or self.teacher_weight > 0.0
 
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         problems: list[tuple[str, object, str]] = []
         if self.kl_weight == self.ce_weight == self.low_weight == 0.0:
-            problems.append(("distill.kl-weight", 0.0, "kl-weight, ce-weight and low-weight must not all be 0"))
+            problems.append(("distill.kl-weight", 0.0, "distill.kl-weight, ce-weight and low-weight must not all be 0"))
         if self.adversarial_rounds >= self.steps:
-            allowed = f"must lie below distill.steps = {self.steps}: each is followed by a step at least"
+            allowed = f"must be below distill.steps = {self.steps}, because each round needs a step after it"
             problems.append(("distill.adversarial-rounds", self.adversarial_rounds, allowed))
         if problems:
             raise SettingsError(*problems)

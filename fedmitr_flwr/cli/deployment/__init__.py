@@ -1,1 +1,1 @@
-"""Commands for a federation of several machines."""
+"""Commands for a deployed federation of several machines."""

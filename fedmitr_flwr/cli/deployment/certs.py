@@ -1,4 +1,4 @@
-"""``fedmitr certs``."""
+"""The command ``fedmitr certs``."""
 
 from __future__ import annotations
 
@@ -12,29 +12,32 @@ from fedmitr_flwr.launch.certs import make
 
 
 def certs(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where everything goes; made if it isn't there.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for all files; made if missing.")],
     names: Annotated[
         list[str] | None,
-        typer.Option(
-            "--name", "-n", metavar="HOST", help="Name or IP address under which the server is reached; repeatable."
-        ),
+        typer.Option("--name", "-n", metavar="HOST", help="Host name or IP address of the server. Repeatable."),
     ] = None,
     sites: Annotated[
-        list[str] | None, typer.Option("--site", "-s", metavar="SITE", help="A site that takes part; repeatable.")
+        list[str] | None, typer.Option("--site", "-s", metavar="SITE", help="Name of a site. Repeatable.")
     ] = None,
-    days: Annotated[int, typer.Option("--days", min=1, max=3650, help="Validity of the server's certificate.")] = 397,
+    days: Annotated[
+        int, typer.Option("--days", min=1, max=3650, help="Validity of the server's certificate in days.")
+    ] = 397,
 ) -> None:
-    """Make the keys and certificates of a federation in DIR.
+    """Make the keys and certificates of a federation.
 
-    With --name the server's: DIR/ca.crt (for everyone), DIR/ca.key (keep it offline), and in DIR/server its key,
-    its certificate for all these names and for this machine, and its executor secret. A CA that is in DIR already
-    signs; otherwise one is made.
+    With --name the command makes the server's files. DIR/ca.crt is the certificate of the certificate authority (CA),
+    for all machines; DIR/ca.key is its key, to be kept offline. DIR/server has the server's key, its certificate for
+    all given names and for this machine, and its executor secret. A CA that is already in DIR signs the certificate;
+    otherwise a new one is made.
 
-    With --site a folder DIR/SITE for each: the SuperNode's private key, which nobody else needs, its public key,
-    to be registered at the server, and the site's executor secret. A site can make its own.
+    With --site the command makes a folder DIR/SITE for each site. It has the private key of the site's SuperNode, which
+    only the site needs, the public key, to be registered at the server, and the site's executor secret. A site can
+    make these files itself.
 
-    Nothing is ever overwritten: to replace something, move the old files away first.
-    Exit code: 0 made, 2 bad input, and then nothing was made.
+    Existing files are never overwritten; to replace a file, move it away first.
+
+    Exit code: 0 made, 2 invalid input and nothing made.
     """
     with bad_input():
         made = make(directory, names or [], sites or [], days)

@@ -1,4 +1,4 @@
-"""``fedmitr run``."""
+"""The command ``fedmitr run``."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ def run(
     conf: ConfArgument = None,
     overrides: SetOption = None,
     patience: Annotated[
-        float, typer.Option("--patience", min=0.0, help="Seconds to wait for a SuperLink that stops answering.")
+        float, typer.Option("--patience", min=0.0, help="Seconds to wait for a SuperLink that does not answer.")
     ] = 600.0,
     app_dir: AppOption = None,
 ) -> None:
     """Start a run in a deployed federation and follow it to its end.
 
-    Paths in the settings are paths on the machines where they are used: `run.output` on the server. Ctrl-C ends the
-    following, not the run.
+    A path in the settings is a path on the machine that uses it; `run.output`, for example, is a path on the server.
+    Ctrl-C ends this command, but not the run.
 
-    Exit code: 0 completed, 1 failed, 2 bad input, 130 no longer followed.
+    Exit code: 0 completed, 1 failed, 2 invalid input, 130 ended by Ctrl-C while the run continues.
     """
     with bad_input():
         directory = settings_files.app_directory(app_dir)
@@ -36,7 +36,7 @@ def run(
         with bad_input():
             failure = Deployment(superlink, typer.echo, patience=patience).run(directory, settings)
     except KeyboardInterrupt:
-        show_error("fedmitr: no longer following; a run that was started goes on")
+        show_error("fedmitr: stopped following; a run that has started continues")
         raise typer.Exit(130) from None
     if failure:
         show_error(f"fedmitr: {failure}")

@@ -1,4 +1,4 @@
-"""``fedmitr split``."""
+"""The command ``fedmitr split``."""
 
 from __future__ import annotations
 
@@ -13,17 +13,20 @@ from fedmitr_flwr.launch.site_data import write_parts
 
 
 def split(
-    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Where the sites' folders go; made if missing.")],
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="Folder for the sites' folders; made if missing.")],
     conf: ConfArgument = None,
     overrides: SetOption = None,
     clients: Annotated[int, typer.Option("--clients", "-n", min=1, help="Number of sites.")] = 3,
     app_dir: AppOption = None,
 ) -> None:
-    """Divide data.source among sites, to try a deployment with data that a simulation has too.
+    """Write one data file for each site, to try a deployment.
 
-    Each gets a folder DIR/site-K with images.npz, for its node config's data-path: the training images of
-    partition K under the same settings and seed. Test and validation images stay out. Nothing is overwritten.
-    Prints for each file its number of images and of classes. Exit code: 0 done, 2 bad input.
+    The source is the setting data.source. Site K gets DIR/site-K/images.npz with the training images that client K has
+    in a simulation under the same settings and seed; name this file in the site's node config as data-path. Test and
+    validation images are left out. Existing files are never overwritten. The command prints for each file its number
+    of images and of classes.
+
+    Exit code: 0 written, 2 invalid input.
     """
     with bad_input():
         settings = settings_files.run_settings(settings_files.app_directory(app_dir), conf, overrides or [])

@@ -1,1 +1,1 @@
-"""Commands that make or read a run."""
+"""Commands that start a run or read its results."""

@@ -1,4 +1,4 @@
-"""``fedmitr export``."""
+"""The command ``fedmitr export``."""
 
 from __future__ import annotations
 
@@ -14,10 +14,12 @@ def export(
     run: RunArgument,
     onnx: Annotated[Path, typer.Option("--onnx", metavar="FILE", help="File to write, such as model.onnx.")],
 ) -> None:
-    """Write a run's global model as ONNX, checked against torch with ONNX Runtime.
+    """Write a run's global model as an ONNX file.
 
-    RUN/model is a timm checkpoint with a model card already, and needs no export. Exit code: 0 written, 1 the exported
-    model differs by more than 1e-4 in a logit, 2 bad input.
+    The command runs the exported model in ONNX Runtime and compares its logits with those of PyTorch. For timm no
+    export is needed: RUN/model is a timm checkpoint with a model card.
+
+    Exit code: 0 written, 1 a logit of the exported model differs by more than 1e-4, 2 invalid input.
     """
     with bad_input():
         from fedmitr_flwr.results.finished_model import load_run_model
@@ -30,5 +32,5 @@ def export(
         except RuntimeError as error:
             show_error(f"fedmitr: {error}")
             raise typer.Exit(FAILED) from None
-    typer.echo(f"largest difference from torch: {difference:.2g}", err=True)
+    typer.echo(f"largest difference of a logit from PyTorch: {difference:.2g}", err=True)
     typer.echo(file)

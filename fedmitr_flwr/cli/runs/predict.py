@@ -1,4 +1,4 @@
-"""``fedmitr predict``."""
+"""The command ``fedmitr predict``."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from fedmitr_flwr.cli.common import JsonOption, RunArgument, bad_input
 def predict(
     run: RunArgument,
     images: Annotated[list[Path], typer.Argument(metavar="IMAGE...", help="Image files (PNG, JPEG, ...).")],
-    count: Annotated[int, typer.Option("--top", "-k", min=1, help="Classes to print for each image.")] = 3,
+    count: Annotated[int, typer.Option("--top", "-k", min=1, help="Number of classes to print for each image.")] = 3,
     as_json: JsonOption = False,
 ) -> None:
-    """Classify images with a run's global model: the likeliest classes and their probabilities.
+    """Classify images with a run's global model.
 
-    An image is cropped to its central square and resized to what the model takes. Exit code: 0, or 2 for bad input;
-    then nothing is classified.
+    The command prints the most probable classes of each image with their probabilities. An image is cropped to its
+    central square and resized to the model's input size.
+
+    Exit code: 0 classified, 2 invalid input and nothing classified.
     """
     with bad_input():
         import torch

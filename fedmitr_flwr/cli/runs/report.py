@@ -1,4 +1,4 @@
-"""``fedmitr report``."""
+"""The command ``fedmitr report``."""
 
 from __future__ import annotations
 
@@ -12,17 +12,23 @@ from fedmitr_flwr.settings import SettingsError
 
 
 def report(
-    runs: Annotated[list[Path], typer.Argument(metavar="RUN...", help="Folders of runs; two to four are compared.")],
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Folder of a run, or folders of two to four runs to compare.")
+    ],
     output: Annotated[
         Path | None,
-        typer.Option("--output", "-o", metavar="FILE", help="Where to write the page. Default: RUN/report.html."),
+        typer.Option(
+            "--output", "-o", metavar="FILE", help="File to write. Default: RUN/report.html, or comparison.html."
+        ),
     ] = None,
 ) -> None:
-    """Write a run's report again, or compare several runs side by side on one page.
+    """Write a run's report again, or compare several runs.
 
-    The page is one HTML file that needs no network. Runs write their own report when they end. For several
-    runs the default file is comparison.html in the current directory. The last line printed is the file's path.
-    Exit code: 0 written, 2 bad input.
+    The report is one HTML file that needs no network. A run writes its own report when it ends. With several runs the
+    page shows them side by side and is written to comparison.html in the current directory by default. The last line
+    printed is the path of the file.
+
+    Exit code: 0 written, 2 invalid input.
     """
     with bad_input():
         from fedmitr_flwr.results.report import REPORT, comparison_page, load_run, run_page, write_page
@@ -30,16 +36,18 @@ def report(
         from fedmitr_flwr.runs.directory import REPORT_DATA
 
         if len(runs) > MOST_RUNS:
-            raise SettingsError(("RUN", f"{len(runs)} of them", f"at most {MOST_RUNS} can be compared on one page"))
+            raise SettingsError(("RUN", f"{len(runs)} runs", f"a page compares at most {MOST_RUNS} runs"))
         loaded = [load_run(run) for run in runs]
         for run in loaded:
             if not run.report:
-                allowed = f"made by version {run.version}, which wrote no {REPORT_DATA}; a report needs it"
+                allowed = (
+                    f"was made by version {run.version}, which did not write {REPORT_DATA}; a report needs that file"
+                )
                 raise SettingsError(("RUN", str(run.path), allowed))
         page = run_page(loaded[0]) if len(loaded) == 1 else comparison_page(loaded)
         file = output or (loaded[0].path / REPORT if len(loaded) == 1 else Path("comparison.html"))
         try:
             write_page(file.expanduser().absolute(), page)
         except OSError as error:
-            raise SettingsError(("--output", str(file), f"can't be written: {error.strerror or error}")) from None
+            raise SettingsError(("--output", str(file), f"cannot be written: {error.strerror or error}")) from None
     typer.echo(file.expanduser().absolute())

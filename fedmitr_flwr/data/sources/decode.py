@@ -1,4 +1,4 @@
-"""From an encoded image, in a file or a table, to square uint8 pixels."""
+"""Decode an image from a file or a table to square uint8 pixels."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ from torch import Tensor
 
 from fedmitr_flwr.data.sources.raw import Origin
 
-# What PIL raises for damaged content: OSError (truncated, unknown format), SyntaxError and
-# ValueError (broken PNG chunks, impossible sizes), DecompressionBombError (a header that lies).
+# Exceptions of PIL for damaged content: OSError (truncated, unknown format), SyntaxError and ValueError (broken PNG
+# chunks, impossible sizes), DecompressionBombError (a header with a wrong size).
 DECODE_ERRORS = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)
 
 
 def fit_image(image: Image.Image, channels: int, size: int) -> NDArray[np.uint8]:
-    """Convert and resize one image: its central square, bilinear with antialiasing.
+    """Crop an image to its central square, convert its channels and resize it (bilinear, antialiased).
 
-    Transparent parts become white; 16-bit grey is scaled to 8 bits.
+    Transparent parts become white, and 16-bit grey is scaled to 8 bits.
 
     Returns
     -------
@@ -32,8 +32,8 @@ def fit_image(image: Image.Image, channels: int, size: int) -> NDArray[np.uint8]
         ``(channels, size, size)`` uint8.
     """
     if channels not in (1, 3):
-        raise ValueError(f"encoded images have 1 or 3 channels, not {channels}")
-    # JPEG can be decoded at a half, quarter or eighth; twice the target keeps the resampling clean.
+        raise ValueError(f"encoded images can be read with 1 or 3 channels, not {channels}")
+    # PIL can decode a JPEG at 1/2, 1/4 or 1/8 of its size; at least twice the target size avoids aliasing.
     image.draft(None, (2 * size, 2 * size))
     image = _opaque(image).convert("RGB" if channels == 3 else "L")
     side = min(image.size)
@@ -56,26 +56,26 @@ def _opaque(image: Image.Image) -> Image.Image:
 
 @dataclass(frozen=True)
 class FileReader:
-    """Image files, decoded at each read.
+    """Reads image files and decodes them in every read.
 
     Attributes
     ----------
     paths
-        One file a row.
+        File of each row.
     origin
-        Which setting led here, for error messages.
+        The setting that named the source, for error messages.
     """
 
     paths: tuple[Path, ...]
     origin: Origin
 
     def read(self, rows: NDArray[np.int64], channels: int, size: int) -> Tensor:
-        """Decode these rows, on as many threads as torch may use.
+        """Decode the images of these rows with as many threads as torch uses.
 
         Raises
         ------
         SettingsError
-            If a file cannot be decoded; names it.
+            If a file cannot be decoded; the message names it.
         """
         out = np.empty((len(rows), channels, size, size), np.uint8)
 
@@ -98,10 +98,10 @@ class FileReader:
 
 
 def damaged_files(paths: Sequence[Path]) -> list[tuple[Path, str]]:
-    """Return the files that do not decode, each with the reason.
+    """Return the files that cannot be decoded, each with the reason.
 
-    PIL's `verify` reads no more than the header of a JPEG and so misses cut-off files: here each
-    file is decoded to the end, JPEG at an eighth of its size, which takes about a millisecond.
+    PIL's `verify` reads only the header of a JPEG, so it does not detect truncated files. This function decodes each
+    file to its end, a JPEG at 1/8 of its size, which takes about a millisecond.
     """
 
     def problem(path: Path) -> str:

@@ -1,6 +1,7 @@
-"""Image files in one folder a class: `folder:PATH`, or a site's own folder.
+"""Image files in one folder per class: `folder:PATH`, or the folder of a site.
 
-``PATH/cat/1.jpg`` or, with a split, ``PATH/train/cat/1.jpg`` beside ``PATH/test`` (and/or ``PATH/val``).
+A file is ``PATH/cat/1.jpg``. With a split it is ``PATH/train/cat/1.jpg``, and ``PATH/test``, ``PATH/val`` or both
+have the same structure as ``PATH/train``.
 """
 
 from __future__ import annotations
@@ -25,33 +26,33 @@ TEST_NAMES = ("test", "val", "valid", "validation")
 
 
 def folder_header(root: Path, origin: Origin) -> Header:
-    """List the class folders; names sort as in torchvision's ImageFolder.
+    """Return the header of a folder; classes are sorted by name as in torchvision's ImageFolder.
 
     Raises
     ------
     SettingsError
-        If there is no such folder, or no class folder in it.
+        If the folder does not exist or has no class folders.
     """
     return _header(_parts(root, origin), origin)
 
 
 def load_folder(root: Path, origin: Origin, *, train_only: bool = False) -> RawSource:
-    """Find all images and check that each one decodes; they are decoded again when they are used.
+    """Find all images and check that each can be decoded; the pixels are decoded again in every read.
 
     Parameters
     ----------
     root
         The folder.
     origin
-        Who named it.
+        The setting that named the folder, for error messages.
     train_only
-        Leave test and validation folders alone, and let class folders be empty: a site's own data.
+        Ignore test and validation folders and allow empty class folders. Used for the data of a site.
 
     Raises
     ------
     SettingsError
-        If there is no such folder, it has no class folders, a class folder has no image, the
-        test folder has a class that the training folder lacks, or a file is damaged.
+        If the folder does not exist or has no class folders, a class folder has no image, the test folder has a class
+        that the training folder does not have, or a file is damaged.
     """
     parts = _parts(root, origin)
     header = _header(parts, origin)
@@ -63,10 +64,10 @@ def load_folder(root: Path, origin: Origin, *, train_only: bool = False) -> RawS
             continue
         for name in _class_names(folder):
             if name not in header.class_names:
-                raise origin.error(f"{folder} has the class folder {name!r}, which {parts[TRAIN]} lacks")
+                raise origin.error(f"{folder} has the class folder {name!r}, but {parts[TRAIN]} does not")
             files = _image_files(folder / name)
             if not files and part == TRAIN and not train_only:
-                raise origin.error(f"the class folder {folder / name} has no image ({', '.join(sorted(ENDINGS))})")
+                raise origin.error(f"the class folder {folder / name} has no image file ({', '.join(sorted(ENDINGS))})")
             paths += files
             labels += [header.class_names.index(name)] * len(files)
             split += [part] * len(files)
@@ -80,11 +81,11 @@ def load_folder(root: Path, origin: Origin, *, train_only: bool = False) -> RawS
 
 
 def _parts(root: Path, origin: Origin) -> dict[int, Path]:
-    """Find the folders of the splits; without a split, the root is the training part."""
+    """Return the folder of each split; without a split, the root is the training folder."""
     if not root.is_dir():
-        raise origin.error(f"there is no folder {root}")
+        raise origin.error(f"the folder {root} does not exist")
     there = [name for name in TEST_NAMES if (root / name).is_dir()]
-    # A folder "train" may also be a class of vehicles: alone, or beside a test folder, it is a split.
+    # A folder "train" may be a class of vehicles. It is a split if it is alone or if there is a test folder.
     if not (root / "train").is_dir() or not (there or _class_names(root) == ["train"]):
         return {TRAIN: root}
     parts = {TRAIN: root / "train"}
@@ -98,7 +99,9 @@ def _parts(root: Path, origin: Origin) -> dict[int, Path]:
 def _header(parts: dict[int, Path], origin: Origin) -> Header:
     names = _class_names(parts[TRAIN])
     if not names:
-        raise origin.error(f"{parts[TRAIN]} has no class folders; images belong in one folder a class")
+        raise origin.error(
+            f"{parts[TRAIN]} has no class folders; put the images of each class into a folder of their own"
+        )
     return Header(origin, tuple(names), True, FOLDER)
 
 
@@ -114,7 +117,7 @@ def _image_files(folder: Path) -> list[Path]:
 
 
 def _check_images(root: Path, paths: list[Path], origin: Origin) -> None:
-    """Decode each file once; a folder that passed is known by its names, sizes and times of change."""
+    """Check that each file can be decoded; skip a folder that passed with the same names, sizes and times."""
     lines = []
     for path in paths:
         stat = path.stat()
@@ -127,6 +130,6 @@ def _check_images(root: Path, paths: list[Path], origin: Origin) -> None:
     if damaged:
         path, reason = damaged[0]
         more = f" (and {len(damaged) - 1} more damaged files)" if len(damaged) > 1 else ""
-        raise origin.error(f"cannot read the image {path}: {reason}{more}; repair it or take it out")
+        raise origin.error(f"cannot read the image {path}: {reason}{more}; repair or remove it")
     if time.monotonic() - start > 0.5:
         mark(name)

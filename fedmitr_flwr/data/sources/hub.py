@@ -1,6 +1,6 @@
-"""Datasets of the Hugging Face Hub, or local copies of them: `hub:ID` and `hub:PATH`.
+"""Datasets of the Hugging Face Hub (`hub:ID`) and local copies of them (`hub:PATH`).
 
-A local copy is a folder written by ``save_to_disk`` of `datasets`, or one of Parquet files.
+A local copy is a folder that ``save_to_disk`` of `datasets` wrote, or a folder of Parquet files.
 """
 
 from __future__ import annotations
@@ -23,23 +23,23 @@ from fedmitr_flwr.settings import DataSettings, SettingsError
 if TYPE_CHECKING:
     from datasets import Dataset
 
-# Without a preset: small square images keep their size, others get the size of photographs.
+# Without a preset, square images up to this side keep their size. Others are resized to FOLDER.image_size.
 LARGEST_NATIVE_SIZE = 128
 PROBED_IMAGES = 16
 
 
 @dataclass(frozen=True)
 class HubReader:
-    """Images in an Arrow table on disk, decoded at each read.
+    """Reads images from an Arrow table on disk and decodes them in every read.
 
     Attributes
     ----------
     table
         A `datasets.Dataset`; row i is image i.
     column
-        Its image column.
+        Name of the image column.
     origin
-        Who named it, for error messages.
+        The setting that named the dataset, for error messages.
     """
 
     table: Dataset = field(repr=False)
@@ -47,7 +47,7 @@ class HubReader:
     origin: Origin
 
     def read(self, rows: NDArray[np.int64], channels: int, size: int) -> Tensor:
-        """Decode these rows.
+        """Decode the images of these rows.
 
         Raises
         ------
@@ -58,7 +58,7 @@ class HubReader:
         try:
             for slot, image in enumerate(self.table[rows.tolist()][self.column] if len(rows) else []):
                 if image is None:
-                    raise ValueError("it is empty")
+                    raise ValueError("the image is empty")
                 out[slot] = fit_image(image, channels, size)
         except DECODE_ERRORS as error:
             raise self.origin.error(f"an image among the rows {rows.tolist()} cannot be read: {error}") from None
@@ -66,22 +66,22 @@ class HubReader:
 
 
 def load_hub(name: str, origin: Origin, settings: DataSettings) -> RawSource:
-    """Open a dataset; no image is decoded but a few to learn their size where no preset tells it.
+    """Open a dataset; without a preset, a few images are decoded to find their size.
 
-    Splits named test, validation, valid or val are used as they are (the first of them is the test
-    set, a second the validation set) unless their labels are withheld (-1).
+    Without a preset, the splits test, validation, valid and val are used in this order: the first that exists is the
+    test set, the second the validation set. A split whose labels are withheld (-1) is ignored.
 
     Raises
     ------
     SettingsError
-        If it cannot be loaded, or lacks a column.
+        If the dataset cannot be loaded or does not have a required split or column.
     """
     import datasets
 
     preset = find_preset(name)
     splits = _open(name, origin)
     if _train_name(preset) not in splits:
-        raise origin.error(f"has no split {_train_name(preset)!r}, but {', '.join(splits)}")
+        raise origin.error(f"has no split {_train_name(preset)!r}; its splits are: {', '.join(splits)}")
     train = splits[_train_name(preset)]
     image_column = _image_column(train, settings, preset)
     label_column = _label_column(train, settings, preset, image_column)
@@ -107,15 +107,15 @@ def _open(name: str, origin: Origin) -> dict[str, Dataset]:
     path = Path(name).expanduser()
     local = path.is_dir()
     if not local and name.startswith(("/", ".", "~")):
-        raise origin.error(f"there is no folder {path}")
+        raise origin.error(f"the folder {path} does not exist")
     try:
         saved = local and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file())
         found = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path) if local else name)
-    # `datasets` raises errors of many kinds and libraries here (connection, missing, gated, old scripts).
+    # `datasets` raises exceptions of many libraries here (no connection, missing, gated, old scripts).
     except Exception as error:
-        what = "check the files" if local else "check the ID and the network, or give hub:PATH of a local copy of it"
+        what = "check the files" if local else "check the ID and the network, or use hub:PATH with a local copy"
         reason = str(error).strip().split("\n")[0]
-        raise origin.error(f"could not be loaded ({type(error).__name__}: {reason}); {what}") from error
+        raise origin.error(f"cannot be loaded ({type(error).__name__}: {reason}); {what}") from error
     return {"train": found} if isinstance(found, datasets.Dataset) else dict(found)
 
 
@@ -126,7 +126,7 @@ def _train_name(preset: Preset | None) -> str:
 def _images(table: Dataset, column: str) -> Dataset:
     import datasets
 
-    # A dataset may have been saved with its images left encoded.
+    # A dataset may have been saved with decoding of its image column turned off.
     images = table.select_columns([column])
     return images if images.features[column].decode else images.cast_column(column, datasets.Image())
 
@@ -134,7 +134,7 @@ def _images(table: Dataset, column: str) -> Dataset:
 def _parts(
     splits: dict[str, Dataset], columns: dict[str, str], preset: Preset | None, origin: Origin
 ) -> dict[int, Dataset]:
-    """Say which split is what; those with withheld labels are left out."""
+    """Return the table of each split, without splits whose labels are withheld."""
     label = columns["data.label-column"]
     if preset:
         wanted = [name for name in (preset.test, preset.validation) if name]
@@ -147,12 +147,14 @@ def _parts(
             continue
         for key, column in columns.items():
             if column not in table.column_names:
-                raise SettingsError((key, column, f"the split {name!r} has other columns: {_list(table)}"))
+                raise SettingsError(
+                    (key, column, f"must be a column of the split {name!r}; its columns are: {_list(table)}")
+                )
         withheld = _is_number(table, label) and len(table) > 0 and _values(table, label).max() < 0
         if not withheld and len(parts) < 3:
             parts[TEST if TEST not in parts else VALIDATION] = table
     if preset and preset.test and TEST not in parts:
-        raise origin.error(f"has no labelled split {preset.test!r}, but {', '.join(splits)}")
+        raise origin.error(f"has no labelled split {preset.test!r}; its splits are: {', '.join(splits)}")
     return parts
 
 
@@ -188,15 +190,17 @@ def _label_column(table: Dataset, settings: DataSettings, preset: Preset | None,
 def _classes(
     train: Dataset, column: str, values: NDArray[np.generic], preset: Preset | None, origin: Origin
 ) -> tuple[tuple[str, ...], bool, NDArray[np.int64]]:
-    """Return class names, whether they are real names, and labels ``(N,)``."""
+    """Return class names, whether they come with the data, and labels ``(N,)`` int64."""
     if values.dtype.kind not in "iubU":
-        raise origin.error(f"has images without a label in column {column!r}")
+        raise origin.error(f"has images without a label in the column {column!r}")
     if not _is_number(train, column):
         names, labels = np.unique(values.astype(str), return_inverse=True)
         return tuple(names.tolist()), True, labels.astype(np.int64)
     labels = values.astype(np.int64)
     if labels.min() < 0:
-        raise origin.error(f"has images with the label {labels.min()} in column {column!r}; labels count from 0")
+        raise origin.error(
+            f"has images with the label {labels.min()} in the column {column!r}; labels must be 0 or above"
+        )
     known = getattr(train.features[column], "names", None)
     if known:
         return tuple(str(name) for name in known), True, labels
@@ -205,7 +209,7 @@ def _classes(
 
 
 def _other_columns(tables: list[Dataset], taken: set[str]) -> dict[str, Column]:
-    """Columns that `partition.kind = natural` can use: classes by their names, strings and integers."""
+    """Return the columns for `partition.kind = natural`: strings, integers, and classes by their names."""
     columns: dict[str, Column] = {}
     for name in tables[0].column_names:
         if name in taken or any(name not in t.column_names or not _is_scalar(t, name) for t in tables):

@@ -1,8 +1,8 @@
 """Images in one NumPy archive: `npz:PATH`.
 
-Arrays: `images` ``(N, S, S)`` or ``(N, S, S, ch)`` uint8; `label` ``(N,)`` integers from 0; optional
-`class_names` ``(C,)`` strings, `domain` ``(N,)`` with optional `domain_names`, and `test` ``(N,)`` bool.
-Never unpickled.
+Required arrays: `images` ``(N, S, S)`` or ``(N, S, S, ch)`` uint8, and `label` ``(N,)`` integers from 0. Optional
+arrays: `class_names` ``(C,)`` strings, `domain` ``(N,)`` integers or strings, `domain_names` strings, and `test`
+``(N,)`` bool. Arrays of objects are refused, because unpickling them can run code.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ KNOWN = ("images", "label", "class_names", "domain", "domain_names", "test")
 
 
 def npz_header(path: Path, origin: Origin) -> Header:
-    """Read classes and shape without decompressing the images.
+    """Read the classes and the image shape without decompressing the images.
 
     Raises
     ------
     SettingsError
-        If the file is missing, no archive, or its arrays don't fit.
+        If the file does not exist, is not an archive, or has invalid arrays.
     """
     shape, dtype = _shape_of_images(path, origin)
     arrays = _read(path, origin, [name for name in KNOWN if name != "images"])
@@ -40,7 +40,7 @@ def load_npz(path: Path, origin: Origin) -> RawSource:
     Raises
     ------
     SettingsError
-        If the file is missing, no archive, or its arrays don't fit.
+        If the file does not exist, is not an archive, or has invalid arrays.
     """
     shape, dtype = _shape_of_images(path, origin)
     arrays = _read(path, origin, KNOWN)
@@ -63,7 +63,7 @@ def load_npz(path: Path, origin: Origin) -> RawSource:
 
 def _shape_of_images(path: Path, origin: Origin) -> tuple[tuple[int, ...], np.dtype[np.generic]]:
     if not path.is_file():
-        raise origin.error(f"there is no file {path}")
+        raise origin.error(f"the file {path} does not exist")
     try:
         with zipfile.ZipFile(path) as archive, archive.open("images.npy") as member:
             version = np.lib.format.read_magic(member)
@@ -71,7 +71,7 @@ def _shape_of_images(path: Path, origin: Origin) -> tuple[tuple[int, ...], np.dt
             shape, _, dtype = reader(member)
             return shape, dtype
     except KeyError:
-        raise origin.error(f"{path} has no array `images`; needed are `images` and `label`") from None
+        raise origin.error(f"{path} has no array `images`; `images` and `label` are required") from None
     except (zipfile.BadZipFile, OSError, ValueError, EOFError) as error:
         raise origin.error(f"{path} is not a readable .npz archive: {error}") from None
 
@@ -87,15 +87,15 @@ def _read(path: Path, origin: Origin, names: list[str] | tuple[str, ...]) -> Arr
 def _header(shape: tuple[int, ...], dtype: np.dtype[np.generic], arrays: Arrays, origin: Origin) -> Header:
     if dtype != np.uint8 or len(shape) not in (3, 4) or shape[1] != shape[2] or 0 in shape:
         allowed = "array `images` must be uint8 of shape (N, S, S) or (N, S, S, channels)"
-        raise origin.error(f"{allowed}, is {dtype} of shape {shape}")
+        raise origin.error(f"{allowed}, but is {dtype} of shape {shape}")
     if "label" not in arrays:
-        raise origin.error("has no array `label`; needed are `images` and `label`")
+        raise origin.error("has no array `label`; `images` and `label` are required")
     for name, kinds in (("label", "iu"), ("domain", "iuU"), ("test", "b")):
         column = arrays.get(name)
         if column is not None and (column.shape != shape[:1] or column.dtype.kind not in kinds):
             words = {"iu": "integers", "iuU": "integers or strings", "b": "booleans"}[kinds]
             allowed = f"array `{name}` must be {words} of shape ({shape[0]},)"
-            raise origin.error(f"{allowed}, is {column.dtype} of shape {column.shape}")
+            raise origin.error(f"{allowed}, but is {column.dtype} of shape {column.shape}")
     _check_codes(arrays, "domain", "domain_names", origin)
     _check_codes(arrays, "label", "class_names", origin)
     labels: Labels = arrays["label"].astype(np.int64)
@@ -110,11 +110,13 @@ def _header(shape: tuple[int, ...], dtype: np.dtype[np.generic], arrays: Arrays,
 
 
 def _check_codes(arrays: Arrays, column: str, names: str, origin: Origin) -> None:
-    """Check that integers count from 0 and stay below the number of names, if there are names."""
+    """Check that integers are at least 0 and, if there are names, below their number."""
     codes = arrays.get(column)
     if codes is None or codes.dtype.kind == "U":
         return
     low, high = int(codes.astype(np.int64).min()), int(codes.astype(np.int64).max())
     limit = len(arrays[names]) if names in arrays else high + 1
     if low < 0 or high >= limit:
-        raise origin.error(f"array `{column}` must lie in 0..{limit - 1}, has values from {low} to {high}")
+        raise origin.error(
+            f"array `{column}` must have values from 0 to {limit - 1}, but has values from {low} to {high}"
+        )

@@ -1,4 +1,4 @@
-"""A source as it was found, before the settings choose classes, sizes and splits."""
+"""The content of a source before the settings for classes, sizes and splits are applied."""
 
 from __future__ import annotations
 
@@ -22,32 +22,32 @@ class Origin:
     Attributes
     ----------
     key, value
-        As the user wrote them, for error messages.
+        Key and value as the user wrote them, for error messages.
     """
 
     key: str
     value: str
 
     def error(self, allowed: str) -> SettingsError:
-        """Make the error that says what is wrong with this source."""
+        """Return an error about this source; `allowed` says what is wrong or what is allowed."""
         return SettingsError((self.key, self.value, allowed))
 
 
 @dataclass(frozen=True)
 class Header:
-    """What is known of a source without reading its images.
+    """Properties of a source that are known without reading its images.
 
     Attributes
     ----------
     origin
-        Who named it.
+        The setting that named the source.
     class_names
-        All its classes; the position is the raw label.
+        Names of all classes of the source; the position of a name is the raw label.
     named
-        Whether these names come with the data, so that classes are matched by name; otherwise they are
-        only the label numbers and may be given other names.
+        Whether the names come with the data; classes are then matched by name. Otherwise the names are the label
+        numbers, and the settings may replace them.
     geometry
-        Its own size and normalisation.
+        Shape and normalisation of the source's images.
     """
 
     origin: Origin
@@ -65,11 +65,11 @@ class RawSource:
     header
         Classes and geometry.
     reader
-        The pixels; row i belongs to entry i below.
+        Reader of the pixels; its row i belongs to entry i of the arrays below.
     labels
-        ``(N,)`` int64, position in the header's class names.
+        ``(N,)`` int64, positions in the header's class names.
     split
-        ``(N,)`` int8: TRAIN, VALIDATION or TEST as the source says; all TRAIN when it doesn't.
+        ``(N,)`` int8: TRAIN, VALIDATION or TEST as given by the source; all TRAIN if it has no split.
     columns
         Further columns, each ``(N,)``.
     """

@@ -247,7 +247,8 @@ def test_quiet_shows_the_log_of_failed_runs_only(simulate: Simulate):
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_ends_everything_with_its_own_exit_code(stage: Stage, number: signal.Signals, code: int):
     stage.scenario.write_text("hangs")
-    program = f"from pathlib import Path; from fedmitr_flwr import cli, private_flower; \
+    program = f"from pathlib import Path; from fedmitr_flwr import cli; \
+        from fedmitr_flwr.launch import private_flower; \
         private_flower.bin_dir = lambda: Path({str(stage.bin)!r}); cli.main()"
     command = [sys.executable, "-c", program, "simulate", "--set", "run.name=hangs"]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -80,14 +80,14 @@ def test_own_normalisation_replaces_the_sources():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"classes": 11}, r"data.classes = 11: .* 2 and the number of classes of digits, 10"),
-        ({"classes": 1}, r"data.classes = 1: must lie between 2"),
+        ({"classes": 11}, r"data.classes = 11: .* from 2 to 10, the number of classes of digits"),
+        ({"classes": 1}, r"data.classes = 1: must be 0 .all classes. or from 2 to 10"),
         (
             {"mean": (0.5, 0.5, 0.5), "std": (0.5, 0.5, 0.5)},
-            r'data.mean = "0.5,0.5,0.5": must have 1 entries, one for each channel of digits; has 3',
+            r'data.mean = "0.5,0.5,0.5": must have as many entries as digits has channels \(1\), but has 3',
         ),
-        ({"class_names": "a,b,c"}, r'data.class-names = "a,b,c": must name 10 classes, names 3'),
-        ({"class_names": "a,b,a"}, r"data.class-names = .* each different"),
+        ({"class_names": "a,b,c"}, r'data.class-names = "a,b,c": must name 10 classes, but names 3'),
+        ({"class_names": "a,b,a"}, r"data.class-names = .* must be at least two different names"),
     ],
 )
 def test_settings_that_do_not_fit_the_source_are_named(load, change, message):

@@ -99,13 +99,13 @@ def test_without_it_an_archive_federation_goes_by_the_sites_own_images(tmp_path)
 @pytest.mark.parametrize("class_names", [tuple("abcdefghij"), ("0", "1")])
 def test_a_client_whose_source_has_other_classes_than_the_server_refuses(class_names):
     settings = Settings(data=DataSettings(source="digits"))
-    with pytest.raises(SettingsError, match=r'data.source = "digits": is not the same here as at the server'):
+    with pytest.raises(SettingsError, match=r'data.source = "digits": differs from the server'):
         client_images(settings, {"partition-id": 0, "num-partitions": 2}, class_names)
 
 
 def test_a_class_folder_that_the_federation_does_not_know_is_refused(tmp_path):
     write_folder(tmp_path, {"cat": 2, "yak": 1})
-    with pytest.raises(SettingsError, match=r'data-path = ".*": .* does not know: yak; it knows cat, dog, elk'):
+    with pytest.raises(SettingsError, match=r'data-path = ".*": .* does not have: yak; its classes are cat, dog, elk'):
         client_images(PHOTOS, {"data-path": str(tmp_path)}, NAMES)
 
 
@@ -117,7 +117,7 @@ def test_labels_beyond_the_federations_classes_are_refused(tmp_path):
 
 def test_images_of_other_channels_are_refused(tmp_path):
     path = write_npz(tmp_path / "s.npz", per_class=(1, 1), images=patterned(2, channels=4))
-    with pytest.raises(SettingsError, match="4 channels, the federation works with 3"):
+    with pytest.raises(SettingsError, match="4 channels, but the federation uses 3"):
         client_images(PHOTOS, {"data-path": str(path)}, NAMES)
 
 

@@ -127,10 +127,10 @@ def test_a_checked_folder_is_not_checked_again_until_a_file_changes(tmp_path, mo
 @pytest.mark.parametrize(
     ("classes", "message"),
     [
-        ({"cat": 5}, "has one class only \\(cat\\)"),
+        ({"cat": 5}, "has only one class \\(cat\\)"),
         ({"cat": 5, "dog": 0}, "class folder .*dog has no image"),
-        ({}, "has no class folders; images belong in one folder a class"),
-        ({"cat": 1, "dog": 1}, "leaves no image for the test set"),
+        ({}, "has no class folders; put the images of each class into a folder"),
+        ({"cat": 1, "dog": 1}, "has no image for the test set"),
     ],
 )
 def test_folders_that_cannot_be_learnt_from_are_refused(tmp_path, classes, message):
@@ -142,18 +142,18 @@ def test_folders_that_cannot_be_learnt_from_are_refused(tmp_path, classes, messa
 def test_a_test_folder_with_a_class_of_its_own_is_refused(tmp_path):
     write_folder(tmp_path / "train", {"cat": 3, "dog": 3})
     write_folder(tmp_path / "test", {"cat": 1, "elk": 1})
-    with pytest.raises(SettingsError, match=r"class folder 'elk', which .*train lacks"):
+    with pytest.raises(SettingsError, match=r"class folder 'elk', but .*train does not"):
         load_source(settings(tmp_path))
 
 
 def test_a_missing_folder_is_named(tmp_path):
-    with pytest.raises(SettingsError, match=r'data.source = "folder:.*nowhere": there is no folder .*nowhere'):
+    with pytest.raises(SettingsError, match=r'data.source = "folder:.*nowhere": the folder .*nowhere does not exist'):
         load_source(settings(tmp_path / "nowhere"))
 
 
 def test_a_path_given_for_the_source_is_never_a_built_in_one(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SettingsError, match=r'data-path = "digits": there is no folder digits'):
+    with pytest.raises(SettingsError, match=r'data-path = "digits": the folder digits does not exist'):
         load_source(settings("unused"), data_path="digits")
     write_folder(tmp_path / "digits", {"one": 4, "two": 4})
     assert load_source(settings("unused"), data_path="digits").spec.class_names == ("one", "two")
@@ -161,7 +161,7 @@ def test_a_path_given_for_the_source_is_never_a_built_in_one(tmp_path, monkeypat
 
 def test_wrong_number_of_means_is_refused(tmp_path):
     write_folder(tmp_path, {"cat": 3, "dog": 3})
-    with pytest.raises(SettingsError, match=r"data.mean = \"0.5\": must have 3 entries"):
+    with pytest.raises(SettingsError, match=r"data.mean = \"0.5\": must have as many entries as .* channels \(3\)"):
         load_spec(settings(tmp_path, mean=(0.5,), std=(0.5,)))
 
 

@@ -42,7 +42,7 @@ def test_the_histogram_counts_absent_classes_as_zero(images):
 
 @pytest.mark.parametrize("index", [[6], [-1]])
 def test_positions_outside_the_set_are_refused(images, index):
-    with pytest.raises(IndexError, match="in a set of 6 images"):
+    with pytest.raises(IndexError, match="outside a set of 6 images"):
         images.images(index)
 
 

@@ -65,25 +65,28 @@ def test_named_classes_are_brought_in_the_order_asked_for(tmp_path):
 
 def test_named_classes_are_not_renamed_by_position(tmp_path):
     path = write_npz(tmp_path / "x.npz", class_names=np.array(["ant", "bee", "cow"]))
-    with pytest.raises(SettingsError, match=r"data.class-names = .*'dog' is not among ant, bee, cow"):
+    with pytest.raises(SettingsError, match=r"data.class-names = .*'dog' is not one of ant, bee, cow"):
         load_source(settings(path, class_names="ant,cow,dog"))
 
 
 @pytest.mark.parametrize(
     ("arrays", "message"),
     [
-        ({"images": patterned(30).astype(np.float32)}, r"`images` must be uint8 .* is float32 of shape"),
+        ({"images": patterned(30).astype(np.float32)}, r"`images` must be uint8 .* but is float32 of shape"),
         ({"images": patterned(30)[:, :5]}, r"`images` must be uint8 of shape .*\(30, 5, 8, 3\)"),
         ({"images": None}, r"no array `images`"),
         ({"label": None}, r"no array `label`"),
-        ({"label": np.arange(29)}, r"`label` must be integers of shape \(30,\), is int64 of shape \(29,\)"),
-        ({"label": np.full(30, -1)}, r"`label` must lie in 0\.\."),
-        ({"class_names": np.array(["ant", "bee"])}, r"`label` must lie in 0\.\.1, has values from 0 to 2"),
+        ({"label": np.arange(29)}, r"`label` must be integers of shape \(30,\), but is int64 of shape \(29,\)"),
+        ({"label": np.full(30, -1)}, r"`label` must have values from 0 to"),
+        (
+            {"class_names": np.array(["ant", "bee"])},
+            r"`label` must have values from 0 to 1, but .* from 0 to 2",
+        ),
         ({"class_names": np.array(["ant", "bee", "bee"])}, r"two classes of the same name"),
         ({"test": np.ones(30)}, r"`test` must be booleans"),
-        ({"domain": np.arange(30), "domain_names": np.array(["day"])}, r"`domain` must lie in 0\.\.0"),
+        ({"domain": np.arange(30), "domain_names": np.array(["day"])}, r"`domain` must have values from 0 to 0"),
         ({"class_names": np.array(["ant", None, "bee"], dtype=object)}, r"arrays of objects are refused"),
-        ({"label": np.zeros(30, np.int64)}, r"has one class only"),
+        ({"label": np.zeros(30, np.int64)}, r"has only one class"),
         ({"test": np.ones(30, bool)}, r"training images of fewer than two classes"),
     ],
 )
@@ -95,7 +98,7 @@ def test_archives_that_do_not_fit_are_refused_by_name(tmp_path, arrays, message)
 
 
 def test_a_missing_or_foreign_file_is_named(tmp_path):
-    with pytest.raises(SettingsError, match="there is no file"):
+    with pytest.raises(SettingsError, match=r"the file .* does not exist"):
         load_source(settings(tmp_path / "none.npz"))
     (tmp_path / "text.npz").write_text("hello")
     with pytest.raises(SettingsError, match=r"text\.npz is not a readable \.npz archive"):

@@ -118,9 +118,13 @@ def test_dividing_draws_no_bars_and_warns_of_nothing(capfd, recwarn):
         (
             PartitionSettings(kind="natural"),
             5,
-            r"partition.kind = \"natural\": .*'domain': 3 \(art, photo, real\), but there are 5 clients",
+            r"partition.kind = \"natural\": .*'domain': there are 3 values \(art, photo, real\) and 5 clients",
         ),
-        (PartitionSettings(kind="natural", column="site"), 3, r"partition.column = \"site\": .* it has: domain"),
+        (
+            PartitionSettings(kind="natural", column="site"),
+            3,
+            r"partition.column = \"site\": .* columns are: domain",
+        ),
     ],
 )
 def test_impossible_partitions_name_key_value_and_what_is_allowed(settings, clients, message):

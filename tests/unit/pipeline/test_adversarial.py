@@ -189,7 +189,7 @@ def test_arithmetic_and_memory_count_the_rounds():
     [
         (
             {"distill.adversarial-rounds": 600, "distill.steps": 600},
-            r"distill\.adversarial-rounds = 600: must lie below distill\.steps",
+            r"distill\.adversarial-rounds = 600: must be below distill\.steps",
         ),
         ({"distill.adversarial-rounds": -1}, r"distill\.adversarial-rounds"),
         ({"distill.adversarial-images": 0}, r"distill\.adversarial-images"),

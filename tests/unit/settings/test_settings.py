@@ -88,9 +88,9 @@ def test_a_wrong_key_or_value_is_named_with_what_is_allowed(config: dict[str, Ru
     [
         ({"inversion.stops": "9,3"}, 'inversion.stops = "9,3": must be strictly increasing'),
         ({"inversion.stops": "3,3"}, 'inversion.stops = "3,3": must be strictly increasing'),
-        ({"inversion.iterations": 18}, 'inversion.stops = "6,10,14,18": must lie below inversion.iterations = 18'),
+        ({"inversion.iterations": 18}, 'inversion.stops = "6,10,14,18": must be below inversion.iterations = 18'),
         ({"inversion.stops": "5,10"}, "must have as many entries as inversion.stops (2), has 4"),
-        ({"inversion.fractions": "0.3,0.3,0.3,1.0"}, "must lie between 0 and 1, both excluded"),
+        ({"inversion.fractions": "0.3,0.3,0.3,1.0"}, "every entry must be above 0 and below 1"),
         ({"inversion.stops": "", "inversion.fractions": ""}, 'density.rule = "survival": needs inversion.stops'),
         ({"ensemble.weighting": "histogram"}, 'ensemble.weighting = "histogram": needs train.share-label-histogram'),
         ({"data.mean": "0.5,0.5", "data.std": "0.5"}, "data.std = "),

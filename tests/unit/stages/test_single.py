@@ -78,7 +78,7 @@ def test_the_command_writes_one_picture_a_label(folder: Path, tmp_path: Path) ->
         (["--model", "vit_nonesuch"], '--model = "vit_nonesuch"'),
         (["--model", "resnet18", "--options", ""], "resnet18"),
         (["--checkpoint", "none.safetensors"], "--checkpoint"),
-        (["--options", "img_size=big"], '--options = "img_size=big": must be a number'),
+        (["--options", "img_size=big"], '--options = "img_size=big": must be a whole number'),
         (["--device", "cuda:99"], "this machine has"),
     ],
 )

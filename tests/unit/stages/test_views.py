@@ -163,9 +163,9 @@ def test_arithmetic_counts_the_patches_that_are_there():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"inversion.centring": 7}, r"inversion\.centring = 7: must not exceed the first of inversion\.stops, 6"),
-        ({"inversion.centring": 40}, r"inversion\.centring = 40: must lie below inversion\.iterations"),
-        ({"inversion.copies": 2}, r"inversion\.copies = 2: must be 1 without inversion\.jitter"),
+        ({"inversion.centring": 7}, r"inversion\.centring = 7: must not exceed the first of inversion\.stops \(6\)"),
+        ({"inversion.centring": 40}, r"inversion\.centring = 40: must be below inversion\.iterations"),
+        ({"inversion.copies": 2}, r"inversion\.copies = 2: must be 1 if inversion\.jitter"),
         ({"inversion.color-shift": -1.0}, r"inversion\.color-shift"),
         ({"inversion.color-shift": 4.0}, r"inversion\.color-shift"),
     ],
