@@ -243,7 +243,7 @@ def test_a_mask_outside_the_grid_is_refused(place):
 
 @pytest.mark.parametrize("fraction", [-0.1, 1.0, 1.5])
 def test_a_stop_that_no_patch_survives_is_refused(fraction):
-    with pytest.raises(ValueError, match="can't stop"):
+    with pytest.raises(ValueError, match="fraction of patches to stop must be"):
         most_attended(torch.zeros(1, 4), fraction)
 
 
