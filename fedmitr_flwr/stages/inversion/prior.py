@@ -78,7 +78,7 @@ class Prior:
         live = torch.zeros(B, grid.num_patches, device=device).scatter(1, kept, 1.0)
         live = grid.to_images(live[..., None].expand(-1, -1, channels * ph * pw))[:, :1]
         state = F.pad(live + 1.0, (1, 1, 1, 1))  # (B, 1, S + 2, S + 2): 0 outside, 1 stopped, 2 kept
-        self._segments = F.pad(images, (pw - 1, pw - 1)).view(-1, pw)  # the buffer, one segment a row
+        self._segments = F.pad(images, (pw - 1, pw - 1)).reshape(-1, pw)  # the buffer, one segment a row
 
         plane_width = side + 2 * pw
         plane_start = torch.arange(B * channels, device=device) * (side + 2) * plane_width
