@@ -1,1 +1,1 @@
-"""K teachers as one function."""
+"""The K teachers as one function: ensemble, weights, trust, averages; `engine` runs them fast."""

@@ -1,4 +1,4 @@
-"""From the uploads to one set of weights without any data: the student's possible starts.
+"""Combine the uploads into one set of weights without data: the possible starting weights of the student.
 
 Letters: K teachers, C classes.
 """
@@ -14,38 +14,38 @@ State = Mapping[str, Tensor]
 
 
 def fedavg(states: Sequence[State], num_examples: Tensor) -> dict[str, Tensor]:
-    """One-shot FedAvg (McMahan et al. 2017): the mean of the weights by number of examples.
+    """Average the uploads weighted by number of examples: one-shot FedAvg (McMahan et al. 2017).
 
     Parameters
     ----------
     states
         K state dicts with the same keys and shapes.
     num_examples
-        ``(K,)``.
+        ``(K,)`` training images of each client.
     """
     share = num_examples.double() / num_examples.double().sum()
     return {name: _weighted([state[name] for state in states], share) for name in states[0]}
 
 
 def merged(initial: State, states: Sequence[State], weights: Tensor, scale: float) -> dict[str, Tensor]:
-    """The common initialisation plus `scale` times the mean update, and a classifier head put together by class.
+    """Add `scale` times the mean update to the common initialisation, and merge the classifier head class by class.
 
-    Clients that saw different classes move the body in different directions, so that their mean update is too short;
-    a scale above one makes up for it. Row c of the head moves by the teachers' updates weighted with w_k(c).
-    Ours, not the paper's.
+    The body is all weights but the head. Clients that trained on different classes move it in different directions, so
+    their mean update is too short; a scale above 1 compensates. Row c of the head moves by the mean of the updates
+    weighted by w_k(c). This merge is ours, not the paper's.
 
     Parameters
     ----------
     initial
-        Common initialisation.
+        State dict of the common initialisation.
     states
         K uploads.
     weights
         ``(K, C)``, columns sum to one.
     scale
-        Of the mean update of the body; 1 is the unweighted average of all that have a weight.
+        Factor on the mean update of the body; 1 gives the unweighted average of the clients with a weight above 0.
     """
-    heard = (weights > 0).any(1).double()  # one without a say in any class has none here either
+    heard = (weights > 0).any(1).double()  # clients with zero weight in every class are left out of the mean
     even = heard / heard.sum()
     out = {}
     for name, start in initial.items():

@@ -1,7 +1,7 @@
 """The K client models as one frozen function, A(x) = sum_k w_k(c) p_k(c|x).
 
-Teachers of one plain architecture are packed (`packing.py`) and run by hand-written passes (`passes.py`); others, and
-callers that want gradients from autograd, go through `vit.forward_patches`.
+Teachers of an architecture that `packing.py` supports are packed and run by the hand-written passes of `passes.py`.
+Other teachers, and calls that need autograd, use `vit.forward_patches`.
 
 Letters: B images, K teachers, C classes, L patches kept, E pixels of a patch.
 """
@@ -23,30 +23,34 @@ from fedmitr_flwr.ensemble.outputs import EnsembleOutput, LossGradient, TeacherO
 from fedmitr_flwr.models.vit import forward_patches
 
 LABEL_ROWS = 1600
-"""Tokens of a forward pass without gradients: keeps a small ViT's activations in the L2 cache.
+"""Number of patches in one forward pass without gradients, so that a small ViT's activations stay in the L2 cache.
 
-One CPU thread, ViT d = 64, 128 images, K = 10: 386 ms in parts of 32 images, 470 ms at once, 444 ms in parts of 16.
+The measurements are in `benchmarks/results/engine-constants.md`.
 """
 
 
 class Ensemble:
     """K frozen teachers with class-wise weights.
 
-    The class-wise weighted sum of distributions is not a distribution over classes when the weights
-    differ from class to class, so it is divided by its sum over c. With weights that are the same for
-    all classes the sum is one and nothing changes.
+    If the weights of a teacher differ between classes, the weighted sum of distributions does not sum to one over the
+    classes, so it is divided by its sum. With equal weights for all classes the sum is one.
 
-    Teachers are read once, at the first use without autograd; weights that change later are not seen.
-    Teachers above the memory limit are changed to bf16 in place, and paged ones stay on disk.
+    The teachers' weights are packed at the first use without autograd; later changes to them have no effect. Teachers
+    above the memory limit are converted to bf16 in place; `PagedTeachers` stay on disk.
 
     Parameters
     ----------
     teachers
-        K timm ViTs that `vit.check_supported` accepts, which are put into eval mode and frozen; or `PagedTeachers`.
+        K timm ViTs that `vit.check_supported` accepts, or `PagedTeachers`. They are put into eval mode and frozen.
     weights
         ``(K, C)`` non-negative, each column sums to one.
     limits
-        How much memory to use.
+        Memory limits; None: the defaults.
+
+    Raises
+    ------
+    ValueError
+        If there are no teachers, or `weights` does not have one row for each.
     """
 
     def __init__(
@@ -74,28 +78,29 @@ class Ensemble:
         attention: bool = False,
         labels: Tensor | None = None,
     ) -> EnsembleOutput:
-        """Evaluate A on patches; gradients flow to `patches`.
+        """Compute A(x) for patches; gradients flow to `patches`.
 
         Parameters
         ----------
         patches
             ``(B, L, E)`` flattened normalised patches.
         index
-            ``(B, L)`` int64 positions in the full grid; None for the full grid in order.
+            ``(B, L)`` int64 positions in the full grid; None: all patches, in order.
         attention
-            Whether to return the attention as well.
+            Whether to return the attention too.
         labels
-            ``(B,)`` int64 classes that the images are meant to show. A teacher's share in the attention is its weight
-            for that class; without labels, its weights averaged over what the ensemble itself sees.
+            ``(B,)`` int64 target classes. The attention is averaged over the teachers by their weights for these
+            classes; None: by their weights averaged over A(x).
 
         Raises
         ------
         ValueError
-            If paged teachers are asked for a graph, which would hold all of them; `loss_gradient` needs none.
+            If `patches` requires a gradient and the teachers are paged: an autograd graph would hold all of them in
+            memory. `loss_gradient` works with paged teachers.
         """
         if patches.requires_grad and torch.is_grad_enabled():
             if isinstance(self.teachers, PagedTeachers):
-                raise ValueError("teachers that are read from disk keep no graph: use Ensemble.loss_gradient")
+                raise ValueError("teachers read from disk keep no graph for autograd: use Ensemble.loss_gradient")
             outputs = [forward_patches(_fp32(teacher), patches, index, attention=True) for teacher in self.teachers]
             logits = torch.stack([out.logits.float() for out in outputs])
             seen = torch.stack([out.attention.detach() for out in outputs if out.attention is not None])
@@ -106,7 +111,15 @@ class Ensemble:
 
     @torch.no_grad()
     def see(self, patches: Tensor, index: Tensor | None = None, *, features: bool = False) -> TeacherOutputs:
-        """Run every teacher, without autograd."""
+        """Return the outputs of every teacher, without autograd.
+
+        Parameters
+        ----------
+        patches, index
+            As for `__call__`.
+        features
+            Whether to return the [CLS] tokens too.
+        """
         B, L, _ = patches.shape
         logits = patches.new_empty(len(self.teachers), B, self.weights.shape[1])
         attention = patches.new_empty(len(self.teachers), B, L)
@@ -131,10 +144,10 @@ class Ensemble:
         dtype: torch.dtype = torch.float32,
         terms: Sequence[Term] = (),
     ) -> LossGradient:
-        """``-log A_y`` and its exact gradient for the pixels, with memory that is bounded whatever K is.
+        """Compute ``-log A_y`` and its exact gradient with respect to the pixels, in bounded memory for any K.
 
-        The gradient of the loss of the mean needs every teacher's output first. The teachers' activations are kept
-        until then if they fit into the limit; else each teacher runs forward a second time.
+        The gradient needs the outputs of all teachers first. Their activations are kept until then if they fit in
+        `MemoryLimits.activations`; otherwise each teacher runs forward a second time.
 
         Parameters
         ----------
@@ -143,10 +156,10 @@ class Ensemble:
         labels
             ``(B,)`` int64.
         dtype
-            What the teachers compute in, fp32 or bf16; loss and gradient are summed in fp32.
+            Number format that the teachers compute in, fp32 or bf16; loss and gradient are summed in fp32.
         terms
-            Added to the sum of the losses before the gradient is taken, in the same pass; `LossGradient.loss` is
-            without them.
+            Further loss terms, added to the sum of the losses before the gradient is computed. `LossGradient.loss`
+            does not include them.
         """
         with torch.no_grad():
             steps = self._steps(patches, index, dtype)
@@ -186,7 +199,7 @@ class Ensemble:
         return total / total.sum(-1, keepdim=True).clamp_min(1e-30)
 
     def _share(self, probabilities: Tensor, seen: Tensor, labels: Tensor | None) -> Tensor:
-        """``(B, L)`` mean of the teachers' attention, weighted by what they have to say."""
+        """Return the ``(B, L)`` mean of the teachers' attention, weighted by their class weights."""
         if labels is None:
             share = probabilities.detach() @ self.weights.T  # (B, K)
             share = share / share.sum(-1, keepdim=True)
@@ -195,15 +208,16 @@ class Ensemble:
         return torch.einsum("bk,kbl->bl", share, seen)
 
     def draw(self, count: int, labels: Tensor, generator: torch.Generator) -> Ensemble:
-        """An ensemble of `count` teachers drawn without replacement, by their weights for the classes of `labels`.
+        """Draw `count` teachers without replacement, by their weights for the classes of `labels`.
 
-        A teacher's weights are divided by how likely it is to be drawn (``1 - (1 - q)^count`` for its share q), so that
-        those that are rarely drawn count for the others like them, and are then normalised for each class again.
+        The weights of a drawn teacher are divided by its approximate probability of being drawn,
+        ``1 - (1 - q)^count`` for its share q, so that teachers that are rarely drawn weigh more when they are. Then the
+        weights are normalised for each class again.
 
         Parameters
         ----------
         count
-            0, or at least K: the ensemble itself, and nothing is drawn.
+            Number of teachers; 0 or at least K: return this ensemble and draw nothing.
         labels
             ``(B,)`` int64.
         generator
@@ -224,23 +238,23 @@ class Ensemble:
         return Ensemble([self.teachers[k] for k in members.tolist()], weights, self.limits)
 
     def release(self) -> None:
-        """Give back the memory of activations."""
+        """Free the memory of the activations."""
         self._scratch = Arena()
         self._kept = []
 
     @property
     def held(self) -> bool:
-        """Whether the weights stay packed between two passes, rather than being read or packed anew for each."""
+        """Whether the packed weights stay in memory between passes; if False, they are packed again for each pass."""
         return self._hold
 
     @property
     def buffers(self) -> list[Tensor]:
-        """What passes write to, until `release`."""
+        """Buffers that the passes write to, until `release`."""
         return [buffer for arena in (self._scratch, *self._kept) for buffer in arena.buffers]
 
     @property
     def activation_bytes(self) -> int:
-        """Size of the buffers that passes use, until `release`."""
+        """Size in bytes of the buffers that the passes use, until `release`."""
         return sum(arena.bytes for arena in (self._scratch, *self._kept))
 
     def _steps(self, patches: Tensor, index: Tensor | None, dtype: torch.dtype) -> list[Step]:
@@ -249,7 +263,7 @@ class Ensemble:
         return [step for group in self._groups[dtype] for step in group.steps(patches, index)]
 
     def _arenas(self, steps: list[Step]) -> list[Arena] | list[None]:
-        """Where each step keeps its activations; nowhere if they are too many."""
+        """Return the buffers for each step's activations; None for every step if they exceed the limit."""
         if len(steps) > 1 and sum(step.bytes() for step in steps) > self.limits.activations << 20:
             self._kept.clear()
             return [None] * len(steps)

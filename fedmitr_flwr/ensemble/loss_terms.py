@@ -1,7 +1,8 @@
-"""Terms of the inversion's loss beside cross-entropy and prior, and how they join its one backward pass.
+"""Protocol of further terms in the inversion's loss, beside cross-entropy and prior.
 
-A term is a function of what the ensemble says and sees; autograd differentiates it in these few small tensors, and the
-teachers' own pass takes the result back to the pixels together with the cross-entropy's.
+A term is a function of the ensemble's inputs and outputs. Autograd differentiates it with respect to these tensors, and
+the teachers' hand-written backward pass carries the result to the pixels together with the gradient of the
+cross-entropy.
 
 Letters: B images, K teachers, T teachers of one step, C classes, L patches kept, E pixels of a patch, D embedding.
 """
@@ -17,23 +18,23 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Seen:
-    """What a term may look at.
+    """Inputs of a term.
 
     Attributes
     ----------
     patches
-        ``(B, L, E)`` pixels as the ensemble sees them; gradients flow to them.
+        ``(B, L, E)`` pixels as the ensemble receives them, after jitter and ColorShift; gradients flow to them.
     index
-        ``(B, L)`` int64 positions in the grid; None: all, in order.
+        ``(B, L)`` int64 positions in the grid; None: all patches, in order.
     labels
         ``(B,)`` int64.
     probabilities
-        ``(B, C)`` A(x); gradients flow to the teachers through it.
+        ``(B, C)`` A(x); gradients flow through it to the teachers.
     features
-        ``(T, B, D)`` each, of all K teachers in parts: [CLS] as it leaves the last block, before the last norm;
-        gradients flow to the teachers through them.
+        One ``(T, B, D)`` tensor for each step; together they hold all K teachers. The [CLS] tokens after the last
+        block, before the last norm; gradients flow through them to the teachers.
     shares
-        ``(T, B)`` each, in the same parts: the teachers' weights for the images' labels.
+        One ``(T, B)`` tensor for each step: the teachers' weights for the images' labels.
     """
 
     patches: Tensor
@@ -45,7 +46,7 @@ class Seen:
 
 
 class Term(Protocol):
-    """A term of the loss."""
+    """A further term of the inversion's loss."""
 
     def __call__(self, seen: Seen) -> Tensor:
-        """Return its value, weighted and summed over the images, a scalar."""
+        """Return the scalar value of the term: weighted, and summed over the images."""

@@ -1,4 +1,4 @@
-"""What an ensemble of teachers returns: of itself, of each teacher, and the gradient of its loss.
+"""Outputs of the ensemble, outputs of each teacher, and the ensemble's loss with its gradient.
 
 Letters: B images, K teachers, C classes, L patches kept, E pixels of a patch, D embedding.
 """
@@ -13,15 +13,15 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class EnsembleOutput:
-    """What the ensemble says of a batch.
+    """Outputs of the ensemble for a batch.
 
     Attributes
     ----------
     probabilities
         ``(B, C)``; rows sum to one.
     attention
-        ``(B, L)`` [CLS] attention of the last block, mean over heads and weighted mean over the teachers,
-        detached; None unless asked for.
+        ``(B, L)`` [CLS] attention of the last block, mean over the heads and weighted mean over the teachers,
+        detached; None unless requested.
     """
 
     probabilities: Tensor
@@ -29,16 +29,16 @@ class EnsembleOutput:
 
 
 class TeacherOutputs(NamedTuple):
-    """What each teacher makes of a batch.
+    """Outputs of each teacher for a batch.
 
     Attributes
     ----------
     logits
         ``(K, B, C)`` fp32.
     attention
-        ``(K, B, L)`` [CLS] attention of the last block, mean over heads.
+        ``(K, B, L)`` [CLS] attention of the last block, mean over the heads.
     features
-        ``(K, B, D)`` fp32 [CLS] token as it leaves the last block, before the last norm; None unless asked for.
+        ``(K, B, D)`` fp32 [CLS] token after the last block, before the last norm; None unless requested.
     """
 
     logits: Tensor
@@ -55,11 +55,11 @@ class LossGradient:
     loss
         ``(B,)`` fp32, ``-log A_y(x)``.
     gradient
-        ``(B, L, E)`` fp32, of each image's loss for its pixels.
+        ``(B, L, E)`` fp32, gradient of each image's loss, and of any further terms, with respect to its pixels.
     attention
         ``(B, L)`` as in `EnsembleOutput`.
     probabilities
-        ``(B, C)``.
+        ``(B, C)`` A(x).
     """
 
     loss: Tensor

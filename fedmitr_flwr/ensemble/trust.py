@@ -1,4 +1,6 @@
-"""Trust in each teacher from what the teachers say about the same images and from how far their weights moved.
+"""Trust in each teacher, from the agreement of outputs on the same images and from the size and direction of updates.
+
+A trust of 1 leaves a teacher's weight in the ensemble unchanged; 0 removes the teacher.
 
 Letters: K teachers, C classes, B images.
 """
@@ -11,40 +13,37 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-# Share of a client's examples from which on it knows a class; for how many of these, and how often, it is inverted.
+# A teacher knows a class if the class holds more than this share of its evidence.
 KNOWN_SHARE = 0.05
-
-
-# Trust settles in two or three.
+# Trust and agreement are computed in turn this many times; they settle after two or three.
 ROUNDS = 5
-
-
-# An update this many times as long as the median one is no training of the same recipe.
+# Updates longer than this many times the median length are down-weighted: the same recipe does not produce them.
 LONG_UPDATE = 3.0
 
 
 def known_classes(evidence: Tensor) -> Tensor:
-    """Which classes each teacher knows: ``(K, C)`` bool from ``(K, C)`` evidence, in examples or in any other unit."""
+    """Return which classes each teacher knows, ``(K, C)`` bool, from ``(K, C)`` evidence in any unit."""
     return evidence > KNOWN_SHARE * evidence.sum(1, keepdim=True)
 
 
 def trust_by_opinion(said: Tensor, evidence: Tensor, guard: float) -> tuple[Tensor, Tensor]:
-    """Compare each teacher with the others, class by class.
+    """Down-weight teachers whose outputs disagree with those of the others, class by class.
 
     Parameters
     ----------
     said
-        ``(K, B, C)`` of `opinions`.
+        ``(K, B, C)`` standardised outputs, as `outliers.opinions` returns them.
     evidence
-        ``(K, C)``.
+        ``(K, C)`` as `weighting.evidence` returns it.
     guard
-        A teacher is heard less if the others agree with it less than this many times as much as with the typical one.
+        A teacher is down-weighted when its agreement is below this fraction of the median agreement.
 
     Returns
     -------
     agreement
-        ``(K,)`` correlation with the others' weighted opinion, mean over the classes by what the teacher knows of them;
-        NaN for one that shares no class with a trusted one.
+        ``(K,)`` correlation with the weighted mean of the other teachers' outputs, averaged over the classes that the
+        teacher knows, weighted by the square root of its evidence. NaN for a teacher that shares no class with a
+        trusted one.
     trust
         ``(K,)`` in 0..1.
     """
@@ -66,9 +65,23 @@ def trust_by_opinion(said: Tensor, evidence: Tensor, guard: float) -> tuple[Tens
 
 
 def trust_by_weights(teachers: Sequence[VisionTransformer], initial: Mapping[str, Tensor], guard: float) -> Tensor:
-    """Compare how far, and into which direction, each teacher's weights moved: ``(K,)`` in 0..1.
+    """Down-weight teachers whose update is much longer than the median or points away from the others' updates.
 
-    The teachers are gone through twice, so that no more than two updates are in memory at a time.
+    The update is the teacher's weights minus the common initialisation. It is computed three times for each teacher,
+    so that only a few updates are in memory at a time.
+
+    Parameters
+    ----------
+    initial
+        State dict of the common initialisation.
+    guard
+        A teacher is down-weighted when the cosine between its update and the sum of the others' normalised updates is
+        below this fraction of the median cosine.
+
+    Returns
+    -------
+    Tensor
+        ``(K,)`` trust in 0..1; 1 for a single teacher.
     """
     lengths = torch.tensor([float(_update(teacher, initial).norm()) for teacher in teachers], dtype=torch.float64)
     lengths = lengths.clamp_min(1e-12)
@@ -88,16 +101,16 @@ def trust_by_weights(teachers: Sequence[VisionTransformer], initial: Mapping[str
 
 
 def _update(teacher: VisionTransformer, initial: Mapping[str, Tensor]) -> Tensor:
-    """All weights minus the common initialisation's, in one row on the CPU."""
+    """Return the weights minus the common initialisation as one flat fp32 tensor on the CPU."""
     state = teacher.state_dict()
     parts = [state[name].cpu().float() - start for name, start in initial.items() if start.is_floating_point()]
     return torch.cat([part.flatten() for part in parts])
 
 
 def _lowered(values: Tensor, guard: float) -> Tensor:
-    """Trust from agreements: 1 from `guard` times the typical one on, falling with its square below; 1 for NaN.
+    """Turn agreements into trust: 1 from `guard` times the median on and for NaN, below it the squared ratio to that.
 
-    Where the typical one is not above 0, nobody can be told from anybody.
+    If the median is not above 0, agreement does not separate the teachers, and every trust is 1.
     """
     bar = guard * values.nanmedian()
     if not bool(bar > 0):

@@ -1,4 +1,4 @@
-"""Class-wise ensemble weights w_k(c), from what the clients shared or from the uploads alone.
+"""Class-wise ensemble weights w_k(c), from the numbers that clients report or from the uploads alone.
 
 Letters: K teachers, C classes.
 """
@@ -13,30 +13,31 @@ from torch import Tensor
 
 
 def class_weights(evidence: Tensor, power: float, trust: Tensor | None = None) -> Tensor:
-    """Normalise evidence into weights.
+    """Normalise evidence into ensemble weights.
 
     Parameters
     ----------
     evidence
-        ``(K, C)`` non-negative: how much each client knows of each class.
+        ``(K, C)`` non-negative, as `evidence` returns it.
     power
-        Exponent before the columns are normalised; 0 is uniform over the clients that know a class at all.
+        Exponent on the evidence before the columns are normalised; 0 gives all clients with evidence above 0 for a
+        class the same weight.
     trust
-        ``(K,)`` in 0..1, not all 0: how far each client is heard (`outliers.trust`); None: all alike.
+        ``(K,)`` in 0..1, not all 0: factor on each client's weight (`outliers.trust`); None: 1 for all.
 
     Returns
     -------
     Tensor
-        ``(K, C)`` fp32, columns sum to one. A class that no client knows is weighted by trust alone.
+        ``(K, C)`` fp32, columns sum to one. In a class without any evidence the weights are proportional to trust.
 
     Raises
     ------
     ValueError
-        If `evidence` is negative or not finite somewhere.
+        If `evidence` has a negative or non-finite entry.
     """
     raw = evidence.double()
     if not bool(torch.isfinite(raw).all()) or bool((raw < 0).any()):
-        raise ValueError("evidence for ensemble weights must be finite and not negative")
+        raise ValueError("evidence for ensemble weights must be finite and at least 0 in every entry")
     raw = torch.where(raw > 0, raw.clamp_min(1e-30) ** power, torch.zeros_like(raw))
     heard = torch.ones(len(raw), 1).to(raw) if trust is None else trust.to(raw)[:, None]
     raw = raw * heard
@@ -87,7 +88,7 @@ def examples(knowledge: Knowledge) -> Tensor:
 def histogram(knowledge: Knowledge) -> Tensor:
     """Each client counts by the number of its images of the class, ``(K, C)``."""
     if knowledge.histograms is None:
-        raise ValueError('ensemble.weighting = "histogram": needs the label histogram of every client')
+        raise ValueError('ensemble.weighting = "histogram" needs the label histogram of every client')
     return knowledge.histograms
 
 
@@ -97,17 +98,22 @@ def competence_of_head(knowledge: Knowledge) -> Tensor:
 
 
 def competence(head_updates: Tensor, num_examples: Tensor) -> Tensor:
-    """Estimate a client's class counts from how far each row of its classifier head moved.
+    """Estimate each client's class counts from how far each row of its classifier head moved.
 
-    A row that is a target often moves away from the common motion of all rows; the norm of the
-    row-centred update follows the logarithm of the class count (prototype: Pearson 0.82 to 0.88 under
-    balanced softmax). The counts are read off as ``expm1`` of the norm, scaled so that each client's sum
-    to its number of examples. Ours; the FedMITR paper weights by what clients report.
+    The head row of a frequent class moves away from the mean movement of all rows, and the norm of the row-centred
+    update follows the logarithm of the class count (correlations: `benchmarks/results/accuracy-notes.md`). The estimate
+    is ``expm1`` of the scaled norm; each client's counts are scaled to sum to its number of examples. This weighting is
+    ours; the FedMITR paper weights by numbers that the clients report.
+
+    Parameters
+    ----------
+    head_updates, num_examples
+        As for `evidence`.
 
     Returns
     -------
     Tensor
-        ``(K, C)`` estimated examples of each class, not negative.
+        ``(K, C)`` estimated examples of each class, at least 0.
     """
     norms = (head_updates - head_updates.mean(1, keepdim=True)).norm(dim=-1).double()
     floor = norms.min(1, keepdim=True).values

@@ -1,7 +1,9 @@
 """Stage 2: split the patches of each synthetic image by information density.
 
-The density of a patch is its [CLS] attention (last block, mean over heads, weighted mean over the
-teachers). Letters: B images, P patches of the full grid, L patches kept.
+The density of a patch is the [CLS] attention to it in the last block, mean over the heads and weighted mean over the
+teachers.
+
+Letters: B images, P patches of the full grid, L patches kept.
 """
 
 from __future__ import annotations
@@ -17,19 +19,19 @@ from fedmitr_flwr.settings import DensitySettings
 
 @dataclass(frozen=True)
 class PatchSplit:
-    """A partition of each image's patches.
+    """Division of each image's patches into high and low density.
 
     Attributes
     ----------
     high
-        ``(B, P)`` bool: high density. At least one in each image.
+        ``(B, P)`` bool, True for high density; at least one in each image.
     """
 
     high: Tensor
 
     @property
     def low(self) -> Tensor:
-        """``(B, P)`` bool: the others."""
+        """``(B, P)`` bool, True for low density."""
         return ~self.high
 
     def __getitem__(self, rows: Tensor) -> PatchSplit:
@@ -37,18 +39,19 @@ class PatchSplit:
 
 
 def split_patches(kept: Tensor, density: Tensor, settings: DensitySettings) -> PatchSplit:
-    """Split by the chosen rule.
+    """Split the patches of each image by `density.rule`.
 
     Parameters
     ----------
     kept
-        ``(B, L)`` int64, the patches that survived inversion.
+        ``(B, L)`` int64, the patches that were inverted to the end.
     density
         ``(B, P)`` attention over the full grid.
     settings
-        ``survival`` takes exactly the kept set (the paper's); ``quantile`` the same number in every image; ``mass``
-        the fewest patches that hold the share; ``otsu`` an automatic threshold for each image (the paper's future
-        work).
+        What counts as high density. ``survival``: the kept patches, as in the paper; ``quantile``: the same number of
+        the densest patches in every image; ``mass``: the fewest patches that together hold `density.mass` of the
+        attention; ``otsu``: the patches above an automatic threshold for each image, which the paper names as future
+        work.
     """
     B, P = density.shape
     if settings.rule == "survival":
@@ -66,7 +69,7 @@ def split_patches(kept: Tensor, density: Tensor, settings: DensitySettings) -> P
 
 
 def otsu_count(density: Tensor) -> Tensor:
-    """How many patches lie above Otsu's threshold (Otsu 1979), exactly, from sorted values.
+    """Count the patches above Otsu's threshold (Otsu 1979), without binning the values.
 
     Parameters
     ----------
@@ -76,8 +79,8 @@ def otsu_count(density: Tensor) -> Tensor:
     Returns
     -------
     Tensor
-        ``(B, 1)`` int64 between 1 and P - 1: the split that maximises the variance between the two groups.
-        All P of an image whose patches are all alike (or that has one patch).
+        ``(B, 1)`` int64 between 1 and P - 1: the split with the largest variance between the two groups. P for an
+        image whose patches all have the same density, or that has one patch.
     """
     B, P = density.shape
     if P == 1:
@@ -93,7 +96,7 @@ def otsu_count(density: Tensor) -> Tensor:
 
 
 def subsets(mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-    """Group images by how many patches a mask selects, so that each group is one rectangular batch.
+    """Group images by the number of patches that a mask selects, so that each group forms a rectangular batch.
 
     Parameters
     ----------
@@ -103,9 +106,9 @@ def subsets(mask: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
     Yields
     ------
     rows
-        ``(b,)`` int64 images with the same number L > 0 of selected patches. Images with none are left out.
+        ``(b,)`` int64 images that have the same number L > 0 of selected patches. Images without any are skipped.
     index
-        ``(b, L)`` int64 those patches, sorted.
+        ``(b, L)`` int64 selected patches, sorted.
     """
     counts = mask.sum(1)
     for count in counts.unique().tolist():

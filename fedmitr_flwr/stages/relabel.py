@@ -1,4 +1,4 @@
-"""Stage 3: the ensemble labels the low-density patches with what they show.
+"""Stage 3: label the low-density patches of each synthetic image by the ensemble.
 
 Letters: B images, C classes, P patches of the full grid.
 """
@@ -25,9 +25,9 @@ class LowTargets:
     Attributes
     ----------
     probabilities
-        ``(B, C)``; rows sum to one where `present`, and are zero elsewhere.
+        ``(B, C)``; a row sums to one where `present` is True and is zero elsewhere.
     present
-        ``(B,)`` bool: the image has low-density patches, and they are to be learnt.
+        ``(B,)`` bool: whether the image has low-density patches and relabeling is on.
     """
 
     probabilities: Tensor
@@ -67,18 +67,19 @@ class RelabelledImages:
 def relabel(
     ensemble: Ensemble, patches: Tensor, split: PatchSplit, settings: RelabelSettings, batch_size: int = 256
 ) -> LowTargets:
-    """Forward [CLS] and the low-density patches alone through the ensemble, ``q_low = A(x_low)``.
+    """Compute ``q_low = A(x_low)`` from [CLS] and the low-density patches alone.
 
     Parameters
     ----------
     patches
         ``(B, P, E)`` flattened normalised patches.
     split
-        Of the same images.
+        Density split of the same images.
     settings
-        ``soft`` keeps the distribution, ``hard`` its arg max, ``off`` marks all as not present.
+        ``soft`` returns the distribution at `relabel.temperature` (1: unchanged), ``hard`` its arg max as one-hot
+        vector; ``off`` computes nothing and sets `present` to False.
     batch_size
-        Images in a forward pass.
+        Largest number of images in a forward pass.
     """
     B, C = len(patches), ensemble.weights.shape[1]
     probabilities = patches.new_zeros(B, C)
@@ -98,5 +99,5 @@ def relabel(
 
 
 def soften(probabilities: Tensor, temperature: float) -> Tensor:
-    """``p^(1/T)`` normalised: what softmax with temperature T gives for logits ``log p``; ``(B, C)``."""
+    """Return ``p^(1/T)`` normalised, ``(B, C)``: the softmax with temperature T of the logits ``log p``."""
     return (probabilities.clamp_min(1e-12).log() / temperature).softmax(-1)

@@ -1,4 +1,4 @@
-"""What every way of inverting returns.
+"""The synthetic images that every inversion method returns.
 
 Letters: B images, L patches kept.
 """
@@ -14,18 +14,18 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class SyntheticImages:
-    """What inversion made.
+    """A set of inverted images.
 
     Attributes
     ----------
     images
-        ``(B, ch, S, S)`` fp32, normalised, within the valid range.
+        ``(B, ch, S, S)`` fp32, normalised pixels within the valid range.
     labels
-        ``(B,)`` int64, the class that each image was inverted for.
+        ``(B,)`` int64, the target class of each image.
     kept
-        ``(B, L)`` int64, sorted: the patches that were inverted to the end.
+        ``(B, L)`` int64, sorted; the patches that were inverted to the end.
     loss
-        ``(B,)`` fp32, CE(A(x), y) at the last iteration before its update, as the ensemble saw the image there.
+        ``(B,)`` fp32, CE(A(x), y) in nats in the last iteration, before its update and under its random views.
     """
 
     images: Tensor
@@ -35,5 +35,5 @@ class SyntheticImages:
 
     @classmethod
     def join(cls, parts: Sequence[SyntheticImages]) -> SyntheticImages:
-        """One after the other; all must have kept as many patches."""
+        """Concatenate sets of images; all must have the same number of kept patches."""
         return cls(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(cls)))

@@ -1,1 +1,1 @@
-"""How the teachers run fast: packed weights, hand-written passes, groups, precision."""
+"""Fast execution of the teachers: packed weights, hand-written passes, groups, precision."""

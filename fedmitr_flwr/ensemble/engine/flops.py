@@ -1,4 +1,4 @@
-"""Floating-point operations of one image through one teacher as the engine runs it."""
+"""Count the floating-point operations that the engine needs for one image and one teacher."""
 
 from __future__ import annotations
 
@@ -13,15 +13,16 @@ from fedmitr_flwr.models.patch_grid import PatchGrid
 
 
 def pass_flops(model: VisionTransformer, grid: PatchGrid, patches: int) -> int:
-    """FLOPs of the forward and backward pass of one image through one teacher under inversion, as `passes.py` does it.
+    """Return the FLOPs of one image's forward and backward pass through one teacher, as `passes.py` runs them.
 
-    The matrix products of all blocks but the last for all tokens; of the last one those that the head reads. Of a
-    model that runs by autograd: two forward passes and the way back.
+    Only matrix products are counted. All tokens count in all blocks but the last; in the last block only the rows that
+    the head reads count. A teacher that cannot be packed runs by autograd and costs two forward passes and one backward
+    pass.
 
     Parameters
     ----------
     patches
-        L.
+        L, the number of patches in the sequence.
     """
     architecture = architecture_of(model)
     if architecture is None:

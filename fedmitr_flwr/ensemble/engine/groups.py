@@ -1,4 +1,4 @@
-"""Teachers in groups that run together: packed ones by the hand-written passes, others by autograd.
+"""Group the teachers that run together: packed teachers by the hand-written passes, others by autograd.
 
 Letters: B images, K teachers, T teachers of a step, L patches, N tokens, C classes, D embedding, E pixels of a patch.
 """
@@ -20,16 +20,16 @@ from fedmitr_flwr.ensemble.engine.teachers import STEP_BYTES, PagedTeachers
 from fedmitr_flwr.models.vit import forward_patches
 
 STEP_ROWS = 1600
-"""Tokens, of all teachers of a step together, up to which teachers run as one batched product.
+"""Largest number of tokens, summed over the teachers of a step, that run as one batched product.
 
-Measured on one CPU thread (fp32, ViT d = 64, depth 4, K = 10): batching gains 8 % at 40 x 12 tokens and 30 % at 4 x 50;
-at 40 x 50 tokens nothing, and batching all ten loses 15 %, because activations leave the cache.
+Above it, batching is slower because the activations no longer fit in the cache
+(`benchmarks/results/engine-constants.md`).
 """
 
 
 @dataclass(frozen=True)
 class StepOutput:
-    """What some teachers say of a batch.
+    """Outputs of the teachers of one step for a batch.
 
     Attributes
     ----------
@@ -38,7 +38,7 @@ class StepOutput:
     attention
         ``(T, B, L)`` as in `passes.Pass`.
     features
-        ``(T, B, D)`` fp32, likewise.
+        ``(T, B, D)`` fp32, as in `passes.Pass`.
     """
 
     logits: Tensor
@@ -47,39 +47,55 @@ class StepOutput:
 
 
 class Step(Protocol):
-    """Some teachers on one batch."""
+    """The work of some teachers on one batch."""
 
     members: slice | Tensor
-    """Their places among all teachers: an index that is on the device of the batch, so that nothing waits for it."""
+    """Positions of the step's teachers among all K: a slice, or an index on the device of the batch.
+
+    An index on the host would make a GPU wait.
+    """
 
     def forward(self, scratch: Arena, keep: Arena | None) -> StepOutput:
-        """Run forward; with `keep` the activations stay there for `backward`."""
+        """Run the forward pass; with `keep`, store the activations there for `backward`."""
         ...
 
     def backward(self, scratch: Arena, of_logits: Tensor, of_features: Tensor | None) -> Tensor:
-        """``(B, L, E)`` gradient for the pixels, given those for the logits and, if there is one, for the features.
+        """Return the ``(B, L, E)`` gradient with respect to the pixels.
 
-        Without activations the forward pass is repeated.
+        If `forward` stored no activations, the forward pass runs again.
+
+        Parameters
+        ----------
+        of_logits
+            ``(T, B, C)`` gradient with respect to the logits.
+        of_features
+            ``(T, B, D)`` gradient with respect to the features; None: 0.
         """
         ...
 
     def bytes(self) -> int:
-        """Size of the activations that `backward` reads."""
+        """Return the size in bytes of the activations that `backward` reads."""
         ...
 
 
 class Group(Protocol):
-    """Teachers of one architecture, or one teacher."""
+    """Several teachers of one architecture, or one teacher that cannot be packed."""
 
     def steps(self, patches: Tensor, index: Tensor | None) -> list[Step]:
-        """Divide the work on ``(B, L, E)`` patches at ``(B, L)`` positions."""
+        """Divide the work on ``(B, L, E)`` patches at ``(B, L)`` grid positions into steps."""
         ...
 
 
 def group_teachers(teachers: Sequence[VisionTransformer], dtype: torch.dtype, hold: bool = True) -> list[Group]:
-    """Pack teachers of the same architecture together, in `dtype`; those that can't be packed stay alone.
+    """Group teachers of the same architecture; a teacher that cannot be packed forms a group of its own.
 
-    Without `hold` a pack is made anew for every pass and forgotten, so that the teachers are in memory once.
+    Parameters
+    ----------
+    dtype
+        Number format of the packed weights, fp32 or bf16.
+    hold
+        Whether to keep the packed weights in memory. If False, they are packed again for every pass and then discarded.
+        `PagedTeachers` are never held.
     """
     if isinstance(teachers, PagedTeachers):
         if architecture_of(teachers.blank) is None:

@@ -1,9 +1,13 @@
-"""Frozen ViTs packed for inversion: weights laid out for a forward and a backward pass without autograd.
+"""Pack frozen ViTs for inversion: lay out their weights for forward and backward passes without autograd.
 
-Teachers never learn, so what is constant in them is folded once: the affine part of a LayerNorm and the scale
-of the queries go into the next linear map, LayerScale into the one before, the patch embedding's bias into the
-position embedding. The mathematics is that of `vit.forward_patches`; only the rounding differs. Teachers of one
-architecture are stacked along a leading axis and run as batched matrix products.
+The weights of teachers are constant, so operations that follow each other are folded into one matrix, once:
+
+- the affine part of a LayerNorm, and the scale of the queries, into the next linear map;
+- LayerScale into the linear map before it;
+- the bias of the patch embedding into the position embedding.
+
+The result equals that of `vit.forward_patches` up to rounding. Teachers of one architecture are stacked along a leading
+axis and run as batched matrix products.
 
 Letters: T teachers of a pack, D embedding, F hidden width of the MLP, H heads, E pixels of a patch, P patches of
 the full grid, C classes, Q rows that the head reads ([CLS], and the distillation token of a distilled DeiT).
@@ -22,14 +26,14 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
-ACTIVATIONS = {"none", "tanh"}  # of nn.GELU.approximate
+ACTIVATIONS = {"none", "tanh"}  # supported values of nn.GELU.approximate
 WIDE = 192
-"""Embedding width from which weights are held transposed as well."""
+"""From this embedding width on, the weights are also stored transposed (see `transposed`)."""
 
 
 @dataclass(frozen=True)
 class Architecture:
-    """What must agree for two teachers to share a pack."""
+    """Properties that all teachers of a pack have in common."""
 
     shapes: tuple[tuple[int, ...], ...]
     heads: int
@@ -41,9 +45,9 @@ class Architecture:
 
 @dataclass(frozen=True)
 class PackedBlock:
-    """Weights of one transformer block; biases have an axis of length one for the tokens.
+    """Weights of one transformer block of T teachers; axis 1 of a bias has length one, for the tokens.
 
-    ``..._t`` are transposed for the forward pass: views, or copies where those are faster (`transposed`).
+    ``..._t`` are the same matrices transposed for the forward pass: views or copies (see `transposed`).
     """
 
     qkv: Tensor  # (T, 3D, D)
@@ -67,25 +71,25 @@ class Pack:
     Attributes
     ----------
     dtype
-        Of the matrices and of what they multiply; biases, positions and the residual stream are fp32.
+        Number format of the matrices and of their inputs. Biases, positions and the residual stream are fp32.
     """
 
     architecture: Architecture
     dtype: torch.dtype
     embed: Tensor  # (T, D, E)
-    positions: Tensor  # (T, P, D), with the embedding's bias
-    prefix: Tensor  # (T, prefix tokens, D), with their positions
+    positions: Tensor  # (T, P, D), includes the bias of the patch embedding
+    prefix: Tensor  # (T, prefix tokens, D), includes their position embedding
     blocks: tuple[PackedBlock, ...]
     head: Tensor  # (T, C, Q D)
     head_bias: Tensor  # (T, 1, C)
 
     @property
     def teachers(self) -> int:
-        """T."""
+        """T, the number of teachers."""
         return self.embed.shape[0]
 
     def part(self, start: int, stop: int) -> Pack:
-        """Teachers `start` to `stop` as views."""
+        """Return the teachers from `start` up to, excluding, `stop`, as views."""
         if start == 0 and stop >= self.teachers:
             return self
         cut = {name: getattr(self, name)[start:stop] for name in ("embed", "positions", "prefix", "head", "head_bias")}
@@ -94,12 +98,12 @@ class Pack:
 
     @property
     def rows(self) -> int:
-        """Q."""
+        """Q, the number of rows that the head reads."""
         return 2 if self.architecture.distilled else 1
 
 
 def architecture_of(model: VisionTransformer) -> Architecture | None:
-    """Return what a pack needs to know, or None for a model with parts that packs don't have."""
+    """Return the architecture of a model, or None if it has a part that a pack does not support."""
     plain = (model.norm_pre, model.patch_embed.norm, model.fc_norm)
     if model.pos_embed is None or any(not isinstance(part, nn.Identity) for part in plain):
         return None
@@ -128,18 +132,23 @@ def architecture_of(model: VisionTransformer) -> Architecture | None:
 
 @torch.no_grad()
 def pack(models: Sequence[VisionTransformer], dtype: torch.dtype = torch.float32) -> Pack:
-    """Fold and stack the weights of teachers of one architecture.
+    """Fold and stack the weights of T teachers of one architecture.
 
     Parameters
     ----------
     models
-        T models for which `architecture_of` returns the same.
+        T models for which `architecture_of` returns the same value.
     dtype
-        fp32 or bf16. Folding itself is done in fp32.
+        Number format of the packed matrices, fp32 or bf16. Folding is done in fp32.
+
+    Raises
+    ------
+    ValueError
+        If the models differ in architecture, or cannot be packed.
     """
     architecture = architecture_of(models[0])
     if architecture is None or any(architecture_of(model) != architecture for model in models[1:]):
-        raise ValueError("only models of one plain architecture can be packed together")
+        raise ValueError("models packed together must share one architecture that `architecture_of` supports")
     states = [{name: value.detach().float() for name, value in model.state_dict().items()} for model in models]
 
     def stacked(each: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
@@ -161,10 +170,10 @@ def pack(models: Sequence[VisionTransformer], dtype: torch.dtype = torch.float32
 
 
 def spread(matrix: Tensor) -> Tensor:
-    """The same values, with rows that don't start a whole number of memory pages apart.
+    """Return the same values in rows that do not start a multiple of 4096 bytes apart.
 
-    Such rows fall into the same places of the cache: on a Xeon thread 188 rows times the 768 x 3072 matrix of DeiT-Base
-    took 7.7 ms, and 5.5 ms with 16 values between the rows.
+    Rows that do compete for the same cache sets on a CPU; 16 unused values after each row avoid that
+    (`benchmarks/results/engine-constants.md`).
     """
     T, rows, columns = matrix.shape
     if columns * matrix.element_size() % 4096 or matrix.device.type != "cpu":
@@ -173,17 +182,17 @@ def spread(matrix: Tensor) -> Tensor:
 
 
 def transposed(matrix: Tensor) -> Tensor:
-    """``(T, in, out)`` for the forward pass: a copy for wide fp32 models on a CPU, else a view.
+    """Return ``(T, in, out)`` weights for the forward pass: a copy for wide fp32 models on a CPU, else a view.
 
-    MKL multiplies by a matrix faster than by a transposed one (188 rows times fc2 of DeiT-Base: 5.5 ms for 6.5 ms). The
-    copy holds the weights a second time, so small models, of which there may be hundreds, do without.
+    MKL multiplies faster by a plain matrix than by a transposed one (`benchmarks/results/engine-constants.md`). A copy
+    stores the weights a second time, so models narrower than `WIDE` get a view: there may be hundreds of them.
     """
     wide = min(matrix.shape[1:]) >= WIDE and matrix.dtype == torch.float32 and matrix.device.type == "cpu"
     return spread(matrix.mT) if wide else matrix.mT
 
 
 def _zeros(state: dict[str, Tensor], name: str, like: Tensor) -> Tensor:
-    """A bias, or zeros for a layer that has none."""
+    """Return a bias, or zeros for a layer without one."""
     found = state.get(name)
     return like.new_zeros(len(like)) if found is None else found
 
@@ -200,14 +209,14 @@ def _prefix(state: dict[str, Tensor], count: int, no_class: bool) -> Tensor:
 
 
 def _fold(state: dict[str, Tensor], norm: str, linear: str) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a linear map with the LayerNorm's affine part before it."""
+    """Return weight and bias of a linear map with the affine part of the LayerNorm before it folded in."""
     weight = state[linear + ".weight"]
     bias = _zeros(state, linear + ".bias", weight) + weight @ _zeros(state, norm + ".bias", weight.T)
     return weight * state[norm + ".weight"], bias
 
 
 def _scaled(state: dict[str, Tensor], linear: str, scale: str) -> tuple[Tensor, Tensor]:
-    """Weight and bias of a linear map with the LayerScale behind it."""
+    """Return weight and bias of a linear map with the LayerScale behind it folded in."""
     weight = state[linear + ".weight"]
     bias, gamma = _zeros(state, linear + ".bias", weight), state.get(scale)
     return (weight, bias) if gamma is None else (weight * gamma[:, None], bias * gamma)
@@ -236,7 +245,7 @@ def _block(states: list[dict[str, Tensor]], name: str, heads: int, dtype: torch.
 def _stacked(
     states: list[dict[str, Tensor]], each: Callable[[dict[str, Tensor]], tuple[Tensor, Tensor]], dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
-    """Weights and biases of one linear map of all teachers, of whom one at a time is folded: they may be hundreds."""
+    """Return the weights and biases of one linear map of all teachers, folded one teacher at a time to save memory."""
     weight, bias = each(states[0])
     weights, biases = weight.new_empty(len(states), *weight.shape, dtype=dtype), bias.new_empty(len(states), len(bias))
     for k, state in enumerate(states):

@@ -1,9 +1,10 @@
-"""Forward and backward pass of packed ViTs on a subset of their patches, written out by hand.
+"""Forward and backward pass of packed ViTs on a subset of their patches, written by hand.
 
-The gradient is wanted for the pixels alone, so nothing is kept or computed for the weights' sake. Buffers are
-allocated once for each shape: fresh memory costs page faults in every iteration. The last block computes
-what the head reads and no more: with one query a head, ``q W_k`` and ``p x`` come before the projections, and no
-token but [CLS] is ever multiplied by ``W_k`` or ``W_v``. The key's bias drops out of that softmax.
+- Only the gradient with respect to the pixels is computed; nothing is stored for weight gradients.
+- Buffers are allocated once for each shape, because new memory costs page faults in every iteration.
+- The last block computes only the rows that the head reads. Each such row is one query per head, so ``q W_k`` and the
+  attention-weighted sum of tokens are computed before the projections; no token itself is multiplied by ``W_k`` or
+  ``W_v``. The key bias adds the same value to all scores of a softmax and is omitted.
 
 Letters: T teachers, B images, L patches, N tokens (prefix and patches), M = B N, D embedding, F hidden width of
 the MLP, H heads, d = D / H, Q rows that the head reads, E pixels of a patch, C classes.
@@ -27,20 +28,20 @@ from fedmitr_flwr.ensemble.engine.packing import Pack, PackedBlock
 
 @dataclass
 class _Saved:
-    """What the backward pass of one block reads."""
+    """Activations that the backward pass of one block reads."""
 
-    x: Tensor  # (T, M, D) entering
-    norm1: tuple[Tensor, Tensor]  # mean and inverse deviation, (T, M, 1)
+    x: Tensor  # (T, M, D) input of the block
+    norm1: tuple[Tensor, Tensor]  # mean and inverse standard deviation, (T, M, 1) each
     heads: Tensor  # (3, T B H, N, d) queries, keys, values
     weights: Tensor  # (T B H, N, N)
-    middle: Tensor  # (T, M, D) after attention
+    middle: Tensor  # (T, M, D) after the attention's residual connection
     norm2: tuple[Tensor, Tensor]
     hidden: Tensor  # (T, M, F) before the activation
 
 
 @dataclass
 class _SavedLast:
-    """What the backward pass of the last block and the head reads."""
+    """Activations that the backward pass of the last block and of the head reads."""
 
     x: Tensor  # (T, M, D)
     norm1: tuple[Tensor, Tensor]
@@ -56,16 +57,20 @@ class _SavedLast:
 
 @dataclass
 class Pass:
-    """A forward pass.
+    """Result of a forward pass.
 
     Attributes
     ----------
     logits
         ``(T, B, C)`` fp32.
     attention
-        ``(T, B, L)`` attention of [CLS] to the patches in the last block, mean over heads.
+        ``(T, B, L)`` attention of [CLS] to the patches in the last block, mean over the heads.
     features
-        ``(T, B, D)`` fp32 [CLS] token as it leaves the last block, before the last norm.
+        ``(T, B, D)`` fp32 [CLS] token after the last block, before the last norm.
+    tokens
+        N.
+    saved, last
+        Activations for `backward`; `saved` is empty without `keep`.
     """
 
     logits: Tensor
@@ -77,19 +82,19 @@ class Pass:
 
 
 def forward(pack: Pack, patches: Tensor, index: Tensor | None, scratch: Arena, keep: Arena | None = None) -> Pass:
-    """Run a pack on patches.
+    """Run the forward pass of a pack on patches.
 
     Parameters
     ----------
     patches
         ``(B, L, E)`` fp32.
     index
-        ``(B, L)`` int64 positions in the grid; None: all, in order.
+        ``(B, L)`` int64 positions in the grid; None: all patches, in order.
     scratch
-        Buffers whose content nobody needs afterwards.
+        Buffers whose content is not needed after the call.
     keep
-        Buffers that `backward` will read, which may be `scratch` itself; None: no backward pass will follow, and all
-        blocks use the first one's buffers.
+        Buffers for the activations that `backward` reads; may be `scratch` itself. None: no backward pass follows, and
+        all blocks share the buffers of the first.
     """
     T, (B, L, _) = pack.teachers, patches.shape
     store = scratch if keep is None else keep
@@ -107,21 +112,21 @@ def forward(pack: Pack, patches: Tensor, index: Tensor | None, scratch: Arena, k
 
 
 def backward(pack: Pack, done: Pass, gradient: Tensor, scratch: Arena, of_features: Tensor | None = None) -> Tensor:
-    """Gradient for the pixels of ``(gradient * logits).sum()``, summed over the pack's teachers.
+    """Return the gradient of ``(gradient * logits).sum() + (of_features * features).sum()`` for the pixels.
 
     Parameters
     ----------
     done
-        A forward pass with `keep`.
+        A forward pass that was run with `keep`.
     gradient
-        ``(T, B, C)`` fp32.
+        ``(T, B, C)`` fp32 gradient with respect to the logits.
     of_features
-        ``(T, B, D)`` fp32; adds ``(of_features * features).sum()``, on the same way back. None: 0.
+        ``(T, B, D)`` fp32 gradient with respect to the features; None: 0.
 
     Returns
     -------
     Tensor
-        ``(B, L, E)`` fp32.
+        ``(B, L, E)`` fp32, summed over the pack's teachers.
     """
     T, B, _ = gradient.shape
     g = _last_backward(pack, done.last, gradient, of_features)
@@ -134,7 +139,7 @@ def backward(pack: Pack, done: Pass, gradient: Tensor, scratch: Arena, of_featur
 
 
 def activation_bytes(model: VisionTransformer, T: int, B: int, L: int, dtype: torch.dtype) -> int:
-    """What `forward` keeps for `backward` of T such models, without the last block."""
+    """Return the size in bytes of what `forward` keeps for `backward`, for T teachers and without the last block."""
     N, D, block = L + model.num_prefix_tokens, model.embed_dim, cast(Block, model.blocks[0])
     heads, hidden = cast(Attention, block.attn).num_heads, cast(Mlp, block.mlp).fc1.out_features
     single = 8 * D + dtype.itemsize * (3 * D + cast(int, hidden) + heads * N)
@@ -146,7 +151,7 @@ def _width(pack: Pack) -> int:
 
 
 def _embed(pack: Pack, patches: Tensor, index: Tensor | None, out: Tensor) -> None:
-    """Tokens ``(T, M, D)`` into `out`."""
+    """Write the ``(T, M, D)`` tokens, with position embedding, to `out`."""
     T, (B, L, E) = pack.teachers, patches.shape
     prefix, D = pack.prefix.shape[1], _width(pack)
     tokens = out.view(T, B, prefix + L, D)
@@ -184,7 +189,7 @@ def _block_forward(
 
 
 def _block_backward(pack: Pack, block: PackedBlock, saved: _Saved, g: Tensor, B: int, scratch: Arena) -> Tensor:
-    """``(T, M, D)`` fp32 gradient of the block's output, changed in place into that of its input."""
+    """Turn the ``(T, M, D)`` fp32 gradient of the block's output into that of its input, in place."""
     T, M, D = g.shape
     H, N, dtype = pack.architecture.heads, M // B, pack.dtype
     d, width = D // H, block.fc1.shape[1]
@@ -238,7 +243,7 @@ def _last_forward(pack: Pack, x: Tensor, B: int) -> tuple[_SavedLast, Tensor]:
 
 
 def _last_backward(pack: Pack, saved: _SavedLast, gradient: Tensor, of_features: Tensor | None) -> Tensor:
-    """``(T, M, D)`` fp32 gradient of the last block's input, in a new tensor."""
+    """Return the ``(T, M, D)`` fp32 gradient of the last block's input, in a new tensor."""
     block, (T, B, _), dtype = pack.blocks[-1], gradient.shape, pack.dtype
     H, Q, D = pack.architecture.heads, pack.rows, _width(pack)
     d, N = D // H, saved.normed.shape[1]

@@ -1,4 +1,4 @@
-"""The client models as teachers: held in memory, held in bf16, or read from the uploads whenever they are needed.
+"""The client models as teachers: held in memory as fp32, held as bf16, or read from the uploads at each use.
 
 Letters: K teachers.
 """
@@ -22,24 +22,25 @@ Place = Literal["held", "bf16", "paged"]
 """Where teachers are: in memory as they came and packed, in memory as bf16 alone, or on disk."""
 
 STEP_BYTES = 16 << 20
-"""Weights, of all teachers of a step together, as fp32, up to which teachers run as one batched product.
+"""Largest fp32 size in bytes of the weights, summed over the teachers of a step, that run as one batched product.
 
-Where weights are packed anew for every pass, those of a step are in memory some four times over; the matrices of larger
-models leave the cache between two images anyway.
+It bounds the memory of a step: where weights are packed again for every pass, those of a step are in memory about four
+times. Larger models gain nothing from batching, because their matrices leave the cache between two images anyway.
 """
 
 
 @dataclass(frozen=True)
 class MemoryLimits:
-    """What the ensemble may hold, in MiB; the defaults are those of the settings.
+    """Limits on the memory of an ensemble, in MiB; the defaults equal those of the settings.
 
     Attributes
     ----------
     activations
-        Of all teachers together between the forward and the backward pass. With more, each teacher runs forward twice.
+        Limit on the activations of all teachers between the forward and the backward pass. Above it, each teacher runs
+        forward twice.
     teachers
-        Weights of all teachers, as they came and packed. With more, they are held once, in bf16, and packed anew for
-        every pass; with more even so, `load_teachers` holds none of them.
+        Limit on the weights of all teachers, original and packed. Above it, the weights are held once, as bf16, and
+        packed again for every pass. If that exceeds the limit too, `load_teachers` reads them from disk at each use.
     """
 
     activations: int = 640
@@ -70,25 +71,31 @@ class MemoryLimits:
         return limits
 
     def shrink(self, teacher: VisionTransformer, count: int) -> bool:
-        """Change one of `count` teachers in memory to bf16 in place if they are too large; whether it is bf16 now."""
+        """Convert one of `count` teachers to bf16, in place, if together they exceed the limit as fp32.
+
+        Returns
+        -------
+        bool
+            Whether the teacher is bf16 after the call.
+        """
         if not is_bf16(teacher) and architecture_of(teacher) is not None and self.place(teacher, count) != "held":
             teacher.to(torch.bfloat16)
         return is_bf16(teacher)
 
 
 class PagedTeachers(Sequence[VisionTransformer]):
-    """K frozen teachers of one architecture, each built from its state when it is asked for, and forgotten by us.
+    """K frozen teachers of one architecture, each built from its state at every access and not kept.
 
-    What they compute is what teachers in memory do, bit for bit; each use costs the time to read them.
+    Their outputs equal those of teachers in memory bit for bit; each access costs the time to read the weights.
 
     Parameters
     ----------
     blank
-        A model of the architecture on the CPU, left as it is.
+        A model of the architecture on the CPU; it is copied, not changed.
     states
-        K state dicts, `tensors.StoredState` of files that stay where they are, or others that the caller holds.
+        K state dicts: `tensors.StoredState` of files that must remain in place, or mappings in memory.
     device
-        Where the teachers go.
+        Device of the teachers.
     """
 
     def __init__(self, blank: VisionTransformer, states: Sequence[State], device: torch.device) -> None:
@@ -107,19 +114,19 @@ class PagedTeachers(Sequence[VisionTransformer]):
             return [self[k] for k in range(*place.indices(len(self)))]
         state = self._states[place]
         teacher = copy.deepcopy(self.blank)
-        # Nothing writes to the weights, so that they need not be copied out of the file's pages.
+        # Nothing writes to the weights, so they are used in the file's memory pages without a copy.
         teacher.load_state_dict(state.read() if isinstance(state, StoredState) else dict(state), assign=True)
         return teacher.to(self._device).eval().requires_grad_(False)
 
     def take(self, members: Iterable[int], limits: MemoryLimits) -> Sequence[VisionTransformer]:
-        """Some of them, in memory if they fit."""
+        """Return the teachers at the positions `members`, in memory if the limits allow it."""
         return load_teachers(self.blank, [self._states[k] for k in members], limits, self._device)
 
 
 def load_teachers(
     blank: VisionTransformer, states: Sequence[State], limits: MemoryLimits, device: torch.device
 ) -> Sequence[VisionTransformer]:
-    """Teachers from uploads, as precise as the memory limit allows while they fit, else `PagedTeachers`.
+    """Build teachers from uploads: fp32 if they fit in memory, else bf16 if they fit, else `PagedTeachers`.
 
     Parameters
     ----------
@@ -128,9 +135,9 @@ def load_teachers(
     states
         K state dicts.
     limits
-        How much memory they may take.
+        Memory limits of the ensemble.
     device
-        Where they go.
+        Device of the teachers.
     """
     if limits.place(blank, len(states)) == "paged":
         return PagedTeachers(blank, states, device)
@@ -155,5 +162,5 @@ def _all_bytes(teacher: VisionTransformer, count: int, place: Place) -> int:
 
 
 def is_bf16(teacher: VisionTransformer) -> bool:
-    """Whether a teacher was shrunk."""
+    """Return whether a teacher is held as bf16."""
     return bool(teacher.patch_embed.proj.weight.dtype == torch.bfloat16)

@@ -22,19 +22,23 @@ from fedmitr_flwr.stages.relabel import soften
 
 @dataclass(frozen=True)
 class LossTerms:
-    """The terms before they are weighted, in nats but for `feature`: scalar means over the step's images.
+    """Unweighted terms of the loss: scalar means over all images of a step.
 
-    An image without a term (a mixed or noise image has only the first) counts as 0 in it, so that each image
-    weighs what the formula says, however many others there are.
+    An image that lacks a term contributes 0 to it: mixed and random images have no `ce` and no `low`. The sum is
+    divided by the number of all images, so the weight of an image does not depend on the others in the step.
 
     Attributes
     ----------
-    kl, ce, low
-        Of the formula.
+    kl
+        KL(A(x) || s(x)) on full images, in nats.
+    ce
+        Cross-entropy of the student with the pseudo-label y, in nats.
+    low
+        KL(q_low || s(x_low)) on the low-density patches, in nats.
     feature
-        Squared distance from the teachers' [CLS] tokens, in units of their variances; see `teacher_heads.Branches`.
+        Squared distance from the teachers' [CLS] tokens in units of their variance (`teacher_heads.Branches`).
     teacher
-        KL to what the teachers' heads read in their own tokens, likewise.
+        KL from the outputs of the teachers' heads on their own tokens to those on the student's mapped token, in nats.
     """
 
     kl: Tensor
@@ -44,30 +48,30 @@ class LossTerms:
     teacher: Tensor
 
     def total(self, settings: DistillSettings) -> Tensor:
-        """Weighted sum."""
+        """Return the weighted sum of all terms."""
         ours = settings.kl_weight * self.kl + settings.ce_weight * self.ce + settings.low_weight * self.low
         return ours + settings.feature_weight * self.feature + settings.teacher_weight * self.teacher
 
     def detach(self) -> LossTerms:
-        """The same without a graph."""
+        """Return the terms detached from the graph."""
         return LossTerms(*(getattr(self, field.name).detach() for field in fields(self)))
 
     def values(self) -> dict[str, float]:
-        """Each by its name."""
+        """Return the terms as numbers by name; a GPU is waited for."""
         return {field.name: float(getattr(self, field.name)) for field in fields(self)}
 
 
 def loss_terms(
     student: VisionTransformer, batch: PoolBatch, settings: DistillSettings, branches: Branches | None = None
 ) -> LossTerms:
-    """Compute the terms of one step; a term of weight 0, or without images in this step, is 0.
+    """Compute the terms of one step; a term that no weight needs, or without images in this step, is 0.
 
     Parameters
     ----------
     batch
         The b images of the step.
     branches
-        As for `distill`.
+        Maps to the teachers' tokens, or None: no `feature` and `teacher` terms.
     """
     images, count = batch.images, len(batch.images)
     kl = ce = low = feature = teacher = torch.zeros((), device=images.labels.device)
@@ -90,7 +94,15 @@ def loss_terms(
 
 
 def kl_divergence(target: Tensor, logits: Tensor, temperature: float) -> Tensor:
-    """``T^2 KL(target^(1/T) || softmax(logits / T))``, mean over the images (Hinton et al. 2015); both ``(B, C)``."""
+    """Return ``T^2 KL(target^(1/T) || softmax(logits / T))``, mean over the images (Hinton et al. 2015).
+
+    Parameters
+    ----------
+    target, logits
+        ``(B, C)`` each.
+    temperature
+        T; 1 leaves both unchanged.
+    """
     if temperature != 1.0:
         target = soften(target, temperature)
     log_student = (logits.float() / temperature).log_softmax(-1)
@@ -98,7 +110,7 @@ def kl_divergence(target: Tensor, logits: Tensor, temperature: float) -> Tensor:
 
 
 def subset_logits(student: VisionTransformer, patches: Tensor, mask: Tensor) -> Tensor:
-    """Logits from [CLS] and the masked patches alone; ``(B, C)``, rows of images without any are zero."""
+    """Return ``(B, C)`` logits from [CLS] and the masked patches alone; a row without masked patches is zero."""
     parts, places = [], []
     for rows, index in subsets(mask):
         chosen = patches[rows].gather(1, index[..., None].expand(-1, -1, patches.shape[-1]))

@@ -1,14 +1,15 @@
-"""What each teacher makes of an image, as something for the student to learn beside what they say together.
+"""Distillation targets from each teacher, in addition to the ensemble's distribution.
 
-The ensemble's distribution is C numbers of an image, and most random images get a flat one. Its teachers know more: so
-the student's [CLS] token is mapped to each teacher's by a linear map of its own (a branch), and is to come near it, and
-near what the teacher's own head reads in it. The maps are learnt with the student, from the identity, as clients and
-student come from one initialisation; they are thrown away in the end, and the student is a plain ViT.
+The ensemble gives C numbers for an image, and for most random images a nearly uniform distribution. The teachers' [CLS]
+tokens hold more information. A branch is a linear map from the student's [CLS] token to one teacher's, and two loss
+terms use it: the distance between the mapped token and the teacher's token, and the KL divergence between the outputs
+of the teacher's frozen head on both. The maps are trained together with the student and start as the identity, because
+clients and student share one initialisation. They are discarded after training; the student remains a plain ViT.
 
-A branch for each member is from Hydra (Tran et al. 2020, arXiv 2001.04694, section 3), the distance of features from
-FitNets (Romero et al. 2015, arXiv 1412.6550, section 2.2). Departures: Hydra's branches are the result, ours a help for
-the one head beside them; a branch ends in the teacher's frozen head in place of a new one; and teachers count by their
-mean weight over the classes.
+One branch for each member is from Hydra (Tran et al. 2020, arXiv 2001.04694, section 3); the distance of features is
+from FitNets (Romero et al. 2015, arXiv 1412.6550, section 2.2). Departures: in Hydra the branches are the final model,
+here they only support the student's single head; a branch ends in the teacher's frozen head, not in a new one; and
+teachers are weighted by their mean weight over the classes.
 
 Letters: B images, N images of the pool, K teachers, C classes, D embedding.
 """
@@ -27,17 +28,17 @@ from fedmitr_flwr.ensemble.ensemble import Ensemble
 
 
 class Branches(nn.Module):
-    """K linear maps from the student's [CLS] token to the teachers', and the teachers' heads.
+    """K linear maps from the student's [CLS] token to the teachers' tokens, followed by the teachers' heads.
 
     Parameters
     ----------
     weight, bias
-        ``(K, C, D)`` and ``(K, C)`` of the teachers' heads, which are not learnt.
+        ``(K, C, D)`` and ``(K, C)`` of the teachers' heads, which are not trained.
     share
-        ``(K,)`` how much each teacher counts; sums to one.
+        ``(K,)`` weight of each teacher; sums to one.
     variance
-        ``(K,)`` of the teachers' tokens over images, mean over D: the unit of squared distances. At least a hundredth
-        of the tokens' mean square, which is what counts where images are alike or there is only one.
+        ``(K,)`` variance of each teacher's tokens over the images, mean over D: the unit of squared distances. It is at
+        least a hundredth of the tokens' mean square; this bound applies if images are nearly equal or there is one.
     """
 
     weight: Tensor
@@ -70,21 +71,22 @@ class Branches(nn.Module):
         return cls(weight, bias, (share / share.sum()).to(variance.device), variance)
 
     def forward(self, student: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
-        """Distance of the mapped token from each teacher's, and of what the teacher's head reads in both.
+        """Compute both loss terms: scalars, mean over the images and weighted mean over the teachers.
 
         Parameters
         ----------
         student
-            ``(B, D)`` the student's [CLS] token as its head sees it; gradients flow to it.
+            ``(B, D)`` [CLS] token of the student, as its head receives it; gradients flow to it.
         features
-            ``(B, K, D)`` the teachers'.
+            ``(B, K, D)`` [CLS] tokens of the teachers.
 
         Returns
         -------
         feature
-            Squared distance in units of the teacher's variance, scalar: mean over images, weighted over teachers.
+            Squared distance between the mapped token and the teacher's, mean over D, divided by `variance`.
         teacher
-            ``KL(p_k || q_k)`` in nats, likewise.
+            ``KL(p_k || q_k)`` in nats. p_k is the output of teacher k's head on its own token, q_k that on the mapped
+            token.
         """
         wanted = features.float()
         mapped = torch.einsum("bd,kde->bke", student.float(), self.maps) + self.shifts
@@ -95,18 +97,18 @@ class Branches(nn.Module):
 
 
 def head_of(teacher: VisionTransformer) -> tuple[Tensor, Tensor]:
-    """Weight ``(C, D)`` and bias ``(C,)`` of a model's head, fp32; of two heads, the one on the [CLS] token."""
+    """Return the fp32 weight ``(C, D)`` and bias ``(C,)`` of a model's head; of two heads, that on the [CLS] token."""
     head = cast(nn.Linear, teacher.head)
     bias = torch.zeros(head.out_features) if head.bias is None else head.bias
     return head.weight.detach().float(), bias.detach().float()
 
 
 def last_norms(model: VisionTransformer) -> nn.Sequential:
-    """What lies between the [CLS] token as it leaves the last block (`vit.TokenOutput.features`) and the head."""
+    """Return the layers between the last block's [CLS] token (`vit.TokenOutput.features`) and the head."""
     return nn.Sequential(model.norm, model.fc_norm)
 
 
 def _variance(tokens: Tensor) -> Tensor:
-    """Variance over N, mean over D, of ``(N, D)``; not less than a hundredth of the mean square."""
+    """Return the variance of ``(N, D)`` tokens over N, mean over D; at least a hundredth of the mean square."""
     variance = tokens.var(0, correction=min(1, len(tokens) - 1)).mean()
     return variance.maximum(0.01 * tokens.square().mean()).clamp_min(1e-6)

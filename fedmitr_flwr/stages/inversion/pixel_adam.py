@@ -1,4 +1,4 @@
-"""The optimiser of inversion: Adam on the pixels of the patches that are still inverted.
+"""Optimiser of inversion: Adam on the pixels of the patches that have not been stopped.
 
 Letters: B images, L patches kept, E = channels x patch pixels.
 """
@@ -14,12 +14,12 @@ from fedmitr_flwr.settings import InversionSettings
 
 
 class PixelAdam:
-    """Adam with clipping to the valid range, on plain tensors that shrink at each stop.
+    """Adam on the pixels of the kept patches, with clipping to the valid range.
 
     Parameters
     ----------
     pixels
-        ``(B, L, E)`` fp32, changed in place; `pixels` holds them.
+        ``(B, L, E)`` fp32, updated in place; the attribute `pixels` holds the current ones.
     settings
         Learning rate and betas.
     """
@@ -30,12 +30,20 @@ class PixelAdam:
         self._rate, self._betas, self._steps = settings.learning_rate, (settings.beta1, settings.beta2), 0
 
     def keep(self, stay: Tensor) -> None:
-        """Forget all but the patches at places `stay`, ``(B, L')``."""
+        """Drop all patches but those at the places `stay`, ``(B, L')`` int64 into L."""
         self.pixels = take(self.pixels, stay)
         self._mean, self._square = take(self._mean, stay), take(self._square, stay)
 
     def step(self, gradient: Tensor, low: Tensor, high: Tensor) -> None:
-        """One update of the pixels, in place, with ``(B, L, E)`` gradients, which are overwritten."""
+        """Update the pixels once, in place, and clip them.
+
+        Parameters
+        ----------
+        gradient
+            ``(B, L, E)``; overwritten.
+        low, high
+            ``(E,)`` valid range.
+        """
         self._steps += 1
         correction, rate = self._scalars(self._steps)
         divisor = self._moments(gradient).div_(correction).add_(1e-8)
@@ -43,26 +51,26 @@ class PixelAdam:
         self._clip(low, high)
 
     def step_by(self, scalars: Tensor, gradient: Tensor, low: Tensor, high: Tensor) -> None:
-        """`step` with a row of `table`, ``(2,)`` on the device: nothing in it depends on a number of the host."""
+        """Do the same as `step` with bias corrections from the device: `scalars` is a ``(2,)`` row of `table`."""
         divisor = self._moments(gradient).div_(scalars[0]).add_(1e-8)
         self.pixels.addcdiv_(self._mean * scalars[1], divisor)
         self._clip(low, high)
 
     def table(self, count: int) -> Tensor:
-        """``(count, 2)`` on the CPU: what the next steps divide by and multiply with."""
+        """Return the bias corrections of the next `count` steps for `step_by`, ``(count, 2)`` on the CPU."""
         return torch.tensor([self._scalars(self._steps + number) for number in range(1, count + 1)])
 
     def counted(self) -> None:
-        """Count a step that was taken by `step_by`."""
+        """Count one step of `step_by`, which does not count itself."""
         self._steps += 1
 
     def _scalars(self, steps: int) -> tuple[float, float]:
-        """Correction of the divisor, and the rate with the correction of the mean, in step number `steps`."""
+        """Return the bias correction of the divisor, and the negative learning rate with that of the mean."""
         beta1, beta2 = self._betas
         return math.sqrt(1 - beta2**steps), -self._rate / (1 - beta1**steps)
 
     def _moments(self, gradient: Tensor) -> Tensor:
-        """Update both moments; the root of the second, in the gradient's memory."""
+        """Update both moments; return the root of the second one, in the memory of `gradient`."""
         beta1, beta2 = self._betas
         self._mean.lerp_(gradient, 1 - beta1)
         self._square.mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
@@ -73,10 +81,10 @@ class PixelAdam:
 
 
 def scatter(canvas: Tensor, kept: Tensor, pixels: Tensor) -> Tensor:
-    """Put ``(B, L, E)`` kept patches into a copy of the ``(B, P, E)`` canvas."""
+    """Return a copy of the ``(B, P, E)`` canvas with ``(B, L, E)`` pixels at the ``(B, L)`` patches `kept`."""
     return canvas.scatter(1, kept[..., None].expand_as(pixels), pixels)
 
 
 def take(values: Tensor, places: Tensor) -> Tensor:
-    """Gather the patches at `places`, ``(B, L')`` int64, of ``(B, L, E)`` values."""
+    """Return the ``(B, L', E)`` patches at `places`, ``(B, L')`` int64, of ``(B, L, E)`` values."""
     return values.gather(1, places[..., None].expand(-1, -1, values.shape[-1]))

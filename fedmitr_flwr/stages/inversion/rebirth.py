@@ -1,12 +1,13 @@
 """Patch Rebirth Inversion (Heo and Choi 2025, arXiv 2509.23235): one run yields several sparse images.
 
-Where sparse inversion stops the patches with the least attention, here those with the most leave, as a finished sparse
-image, and the others go on: with the first gone, the ensemble has to be convinced by what is left, and patches that
-meant nothing come to mean something. A run with n stops yields n + 1 images that share no patch.
+At each stop the patches with the most attention are taken out as a finished sparse image, and inversion continues with
+the others. (Sparse inversion drops the patches with the least attention.) Without the most attended patches, the loss
+can only fall through the remaining ones, so patches without content acquire some. A run with n stops yields n + 1
+images that share no patch.
 
-Readings of ours: the published fractions are not available to us, so each image gets equally many patches,
-``floor(P / (n + 1))``, `inversion.fractions` is without effect, and what is left over leaves at the last stop. The
-patches that an image does not have show the run's starting noise.
+Departures: the published fractions are not available to us, so every image gets ``floor(P / (n + 1))`` patches, and
+`inversion.fractions` has no effect. Surplus patches are dropped at the last stop. Patches that do not belong to an
+image show the starting noise of the run.
 
 Letters: B runs, P patches of the full grid, L patches of an image.
 """
@@ -34,25 +35,25 @@ def invert_by_rebirth(
     watch: Watch = NOBODY,
     terms: Sequence[Term] = (),
 ) -> SyntheticImages:
-    """Invert the ensemble into n + 1 images for each label; parameters as `sparse.invert`.
+    """Invert the ensemble into n + 1 images for each label; the parameters are those of `sparse.invert`.
 
     Returns
     -------
     SyntheticImages
-        ``B (n + 1)``: first the B that left at the first stop, at last the B that stayed to the end. `loss` is that of
-        the patches that were still there when the image left, itself among them.
+        ``B (n + 1)`` images: first the B that are finished at the first stop, last the B that are inverted to the end.
+        `loss` is taken when an image is finished, over all patches in the sequence before that stop.
 
     Raises
     ------
     SettingsError
-        If there are fewer patches than images.
+        If the grid has fewer than n + 1 patches.
     InversionDivergedError
-        As `sparse.invert`.
+        If pixels or loss are not finite, as `sparse.invert`.
     """
     grid, settings = task.grid, task.settings
     size, last = _patches_each(grid.num_patches, settings), len(settings.stops) - 1
     if size == 0:
-        allowed = f"must be fewer than the {grid.num_patches} patches of an image"
+        allowed = f"must have fewer entries than the {grid.num_patches} patches of an image"
         raise SettingsError(("inversion.stops", settings.stops, allowed))
     start = starting_images(len(labels), grid, settings, generator).to(labels.device)
     batch = InversionBatch(task, labels, start, terms=terms)
@@ -61,7 +62,7 @@ def invert_by_rebirth(
     losses: list[Tensor] = []
 
     def leave(attention: Tensor) -> Tensor:
-        """Note the most attended patches, and return the places of those that go on."""
+        """Record the most attended patches as an image, and return the places of the others."""
         order = attention.sort(dim=1, descending=True, stable=True).indices
         end = 2 * size if len(groups) == last else order.shape[1]
         groups.append(batch.kept.gather(1, order[:, :size]).sort(1).values)
@@ -84,7 +85,7 @@ def invert_by_rebirth(
 
 
 def _only(images: Tensor, others: Tensor, kept: Tensor, grid: PatchGrid) -> Tensor:
-    """`images` where `kept` says, ``(B, L)``, and `others` elsewhere; ``(B, ch, S, S)``."""
+    """Return `images` at the ``(B, L)`` patches `kept` and `others` elsewhere; all ``(B, ch, S, S)``."""
     mask = torch.zeros(len(kept), grid.num_patches, 1, dtype=torch.bool, device=kept.device)
     mask = mask.scatter(1, kept[..., None], True)
     return grid.to_images(torch.where(mask, grid.to_patches(images), grid.to_patches(others)))

@@ -1,4 +1,4 @@
-"""Which patches of an image are inverted at which iteration: growth from the centre, and stops.
+"""Schedule of inversion: which patches are added (growth from the centre) and stopped at which iteration.
 
 Letters: B images, P patches of the full grid, L patches kept.
 """
@@ -15,31 +15,32 @@ from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.settings import InversionSettings
 
 Choice = Callable[[Tensor], Tensor]
-"""Of the ``(B, L)`` attention, the places ``(B, L')``, sorted, of the patches that go on."""
+"""Function from the ``(B, L)`` attention to the sorted places ``(B, L')`` of the patches that stay in the sequence."""
 
 
 def most_attended(attention: Tensor, fraction: float) -> Tensor:
-    """Places of the patches that stay when `fraction` of them with the least attention stops.
+    """Return the places of the patches that stay when the least attended `fraction` of them is stopped.
 
     Parameters
     ----------
     attention
         ``(B, L)``.
     fraction
-        Between 0 and 1; ``floor(L (1 - fraction))`` patches stay, at least one (SMI: 46 of 196 after four times 0.3).
+        At least 0 and below 1; 0 stops none. ``floor(L (1 - fraction))`` patches stay, at least one. Four stops of 0.3
+        leave 46 of 196 patches, as in SMI.
 
     Returns
     -------
     Tensor
-        ``(B, L')`` int64 places into L, sorted; of equal attention the earlier place stays.
+        ``(B, L')`` int64 places into L, sorted; at equal attention the earlier place stays.
 
     Raises
     ------
     ValueError
-        If `fraction` is below 0, or 1 and above, which no patch would survive.
+        If `fraction` is below 0 or at least 1.
     """
     if not 0.0 <= fraction < 1.0:
-        raise ValueError(f"{fraction:g} of the patches can't stop: a fraction lies between 0 and 1, 1 excluded")
+        raise ValueError(f"the fraction of patches to stop must be at least 0 and below 1, not {fraction:g}")
     stay = _stay(attention.shape[1], fraction)
     order = attention.sort(dim=1, descending=True, stable=True).indices
     return order[:, :stay].sort(dim=1).values
@@ -59,26 +60,26 @@ def _stay(L: int, fraction: float) -> int:
 
 
 def growth(grid: PatchGrid, iterations: int) -> dict[int, Tensor]:
-    """Patches that are inverted from an iteration on: first the centre of the image, then ring by ring the rest.
+    """Return which patches are inverted from which iteration on: first the centre of the image, then ring after ring.
 
-    After Plug-In Inversion (Ghiasi et al. 2022, arXiv 2201.12961), which optimises a small image and pads it with noise
-    again and again until it has its full size. On a ViT's fixed grid we add one ring of patches at a time, in equal
-    spans. The optimiser starts anew whenever the image grows, as it does in the paper. Departure: patches not yet added
-    are excluded from the sequence, so that the ensemble does not see their noise and an iteration costs no more than
-    the patches that are there. Stops come after centring, on the whole grid.
+    This follows Plug-In Inversion (Ghiasi et al. 2022, arXiv 2201.12961), which optimises a small image and pads it
+    with noise repeatedly until it has its full size. On the fixed grid of a ViT we add one ring of patches at a time,
+    after equal numbers of iterations. The optimiser restarts at each growth, as in the paper. Departure: patches not
+    yet added are excluded from the sequence, so the ensemble does not see their noise, and an iteration costs no more
+    than the patches already added. Stops come after the growth.
 
     Parameters
     ----------
     grid
         Rows and columns of patches.
     iterations
-        Before this one, counted from 0, the whole grid is there; 0: from the start.
+        Iteration, counted from 0, at which the last ring is added; 0: the whole grid from the start.
 
     Returns
     -------
     dict[int, Tensor]
-        Iteration to ``(L,)`` int64 patches, sorted; rings that come at the same iteration come as one. Empty when the
-        whole grid is there from the start.
+        Iteration to the ``(L,)`` int64 patches that are inverted from it on, sorted. If several rings fall on one
+        iteration, they are added together. Empty when `iterations` is 0.
     """
     if iterations == 0:
         return {}
@@ -88,7 +89,7 @@ def growth(grid: PatchGrid, iterations: int) -> dict[int, Tensor]:
 
 
 def _rings(grid: PatchGrid) -> Tensor:
-    """``(P,)`` int64: each patch's ring, 0 in the middle; rings of an oblong grid are as oblong as it is."""
+    """Return each patch's ring, ``(P,)`` int64 with 0 at the centre; rings have the proportions of the grid."""
     rows, columns = grid.shape
     down = (2 * torch.arange(rows) - (rows - 1)).abs() * columns
     right = (2 * torch.arange(columns) - (columns - 1)).abs() * rows

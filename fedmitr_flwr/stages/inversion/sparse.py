@@ -1,12 +1,13 @@
 """Stage 1: sparse model inversion of the ensemble into synthetic images.
 
-After SMI (arXiv 2510.27186): pixels start as noise and minimise ``CE(A(x), y) + a_tv TV(x) + a_2 |x|^2``
-under Adam with clipping to the valid pixel range; at the stop iterations the patches with the least
-[CLS] attention leave the token sequence for good. Departures, each because the authors' code does not
-do what the paper says: a stopped patch is out of the graph and of the optimiser and keeps its pixels
-bit for bit; the final kept set is the one that was inverted; total variation and loss are
-sums over images, so that an image does not depend on the batch it is in; jitter shifts by
-whole patches, so that each patch's gradient lands in that patch.
+This follows SMI (arXiv 2510.27186). Pixels start as noise. Adam minimises ``CE(A(x), y) + a_tv TV(x) + a_2 |x|^2`` and
+the pixels are clipped to the valid range. At each stop the patches with the least [CLS] attention are removed from the
+token sequence for the rest of the run. Departures from the authors' code, which does not do what the paper says:
+
+- A stopped patch is removed from the graph and the optimiser, and its pixels stay bit for bit the same.
+- The returned kept patches are those that were inverted to the end.
+- Total variation and loss are sums over the images, so an image does not depend on the batch that it is in.
+- Jitter shifts by whole patches, so the gradient of a patch belongs to that patch alone.
 
 Letters: B images, C classes, P patches of the full grid, L patches kept, E = channels x patch pixels.
 """

@@ -1,25 +1,27 @@
-"""Terms of inversion's loss: contrastive diversity, and disagreement with the student (for `hard_images.HardImages`).
+"""Further terms of the inversion's loss: contrastive diversity, and disagreement with the student.
 
-Diversity pushes the images of a batch apart in what the teachers see in them.
-
-After CMI (Contrastive Model Inversion, Fang et al. 2021, arXiv 2105.08584), which asks that each image can be told from
-all others by the teacher's features. For image i and teacher k
+`Diversity` pushes the teachers' features of the images in a batch apart. It follows CMI (Contrastive Model Inversion,
+Fang et al. 2021, arXiv 2105.08584), which makes each image distinguishable from all others by the teacher's features.
+For image i and teacher k
 
     l_ik = log sum_j exp(s_ijk / t) - 1 / t,   j over the batch, s_iik = 1
 
-with the cosine s of the two images' [CLS] tokens, and the loss gets ``a sum_i sum_k w_k(y_i) l_ik``. l is near 0 when
-all others are far, and log B when all look the same. CMI's authors have a = 0.8 and t = 0.1.
+where s is the cosine between the [CLS] tokens of images i and j; the term is ``a sum_i sum_k w_k(y_i) l_ik``. l is
+near 0 when all other images are far away, and log B when all images have the same features. CMI uses a = 0.8 and
+t = 0.1.
 
-Departures:
+Departures from CMI:
 
-- An image's positive partner is itself, where CMI takes a second, cropped view: a second view would double the price of
-  an iteration. What is lost is the pull between views, not the push between images.
-- No projection head is trained on top of the features; they are the [CLS] token as it leaves the last block, less its
-  mean, as the last norm makes it.
-- Each of K teachers compares the images in its own features, and has as much to say of an image as of its class.
-- No bank of earlier images: each batch has its own seed and checkpoint, and could be inverted elsewhere or anew; a bank
-  would make it depend on all batches before it. A larger `inversion.batch-size` does part of what a bank does.
-- The gradient flows to both images of a pair; CMI stops it at one.
+- The positive partner of an image is the image itself; CMI uses a second, cropped view, which would double the cost of
+  an iteration. The attraction between views is lost; the repulsion between images is kept.
+- No projection head is trained on the features. They are the [CLS] token after the last block minus its mean over D, as
+  in the last norm.
+- Each of the K teachers compares the images in its own features, weighted by its weight for the image's class.
+- There is no bank of earlier images. A bank would make a batch depend on all batches before it, but each batch has its
+  own seed and checkpoint and can be inverted alone. A larger `inversion.batch-size` has part of the effect of a bank.
+- The gradient flows to both images of a pair; CMI stops it at one of them.
+
+`Disagreement` is used by `hard_images.HardImages` to find images on which student and ensemble differ.
 
 Letters: B images, T teachers of one step, D embedding.
 """
@@ -37,14 +39,15 @@ from fedmitr_flwr.settings import InversionSettings
 
 
 class Diversity:
-    """The term, weighted.
+    """Contrastive diversity of a batch, weighted.
 
     Parameters
     ----------
     weight
-        a; 0 makes it a waste of time.
+        a; 0 disables the effect but not the cost.
     temperature
-        t, above 0. At a low one an image is pushed from those most like it, at a high one from all alike.
+        t, above 0. At a low temperature an image is pushed away from the most similar images; at a high one, equally
+        from all.
     """
 
     def __init__(self, weight: float, temperature: float) -> None:
@@ -58,32 +61,32 @@ class Diversity:
 
 
 def terms_of(settings: InversionSettings) -> tuple[Term, ...]:
-    """Return the terms that the settings ask for."""
+    """Return the terms that the settings turn on; `Disagreement` is not among them, since it needs the student."""
     return (Diversity(settings.diversity, settings.diversity_temperature),) if settings.diversity > 0 else ()
 
 
 def contrast(features: Tensor, temperature: float) -> Tensor:
-    """Each image's l for each teacher, ``(T, B)``, of ``(T, B, D)`` features."""
+    """Return l for each teacher and image, ``(T, B)``, from ``(T, B, D)`` features."""
     similarity = similarities(features)
     own = torch.eye(similarity.shape[-1], dtype=torch.bool, device=similarity.device)
     return (similarity.masked_fill(own, 1.0) / temperature).logsumexp(-1) - 1 / temperature
 
 
 def similarities(features: Tensor) -> Tensor:
-    """Cosines of all pairs of images, ``(T, B, B)``, of ``(T, B, D)`` features less their mean over D."""
+    """Return the cosines of all pairs of images, ``(T, B, B)``, from ``(T, B, D)`` features minus their mean over D."""
     unit = F.normalize(features - features.mean(-1, keepdim=True), dim=-1)
     return unit @ unit.mT
 
 
 class Disagreement:
-    """The competition term, weighted.
+    """Negative Jensen-Shannon divergence between ensemble and student, weighted: Adaptive DeepInversion's competition.
 
     Parameters
     ----------
     student
-        In eval mode; it sees what the ensemble sees, and its weights get no gradient.
+        A model in eval mode; it receives the same patches as the ensemble, and its weights get no gradient.
     weight
-        a; 0 makes it a waste of time.
+        a; 0 disables the effect but not the cost.
     """
 
     def __init__(self, student: VisionTransformer, weight: float) -> None:
@@ -96,7 +99,7 @@ class Disagreement:
 
 
 def jensen_shannon(p: Tensor, q: Tensor) -> Tensor:
-    """Divergence of each image's two distributions in nats, ``(B,)``, of ``(B, C)`` probabilities; at most log 2."""
+    """Return the ``(B,)`` Jensen-Shannon divergences of ``(B, C)`` distributions, in nats; at most log 2."""
     p, q = p.clamp_min(1e-12), q.clamp_min(1e-12)
     mean = ((p + q) / 2).log()
     return ((p * (p.log() - mean)).sum(-1) + (q * (q.log() - mean)).sum(-1)) / 2

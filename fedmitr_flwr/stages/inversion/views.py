@@ -1,10 +1,10 @@
-"""How the ensemble sees a batch of images in one iteration of inversion: moved, and in other colours.
+"""Random views of a batch in one iteration of inversion: jitter shifts the images, ColorShift changes their colours.
 
-ColorShift is that of Plug-In Inversion (Ghiasi et al. 2022, arXiv 2201.12961): each image's channels are seen as
-``(x - m) / s`` with ``m`` uniform in [-r, r] and ``s = exp(u)``, u uniform in [-r, r], drawn anew for each image,
-channel and iteration; the authors have r = 1, and the formula is that of their published code. Departures: r is one
-setting for both, and the pixels that it changes are normalised ones, as everything here. Prior, clipping and the
-finished image know nothing of it.
+ColorShift is from Plug-In Inversion (Ghiasi et al. 2022, arXiv 2201.12961); the formula is that of the authors' code.
+The ensemble receives each channel of an image as ``(x - m) / s``, where m is uniform in [-r, r] and s is the
+exponential of a number that is uniform in [-r, r]. Both are drawn again for each image, channel and iteration. The
+paper uses r = 1. Departures: one setting is the r of both draws, and x is a normalised pixel. The prior, clipping and
+the finished images use the unchanged pixels.
 
 Letters: B images, L patches kept, E = channels x patch pixels.
 """
@@ -22,14 +22,14 @@ from fedmitr_flwr.settings import InversionSettings
 
 @dataclass(frozen=True)
 class View:
-    """One look at a batch; without arguments, at the images as they are.
+    """One view of a batch; the default is the unchanged images.
 
     Attributes
     ----------
     shift
         Rows and columns of patches by which the image is cyclically shifted.
     mean, deviation
-        ``(B, 1, E)`` fp32, m and s of each pixel of a patch; None: the colours as they are.
+        ``(B, 1, E)`` fp32, m and s for each pixel of a patch; None: unchanged colours.
     """
 
     shift: tuple[int, int] = (0, 0)
@@ -40,16 +40,16 @@ class View:
     def draw(
         cls, count: int, grid: PatchGrid, settings: InversionSettings, generator: torch.Generator, device: torch.device
     ) -> View:
-        """Draw what `inversion.jitter` and `inversion.color-shift` ask for; nothing is drawn for what is off.
+        """Draw a view by `inversion.jitter` and `inversion.color-shift`; a setting of 0 draws nothing.
 
         Parameters
         ----------
         count
-            B.
+            B, the number of images.
         generator
             CPU generator.
         device
-            Of the pixels.
+            Device of the pixels.
         """
         shift = _random_shift(settings.jitter, generator)
         if settings.color_shift == 0:
@@ -59,16 +59,16 @@ class View:
         return cls(shift, mean, spread.exp())
 
     def of(self, pixels: Tensor) -> Tensor:
-        """What is seen of ``(B, L, E)`` pixels."""
+        """Return ``(B, L, E)`` pixels with the colours of this view."""
         return pixels if self.mean is None or self.deviation is None else (pixels - self.mean) / self.deviation
 
     def pull_back(self, gradient: Tensor) -> Tensor:
-        """Gradient for the pixels, given the ``(B, L, E)`` one for what is seen of them."""
+        """Turn the ``(B, L, E)`` gradient with respect to the view into that with respect to the pixels."""
         return gradient if self.deviation is None else gradient / self.deviation
 
 
 def _sent(values: Tensor, device: torch.device) -> Tensor:
-    """Values of the CPU on the device, which is not waited for."""
+    """Copy CPU values to the device without waiting for it."""
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)
 
 
