@@ -24,6 +24,7 @@ from torch import Tensor
 
 from benchmarks.inversion.peak_memory import PeakMemory
 from benchmarks.inversion.reference import PlainInversion
+from fedmitr_flwr.ensemble.engine.graphs import Graphs
 from fedmitr_flwr.ensemble.engine.precision import compute_dtype
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.models.patch_grid import PatchGrid
@@ -103,9 +104,10 @@ class Bench:
         batch.expect(announced)
         return batch.step
 
-    def ensemble(self) -> Ensemble:
-        """A fresh ensemble of its own copies."""
-        return Ensemble([teacher.to(self.device) for teacher in self.case.build(self.case.teachers)], self.weights)
+    def ensemble(self, graphs: Graphs | None = None) -> Ensemble:
+        """Return an ensemble of newly built teachers, with CUDA graphs whose state is `graphs`."""
+        teachers = [teacher.to(self.device) for teacher in self.case.build(self.case.teachers)]
+        return Ensemble(teachers, self.weights, graphs=graphs)
 
 
 def interleaved(variants: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, list[float]]:

@@ -20,8 +20,9 @@ import torch
 from torch import Tensor
 
 from benchmarks.inversion.bench import BASE, BOTH, ITERATIONS, STOPS, TINY, Bench, Case, schedule
+from fedmitr_flwr.ensemble.engine.graphs import Graphs
 from fedmitr_flwr.settings import Precision
-from fedmitr_flwr.stages.inversion.cuda_graphs import WARM_UP, GraphRunner
+from fedmitr_flwr.stages.inversion.cuda_graphs import WARM_UP
 
 SAMPLE, MOST = 0.1, 100
 """Seconds of a sample, and iterations of one at most."""
@@ -98,8 +99,9 @@ def full(cases: Sequence[Case], repeats: int, folder: Path) -> dict[str, float]:
     summary: dict[str, float] = {}
     for case in cases:
         compared = EVERY if case.teachers <= MOST_PLAIN else (LAST,)
-        seconds = measure(case, EVERY, compared, repeats, plain_bf16=True)
-        found = raw["cases"][case.name] = {"images": case.images, "graphs": GraphRunner.works, "seconds": seconds}
+        graphs = Graphs()
+        seconds = measure(case, EVERY, compared, repeats, plain_bf16=True, graphs=graphs)
+        found = raw["cases"][case.name] = {"images": case.images, "graphs": graphs.works, "seconds": seconds}
         for precision in BOTH:
             for key, value in ratios(middle(seconds), precision).items():
                 summary[f"{case.name} {precision} {key}"] = round(value, 2)
@@ -110,11 +112,18 @@ def full(cases: Sequence[Case], repeats: int, folder: Path) -> dict[str, float]:
 
 
 def measure(
-    case: Case, stages: Sequence[int], compared: Sequence[int], repeats: int, *, plain_bf16: bool
+    case: Case,
+    stages: Sequence[int],
+    compared: Sequence[int],
+    repeats: int,
+    *,
+    plain_bf16: bool,
+    graphs: Graphs | None = None,
 ) -> dict[str, list[float]]:
     """Seconds of an iteration, by ``VARIANT-PRECISION STAGE``; the plain reference at the stages of `compared`."""
     bench = Bench(case, "cuda")
-    ensembles = {precision: bench.ensemble() for precision in BOTH}
+    graphs = graphs or Graphs()
+    ensembles = {precision: bench.ensemble(graphs) for precision in BOTH}
     found: dict[str, list[float]] = {}
     for stage in stages:
         variants: dict[str, Callable[[], Tensor]] = {}

@@ -15,6 +15,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from fedmitr_flwr.ensemble.engine.graphs import Graphs
 from fedmitr_flwr.ensemble.engine.groups import Group, Step, group_teachers
 from fedmitr_flwr.ensemble.engine.kernels import Arena
 from fedmitr_flwr.ensemble.engine.teachers import MemoryLimits, PagedTeachers
@@ -46,6 +47,8 @@ class Ensemble:
         ``(K, C)`` non-negative, each column sums to one.
     limits
         Memory limits; None: the defaults.
+    graphs
+        State of CUDA graphs that is shared with another ensemble on the same device; None: a new one.
 
     Raises
     ------
@@ -54,11 +57,16 @@ class Ensemble:
     """
 
     def __init__(
-        self, teachers: Sequence[VisionTransformer], weights: Tensor, limits: MemoryLimits | None = None
+        self,
+        teachers: Sequence[VisionTransformer],
+        weights: Tensor,
+        limits: MemoryLimits | None = None,
+        graphs: Graphs | None = None,
     ) -> None:
         if weights.ndim != 2 or len(weights) != len(teachers) or len(teachers) == 0:
             raise ValueError(f"weights of shape {tuple(weights.shape)} do not fit {len(teachers)} teachers")
         self.limits = limits or MemoryLimits()
+        self.graphs = graphs or Graphs()
         if isinstance(teachers, PagedTeachers):
             self.teachers: Sequence[VisionTransformer] = teachers
             self._hold = False
@@ -234,8 +242,8 @@ class Ensemble:
         total = weights.sum(0)
         weights = torch.where(total > 0, weights / total.clamp_min(1e-30), torch.full_like(weights, 1 / count))
         if isinstance(self.teachers, PagedTeachers):
-            return Ensemble(self.teachers.take(members.tolist(), self.limits), weights, self.limits)
-        return Ensemble([self.teachers[k] for k in members.tolist()], weights, self.limits)
+            return Ensemble(self.teachers.take(members.tolist(), self.limits), weights, self.limits, self.graphs)
+        return Ensemble([self.teachers[k] for k in members.tolist()], weights, self.limits, self.graphs)
 
     def release(self) -> None:
         """Free the memory of the activations."""

@@ -1,28 +1,27 @@
-"""One live view of a run in a terminal, from the events that the ServerApp writes to the run's directory.
+"""Show a run's stages in a terminal, from the events that the ServerApp writes to the run's directory.
 
-The ServerApp runs in a process of Flower's; its log comes late and as text. ``metrics.jsonl`` tells the same at once,
-in numbers, so the view follows that file. It needs no more than the file: any run on this machine can be watched.
+The ServerApp runs in one of Flower's processes, and its log reaches the terminal late and as text. The file
+``metrics.jsonl`` holds the same events at once and as numbers, so the view reads that file and needs nothing else.
 """
 
 from __future__ import annotations
 
 import json
+import math
 import threading
 import time
 from collections.abc import Mapping
-from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import IO, Any, Self
 
 from rich.console import Console, Group, RenderableType
 from rich.live import Live
-from rich.progress_bar import ProgressBar
-from rich.table import Table
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.text import Text
 
 STAGES = {
-    "clients": "Clients train",
+    "clients": "Client training",
     "invert": "Inversion",
     "relabel": "Relabeling",
     "distill": "Distillation",
@@ -30,131 +29,134 @@ STAGES = {
 }
 _SHOWN = {
     "loss": "loss",
-    "confidence": "p(y)",
+    "confidence": "confidence",
     "kl": "KL",
     "ce": "CE",
-    "agreement": "agreement",
+    "agreement": "agreement with the ensemble",
     "global": "accuracy of the global model",
 }
-
-
-@dataclass
-class StageState:
-    """How far one stage is; times on the run's clock."""
-
-    started: float | None = None
-    ended: float | None = None
-    done: int = 0
-    total: int = 0
-    first: tuple[float, int] | None = None
-    last: tuple[float, int] | None = None
-    values: dict[str, float] = field(default_factory=dict)
-
-    def rate(self) -> float | None:
-        """Steps a second between the first report and the last: what comes before the first step doesn't count."""
-        if self.first is None or self.last is None or self.started is None:
-            return None
-        (begun, before), (clock, done) = self.first, self.last
-        if done == before:
-            begun, before = self.started, 0
-        return (done - before) / max(clock - begun, 1e-6)
+_WAITING, _RUNNING, _ENDED = "[dim]·", "[bold cyan]●", "[green]✓"
+_LOST = {"refused": "refused", "failed": "failed", "empty": "without data"}
 
 
 class RunState:
-    """What the events so far say of a run.
+    """A run's stages as tasks of `rich.progress`, updated from the run's events.
 
     Attributes
     ----------
-    stages
-        By name, in order.
-    asked, accepted, refused, failed, empty
-        Clients.
+    progress
+        One task a stage, with a bar, times and the latest values. Its times are seconds since the start of the run.
+        Its field ``took`` is the duration of a stage that has ended; ``steady`` says whether steps take equal times,
+        which a client's training does not.
+    counts
+        Number of clients by outcome. ``asked`` is the number of clients that were asked to train.
     memory_mb
-        Peak memory of the ServerApp's process; 0 if not known yet.
+        Peak memory of the ServerApp's process in MiB; 0 before the first event that reports it.
     clock
-        Seconds of the last event on the run's clock.
+        Time of the last event, in seconds since the start of the run.
     """
 
     def __init__(self) -> None:
-        self.stages = {name: StageState() for name in STAGES}
-        self.asked = self.accepted = self.refused = self.failed = self.empty = 0
-        self.memory_mb = 0.0
-        self.clock = 0.0
+        self.memory_mb = self.clock = self._now = 0.0
+        self.counts = dict.fromkeys(("asked", "accepted", *_LOST), 0)
+        self.progress = Progress(
+            TextColumn("{task.fields[mark]}"),
+            TextColumn("{task.description}"),
+            _Bar(bar_width=24),
+            _Times(),
+            TextColumn(" {task.fields[values]}", markup=False),
+            speed_estimate_period=math.inf,  # inversion alternates between slow and fast iterations
+            get_time=lambda: self._now,
+        )
+        fields: dict[str, Any] = {"mark": _WAITING, "values": "", "took": None}
+        self._values: dict[str, dict[str, float]] = {name: {} for name in STAGES}
+        self._tasks = {
+            name: self.progress.add_task(f"[dim]{title}", False, None, steady=name != "clients", **fields)
+            for name, title in STAGES.items()
+        }
 
     def take(self, event: Mapping[str, Any]) -> None:
-        """Take one event of ``metrics.jsonl``."""
-        self.clock = float(event.get("seconds", self.clock))
+        """Update the tasks with one event of ``metrics.jsonl``."""
+        self.clock = self._now = float(event.get("seconds", self.clock))
         self.memory_mb = float(event.get("peak_rss_mb") or self.memory_mb)
-        if event["kind"] == "client":
+        kind, name = event["kind"], event["stage"]
+        if kind == "client":
             self._client(event)
-        stage = self.stages.get(event["stage"])
-        if stage is None:
+        elif name not in self._tasks:
             return
-        if event["kind"] == "started":
-            stage.started, stage.ended, stage.done, stage.first = self.clock, None, 0, None
-            if event["stage"] != "clients" and self.stages["clients"].ended is None:
-                self.stages["clients"].ended = self.clock
-        elif event["kind"] == "ended":
-            stage.ended = self.clock
-        elif event["kind"] == "progress":
-            stage.done, stage.total = int(event["done"]), int(event["total"])
-            stage.last = (self.clock, stage.done)
-            stage.first = stage.first or stage.last
-            stage.values |= {name: event[name] for name in _SHOWN if event.get(name) is not None}
+        elif kind == "started":
+            if self._task("clients").started:
+                self._end("clients")
+            self._start(name)
+        elif kind == "ended":
+            self._end(name)
+        elif kind == "progress":
+            values = self._values[name]  # not every event has all of them
+            values.update({key: event[key] for key in _SHOWN if event.get(key) is not None})
+            text = ", ".join(f"{_SHOWN[key]} {value:.3g}" for key, value in values.items())
+            self._update(name, total=int(event["total"]), completed=int(event["done"]), values=text)
+
+    def draw(self, now: float) -> RenderableType:
+        """Draw all stages at the time `now`, in seconds since the start of the run."""
+        self._now = now
+        memory = f", peak memory of the server process {self.memory_mb:,.0f} MiB" if self.memory_mb else ""
+        return Group(self.progress.get_renderable(), Text(f"{_clock(now)} since the start of the run{memory}", "dim"))
 
     def _client(self, event: Mapping[str, Any]) -> None:
-        outcome, clients = event.get("outcome"), self.stages["clients"]
+        outcome, count = event.get("outcome"), int(event.get("count", 1))
         if outcome == "asked":
-            self.asked, self.accepted, self.refused, self.failed, self.empty = int(event["count"]), 0, 0, 0, 0
-            clients.started, clients.ended, clients.total = self.clock, None, self.asked
-        elif outcome in ("accepted", "refused", "failed", "empty"):
-            setattr(self, outcome, getattr(self, outcome) + 1)
+            self.counts = {**dict.fromkeys(self.counts, 0), "asked": count}
+            self._start("clients")
         elif outcome == "silent":
-            self.failed += int(event["count"])
-        clients.done = self.accepted + self.refused + self.failed + self.empty
+            self.counts["failed"] += count
+        elif outcome in self.counts:
+            self.counts[outcome] += 1
+        asked, accepted = self.counts["asked"], self.counts["accepted"]
+        lost = [f"{self.counts[key]} {shown}" for key, shown in _LOST.items() if self.counts[key]]
+        done = accepted + sum(self.counts[key] for key in _LOST)
+        text = ", ".join([f"{accepted} of {asked} accepted", *lost])
+        self._update("clients", total=asked, completed=done, values=text)
+
+    def _start(self, name: str) -> None:
+        self.progress.reset(self._tasks[name], description=f"[bold]{STAGES[name]}")
+        self._update(name, mark=_RUNNING, values="", took=None)
+        self._values[name].clear()
+
+    def _update(self, name: str, **changes: Any) -> None:
+        self.progress.update(self._tasks[name], **changes)
+
+    def _end(self, name: str) -> None:
+        task = self._task(name)
+        if task.fields["took"] is None:
+            total, took = task.total or 1, task.elapsed or 0.0
+            self._update(name, total=total, completed=total, description=STAGES[name], mark=_ENDED, took=took)
+
+    def _task(self, name: str) -> Task:
+        return self.progress.tasks[self._tasks[name]]
 
 
-def render_state(state: RunState, now: float) -> RenderableType:
-    """Draw the stages as a table, `now` on the run's clock."""
-    table = Table.grid(padding=(0, 2))
-    for _ in range(5):
-        table.add_column(no_wrap=True)
-    for name, title in STAGES.items():
-        stage = state.stages[name]
-        running = stage.started is not None and stage.ended is None
-        over = stage.ended is not None
-        mark = Text("●", "bold cyan") if running else Text("✓", "green") if over else Text("·", "dim")
-        head = Text(title, "bold" if running else "" if over else "dim")
-        table.add_row(mark, head, _bar(stage), _times(stage, now), _numbers(state, name, stage))
-    foot = f"{_clock(now)} since the start" + (f", peak memory {state.memory_mb:,.0f} MiB" if state.memory_mb else "")
-    return Group(table, Text(foot, "dim"))
+class _Bar(BarColumn):
+    """Bar of a stage that has started."""
+
+    def render(self, task: Task) -> Any:
+        return super().render(task) if task.started else Text("")
 
 
-def _bar(stage: StageState) -> RenderableType:
-    if not stage.total or stage.started is None:
-        return Text("")
-    return ProgressBar(total=stage.total, completed=stage.total if stage.ended else stage.done, width=24)
+class _Times(ProgressColumn):
+    """Duration of a stage that has ended; elapsed time, speed and time left of a running stage."""
 
-
-def _times(stage: StageState, now: float) -> Text:
-    if stage.started is None:
-        return Text("")
-    if stage.ended is not None:
-        return Text(_clock(stage.ended - stage.started), "dim")
-    rate, elapsed = stage.rate(), now - stage.started
-    if rate is None and stage.done:  # clients, whose answers come at any time
-        return Text(f"{_clock(elapsed)}, {_clock(elapsed * (stage.total / stage.done - 1))} left")
-    if not rate or not stage.total:
-        return Text(_clock(elapsed))
-    return Text(f"{rate:.3g} it/s, {_clock((stage.total - stage.done) / rate)} left")
-
-
-def _numbers(state: RunState, name: str, stage: StageState) -> Text:
-    if name != "clients":
-        return Text(", ".join(f"{_SHOWN[key]} {value:.3g}" for key, value in stage.values.items()))
-    counts = f"{state.accepted} of {state.asked} in" if state.asked else ""
-    lost = [(state.refused, "refused"), (state.failed, "failed"), (state.empty, "without data")]
-    return Text(", ".join([counts, *(f"{number} {what}" for number, what in lost if number)]).strip(", "))
+    def render(self, task: Task) -> Text:
+        if task.elapsed is None:
+            return Text("")
+        if task.fields["took"] is not None:
+            return Text(_clock(task.fields["took"]), "dim")
+        # rich's speed starts at the first report, which excludes warm-up and what a resumed stage had done before.
+        speed = task.speed if task.fields["steady"] else None
+        parts = [_clock(task.elapsed), f"{speed:.3g} it/s" if speed else ""]
+        speed = speed or task.completed / max(task.elapsed, 1e-6)
+        if task.remaining is not None and speed:
+            parts.append(f"{_clock(task.remaining / speed)} left")
+        return Text(", ".join(filter(None, parts)))
 
 
 def _clock(seconds: float) -> str:
@@ -168,7 +170,8 @@ class LiveView:
     Parameters
     ----------
     events
-        The run's ``metrics.jsonl``, which may not be there yet; one that is older than the view is not read.
+        The run's ``metrics.jsonl``. It may appear later. A file that was last changed before the view was made
+        belongs to an earlier run and is not read.
     console
         Where to draw.
     """
@@ -181,7 +184,7 @@ class LiveView:
         self._opened = time.time()
         self._heard = time.monotonic()
         self._lock = threading.Lock()
-        # rich redraws from a thread of its own and asks for the picture each time.
+        # rich redraws from its own thread and calls `_draw` each time.
         self._live = Live(console=console, refresh_per_second=4, transient=False, get_renderable=self._draw)
 
     def __enter__(self) -> Self:
@@ -203,7 +206,7 @@ class LiveView:
         with self._lock:
             self._read()
             waited = time.monotonic() - self._heard if self.state.clock else 0.0
-            return render_state(self.state, self.state.clock + waited)
+            return self.state.draw(self.state.clock + waited)
 
     def _read(self) -> None:
         if self._file is None:

@@ -26,6 +26,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from fedmitr_flwr.ensemble.engine.graphs import Graphs
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.ensemble.trust import known_classes, trust_by_opinion, trust_by_weights
 from fedmitr_flwr.models.patch_grid import PatchGrid
@@ -95,13 +96,13 @@ def opinions(
     """
     K, C = evidence.shape
     device = next(teachers[0].parameters()).device
-    knows = known_classes(evidence)
+    knows, graphs = known_classes(evidence), Graphs()
     images = []
     for k, teacher in enumerate(teachers):
         classes = evidence[k].argsort(descending=True)[:MOST_CLASSES]
         labels = classes[knows[k, classes]].repeat(IMAGES_PER_CLASS)[: max(2, MOST_IMAGES // K)].to(device)
         if len(labels):
-            alone = Ensemble([teacher], torch.ones(1, C, device=device))
+            alone = Ensemble([teacher], torch.ones(1, C, device=device), graphs=graphs)
             generator = torch.Generator().manual_seed(batch_seed(settings.run.seed, k))
             task = InversionTask(alone, grid, settings.inversion)
             images.append(invert(task, labels, generator=generator).images)

@@ -9,9 +9,13 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from markupsafe import Markup, escape
+from jinja2 import Environment
+from markupsafe import Markup
+from matplotlib.ticker import MaxNLocator
 
 _WIDTH, _HEIGHT = 600.0, 180.0
+_LINEAR = MaxNLocator(5, steps=[1, 2, 5, 10])
+_DECADES = MaxNLocator(4, steps=[1, 2, 3, 4, 5, 10], integer=True)
 
 
 @dataclass(frozen=True)
@@ -56,77 +60,20 @@ class Bar:
 
 def intervals(rows: Sequence[Bar]) -> Markup:
     """Ticks with their intervals on a scale from 0 to 100 %; values in 0..1."""
-    parts = [Markup('<div class="rows stacked">')]
-    for row in rows:
-        low, high = row.low if row.low is not None else row.value, row.high if row.high is not None else row.value
-        parts.append(
-            Markup(
-                '<div class="row{strong}"><span class="name">{name}</span><span class="track">'
-                '<i class="range" style="left:{left:.2f}%;width:{width:.2f}%"></i>'
-                '<i class="tick" style="left:{dot:.2f}%"></i></span><span class="value">{shown}{ends}</span></div>'
-            ).format(
-                strong=" strong" if row.strong else "",
-                name=row.name,
-                left=100 * low,
-                width=100 * (high - low),
-                dot=100 * row.value,
-                shown=row.shown,
-                ends=_ends(low, high) if high > low else "",
-            )
-        )
-    parts.append(Markup('<div class="row scale"><span></span><span class="track">'))
-    ticks = (("0", 0), ("25", 25), ("50", 50), ("75", 75), ("100 %", 100))
-    parts += [Markup('<b style="left:{}%">{}</b>').format(place, text) for text, place in ticks]
-    return Markup("").join([*parts, Markup("</span><span></span></div></div>")])
-
-
-def _ends(low: float, high: float) -> Markup:
-    return Markup(" <small>{:.1f} to {:.1f}</small>").format(100 * low, 100 * high)
+    return _draw("intervals", rows=rows)
 
 
 def bars(rows: Sequence[Bar], series: int = 1) -> Markup:
     """Horizontal bars from 0 to the largest value."""
     most = max((row.value for row in rows), default=0.0) or 1.0
-    cell = Markup(
-        '<div class="row{strong}"><span class="name">{name}</span><span class="track plain">'
-        '<i class="bar" style="width:{width:.2f}%;background:var(--s{series})"></i></span>'
-        '<span class="value">{shown}</span></div>'
-    )
-    inner = Markup("").join(
-        cell.format(
-            name=row.name,
-            width=100 * row.value / most,
-            shown=row.shown,
-            series=series,
-            strong=" strong" if row.strong else "",
-        )
-        for row in rows
-    )
-    return Markup('<div class="rows">{}</div>').format(inner)
+    return _draw("bars", rows=rows, most=most, series=series)
 
 
 def class_dots(
     names: Sequence[str], series: Sequence[tuple[str, Sequence[float | None]]], *, values: bool = True
 ) -> Markup:
     """One row a class, one dot for each series, on a scale from 0 to 100 %; `values`: the last one's in figures."""
-    parts = [legend([name for name, _ in series]), Markup('<div class="rows scroll">')]
-    for place, name in enumerate(names):
-        dots = Markup("")
-        for number, (title, rates) in enumerate(series, 1):
-            value = rates[place]
-            if value is not None:
-                dots += Markup(
-                    '<i class="dot" style="left:{:.2f}%;background:var(--s{})" title="{}: {:.1f} %"></i>'
-                ).format(100 * value, number, title, 100 * value)
-        last = series[-1][1][place]
-        shown = "" if not values else "–" if last is None else f"{100 * last:.0f} %"
-        parts.append(
-            Markup(
-                '<div class="row"><span class="name">{}</span><span class="track">{}</span>'
-                '<span class="value">{}</span></div>'
-            ).format(name, dots, shown)
-        )
-    return Markup("").join([*parts, Markup("</div>")])
+    return _draw("class_dots", names=names, series=series, values=values)
 
 
 def heat(
@@ -138,22 +85,11 @@ def heat(
     corner: str = "",
 ) -> Markup:
     """Table whose cells are tinted by their value in 0..1, in a box that scrolls by itself if it is wide."""
-    head = Markup("").join(Markup('<th scope="col"><span>{}</span></th>').format(name) for name in columns)
-    parts = [Markup('<div class="wide"><table class="heat"><tr><th>{}</th>{}</tr>').format(corner, head)]
-    cell = Markup('<td style="--v:{:.0f}%"{} title="{} → {}">{}</td>')
-    for number, (name, line) in enumerate(zip(rows, values, strict=True)):
-        cells = Markup("").join(
-            cell.format(
-                100 * min(1.0, max(0.0, value)),
-                Markup(' class="full"') if value > 0.55 else "",
-                name,
-                column,
-                shown[number][place] if shown else "",
-            )
-            for place, (value, column) in enumerate(zip(line, columns, strict=True))
-        )
-        parts.append(Markup('<tr><th scope="row">{}</th>{}</tr>').format(name, cells))
-    return Markup("").join([*parts, Markup("</table></div>")])
+    lines = [
+        (name, [(column, min(1.0, max(0.0, value))) for column, value in zip(columns, line, strict=True)])
+        for name, line in zip(rows, values, strict=True)
+    ]
+    return _draw("heat", lines=lines, columns=columns, shown=shown, corner=corner)
 
 
 def lines(series: Sequence[Series], *, x: str, y: str, log: bool = False) -> Markup:
@@ -174,68 +110,154 @@ def lines(series: Sequence[Series], *, x: str, y: str, log: bool = False) -> Mar
     every = [point for points in kept for point in points]
     if not every:
         return Markup("")
-    scale = math.log10 if log else float
     left, right = min(a for a, _ in every), max(a for a, _ in every)
-    ticks = _log_ticks(every) if log else _ticks(min(0.0, *(b for _, b in every)), max(b for _, b in every))
+    low, high = min(b for _, b in every), max(b for _, b in every)
+    scale = math.log10 if log else float
+    ticks = _log_ticks(low, high) if log else _ticks(min(0.0, low), high)
     bottom, top = scale(ticks[0]), scale(ticks[-1])
 
     def place(a: float, b: float) -> tuple[float, float]:
-        return (
-            _WIDTH * (a - left) / ((right - left) or 1.0),
-            _HEIGHT * (1 - (scale(b) - bottom) / ((top - bottom) or 1.0)),
-        )
+        return _WIDTH * (a - left) / ((right - left) or 1.0), _HEIGHT * (1 - (scale(b) - bottom) / (top - bottom))
 
+    drawn = [[place(a, b) for a, b in points] for points in kept]
     first = 3 if len(series) == 1 else 1  # a single line is the one that matters
-    drawn = [
-        f'<path d="{_path([place(a, b) for a, b in points])}" style="stroke:var(--s{number})"/>'
-        for number, points in enumerate(kept, first)
-        if points
-    ]
-    rules = [f'<line x1="0" x2="{_WIDTH:g}" y1="{place(left, t)[1]:.1f}" y2="{place(left, t)[1]:.1f}"/>' for t in ticks]
-    labels = Markup("").join(
-        Markup('<b style="top:{:.1f}%">{}</b>').format(100 * place(left, t)[1] / _HEIGHT, f"{t:g}") for t in ticks
-    )
-    svg = (
-        f'<svg viewBox="0 0 {_WIDTH:g} {_HEIGHT:g}" preserveAspectRatio="none" role="img" '
-        f'aria-label="{escape(y)} over {escape(x)}"><g class="rules">{"".join(rules)}</g>{"".join(drawn)}</svg>'
-    )
-    return Markup('{}<div class="plot"><div class="yaxis">{}</div>{}</div><div class="xaxis">{}</div>').format(
-        legend([line.name for line in series], first),
-        labels,
-        Markup(svg),
-        Markup("<span>{}</span><span>{}</span><span>{}</span>").format(f"{left:g}", x, f"{right:g}"),
+    return _draw(
+        "lines",
+        names=[line.name for line in series],
+        first=first,
+        paths=[(number, _path(places)) for number, places in enumerate(drawn, first) if places],
+        ticks=[(tick, place(left, tick)[1]) for tick in ticks],
+        width=_WIDTH,
+        height=_HEIGHT,
+        left=left,
+        right=right,
+        x=x,
+        y=y,
     )
 
 
 def legend(names: Sequence[str], first: int = 1) -> Markup:
     """Coloured marks with names, in the order of the series; `first` is the number of the first colour."""
-    items = Markup("").join(
-        Markup('<span><i style="background:var(--s{})"></i>{}</span>').format(number, name)
-        for number, name in enumerate(names, first)
-    )
-    return Markup('<div class="legend">{}</div>').format(items)
+    return _draw("legend", names=names, first=first)
 
 
-def _path(points: Sequence[tuple[float, float]]) -> str:
-    if len(points) == 1:
-        (a, b), far = points[0], points[0][0] + 1.0
-        return f"M{a:.1f},{b:.1f}L{far:.1f},{b:.1f}"
-    return "M" + "L".join(f"{a:.1f},{b:.1f}" for a, b in points)
+def _path(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
+    """Points of a line; a single one becomes a short line, which can be seen."""
+    return points if len(points) > 1 else [*points, (points[0][0] + 1, points[0][1])]
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Four to seven round numbers that enclose a range."""
-    span = (high - low) or 1.0
-    step = 10 ** math.floor(math.log10(span / 4))
-    step *= next(factor for factor in (1, 2, 5, 10) if span / (step * factor) <= 5)
-    first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
-    return [round(step * number, 10) for number in range(first, max(last, first + 1) + 1)]
+    """Two to seven round numbers that enclose a range."""
+    return [float(tick) for tick in _LINEAR.tick_values(low, high if high > low else low + 1)]
 
 
-def _log_ticks(points: Sequence[tuple[float, float]]) -> list[float]:
-    """Powers of ten that enclose the values, five at most and a step more."""
-    low, high = math.log10(min(b for _, b in points)), math.log10(max(b for _, b in points))
-    first = math.floor(low + 1e-9)
-    span = max(math.ceil(high - 1e-9) - first, 1)
-    step = max(1, -(-span // 4))
-    return [10.0 ** (first + step * number) for number in range(-(-span // step) + 1)]
+def _log_ticks(low: float, high: float) -> list[float]:
+    """Two to six powers of ten that enclose a range."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    return [10.0 ** (first + step) for step in _DECADES.tick_values(0, max(last - first, 1))]
+
+
+def _draw(macro: str, **values: object) -> Markup:
+    drawn: Markup = getattr(_MACROS, macro)(**values)
+    return drawn
+
+
+_MACROS = (
+    Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
+    .from_string("""
+{% macro intervals(rows) %}
+<div class="rows stacked">
+{% for row in rows %}
+{% set low = row.value if row.low is none else row.low %}
+{% set high = row.value if row.high is none else row.high %}
+<div class="row{{ " strong" if row.strong }}"><span class="name">{{ row.name }}</span><span class="track">
+<i class="range" style="left:{{ "%.2f"|format(100 * low) }}%;width:{{ "%.2f"|format(100 * (high - low)) }}%"></i>
+<i class="tick" style="left:{{ "%.2f"|format(100 * row.value) }}%"></i></span><span class="value">{{ row.shown }}
+{%- if high > low %} <small>{{ "%.1f to %.1f"|format(100 * low, 100 * high) }}</small>{% endif %}</span></div>
+{% endfor %}
+<div class="row scale"><span></span><span class="track">
+{% for place in (0, 25, 50, 75, 100) %}
+<b style="left:{{ place }}%">{{ place }}{{ " %" if loop.last }}</b>
+{% endfor %}
+</span><span></span></div></div>
+{% endmacro %}
+
+{% macro bars(rows, most, series) %}
+<div class="rows">
+{% for row in rows %}
+<div class="row{{ " strong" if row.strong }}"><span class="name">{{ row.name }}</span><span class="track plain">
+<i class="bar" style="width:{{ "%.2f"|format(100 * row.value / most) }}%;background:var(--s{{ series }})"></i></span>
+<span class="value">{{ row.shown }}</span></div>
+{% endfor %}
+</div>
+{% endmacro %}
+
+{% macro class_dots(names, series, values) %}
+{{ legend(series|map("first")) }}
+<div class="rows scroll">
+{% for name in names %}
+{% set number = loop.index0 %}
+<div class="row"><span class="name">{{ name }}</span><span class="track">
+{% for title, rates in series %}
+{% if rates[number] is not none %}
+<i class="dot" style="left:{{ "%.2f"|format(100 * rates[number]) }}%;background:var(--s{{ loop.index }})"
+title="{{ title }}: {{ "%.1f"|format(100 * rates[number]) }} %"></i>
+{% endif %}
+{% endfor %}
+{% set last = series[-1][1][number] %}
+</span><span class="value">
+{%- if values %}{{ "–" if last is none else "%.0f %%"|format(100 * last) }}{% endif %}</span></div>
+{% endfor %}
+</div>
+{% endmacro %}
+
+{% macro heat(lines, columns, shown, corner) %}
+<div class="wide"><table class="heat"><tr><th>{{ corner }}</th>
+{% for name in columns %}
+<th scope="col"><span>{{ name }}</span></th>
+{% endfor %}
+</tr>
+{% for name, cells in lines %}
+{% set number = loop.index0 %}
+<tr><th scope="row">{{ name }}</th>
+{% for column, value in cells %}
+<td style="--v:{{ "%.0f"|format(100 * value) }}%"
+{%- if value > 0.55 %} class="full"{% endif %} title="{{ name }} → {{ column }}">
+{{- shown[number][loop.index0] if shown }}</td>
+{% endfor %}
+</tr>
+{% endfor %}
+</table></div>
+{% endmacro %}
+
+{% macro lines(names, first, paths, ticks, width, height, left, right, x, y) %}
+{{ legend(names, first) }}
+<div class="plot"><div class="yaxis">
+{% for tick, top in ticks %}
+<b style="top:{{ "%.1f"|format(100 * top / height) }}%">{{ "%g"|format(tick) }}</b>
+{% endfor %}
+</div>
+<svg viewBox="0 0 {{ "%g %g"|format(width, height) }}" preserveAspectRatio="none" role="img"
+aria-label="{{ y }} over {{ x }}"><g class="rules">
+{% for _, top in ticks %}
+<line x1="0" x2="{{ "%g"|format(width) }}" y1="{{ "%.1f"|format(top) }}" y2="{{ "%.1f"|format(top) }}"/>
+{% endfor %}
+</g>
+{% for number, points in paths %}
+<path d="{% for a, b in points %}{{ "M" if loop.first else "L" }}{{ "%.1f,%.1f"|format(a, b) }}{% endfor %}"
+style="stroke:var(--s{{ number }})"/>
+{% endfor %}
+</svg></div>
+<div class="xaxis"><span>{{ "%g"|format(left) }}</span><span>{{ x }}</span><span>{{ "%g"|format(right) }}</span></div>
+{% endmacro %}
+
+{% macro legend(names, first=1) %}
+<div class="legend">
+{% for name in names %}
+<span><i style="background:var(--s{{ first + loop.index0 }})"></i>{{ name }}</span>
+{% endfor %}
+</div>
+{% endmacro %}
+""")
+    .module
+)

@@ -1,9 +1,9 @@
-"""Iterations of inversion as a CUDA graph: launching a small ViT's kernels takes longer than running them.
+"""Run the iterations of inversion as a CUDA graph, because launching a small ViT's kernels takes longer than they run.
 
-Between two stops every iteration runs the same kernels on the same memory. On a GPU the first few of such a stretch run
-as they are, on a stream of their own; the next one is recorded, and all from there on are one launch each. A graph sees
-no number of the host: what changes from iteration to iteration (bias correction, the iteration's number) comes from a
-table on the device, in which each iteration moves on by one row.
+Between two stops every iteration runs the same kernels on the same memory. The first iterations of such a stretch run
+normally, on a separate CUDA stream. The next one is recorded as a graph, and each one from then on is a single launch.
+A graph cannot read values from the host. Values that differ between iterations (Adam's bias correction, the number of
+the iteration) are therefore rows of a table on the device, and each iteration moves to the next row.
 
 Letters: B images, n iterations.
 """
@@ -12,34 +12,40 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Iterable, Sequence
-from functools import cache
 
 import torch
 from torch import Tensor
 
+from fedmitr_flwr.ensemble.engine.graphs import Graphs
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.ensemble.loss_terms import Term
 from fedmitr_flwr.settings import InversionSettings
 
+log = logging.getLogger("fedmitr.inversion")
+
 DEVICE = "cuda"
 MIN_STEPS = 20
-"""Iterations of a stretch from which on a graph is used: recording one costs about as much as two iterations, and each
-after it gains the time between two launches."""
+"""Least number of iterations for which a graph is recorded. A recording costs about as much as two iterations, and each
+later iteration saves the time between two launches."""
+WARM_UP = 3
+"""Number of normal calls before the recording, so that memory is allocated and libraries are loaded by then."""
 
 Body = Callable[[Tensor, Tensor], Tensor]
-"""An iteration, given its row of the table, ``(2,)``, and its number, ``()`` int64: the ``(B,)`` losses. It reads and
-changes memory that stays in place, and nothing of the host."""
+"""One iteration: takes its row of the table, ``(2,)``, and its number, ``()`` int64, and returns the ``(B,)`` losses.
+It uses the same memory in each call and reads no value from the host."""
 
 
 def stretches(stops: Iterable[int], growths: Iterable[int], iterations: int) -> dict[int, int]:
-    """First iteration and length of every stretch in which the same patches are inverted; a stop belongs to none.
+    """Return the first iteration and the length of each stretch in which the set of inverted patches is constant.
 
     Parameters
     ----------
-    stops, growths
-        Iterations in whose middle patches leave, and before which they change.
+    stops
+        Iterations that exclude patches. They are part of no stretch.
+    growths
+        Iterations before which the set of patches changes. A stretch may start with one.
     iterations
-        In all.
+        Total number of iterations.
     """
     ends, changes = sorted(stops), sorted(growths)
     found = {}
@@ -52,32 +58,37 @@ def stretches(stops: Iterable[int], growths: Iterable[int], iterations: int) -> 
 def suits(
     length: int, ensemble: Ensemble, settings: InversionSettings, terms: Sequence[Term], device: torch.device
 ) -> bool:
-    """Whether a stretch is run as a graph: the one place for this rule.
+    """Return whether a stretch runs as a graph. No other place decides this.
 
-    It is on a CUDA device, has `MIN_STEPS` iterations, all of which see the images as they are, once, nothing but
-    cross-entropy and prior is in the loss, and the teachers' weights stay packed. A device that could not record a
-    graph is not asked again.
+    All of these must hold: the device is a CUDA device; the stretch has at least `MIN_STEPS` iterations; the images are
+    passed to the ensemble once and unchanged (no jitter, no colour shift, one copy); the loss has no terms besides
+    cross-entropy and priors; the teachers' weights stay packed; no recording has failed for this ensemble.
     """
-    as_they_are = settings.jitter == 0 and settings.color_shift == 0 and settings.copies == 1
-    fit = length >= MIN_STEPS and as_they_are and not terms and ensemble.held
-    return fit and device.type == DEVICE and GraphRunner.works
+    unchanged = settings.jitter == 0 and settings.color_shift == 0 and settings.copies == 1
+    fits = length >= MIN_STEPS and unchanged and not terms and ensemble.held
+    return fits and device.type == DEVICE and ensemble.graphs.works
 
 
 class SteadySteps:
-    """The iterations of a stretch, one a call.
+    """The iterations of one stretch; each call runs the next one.
 
     Parameters
     ----------
     body
-        One of them.
+        One iteration.
     table
-        ``(n, 2)`` on the CPU, a row for each.
+        ``(n, 2)`` on the CPU, one row for each iteration.
     first
-        Number of the first.
+        Number of the first iteration.
     ensemble
-        Whose memory the body writes to.
+        The ensemble that `body` runs. Its buffers are kept for as long as the graph, which writes to them.
     device
-        Where it runs.
+        Device of the images.
+
+    Attributes
+    ----------
+    left
+        Number of iterations that have not run yet.
     """
 
     def __init__(self, body: Body, table: Tensor, first: int, ensemble: Ensemble, device: torch.device) -> None:
@@ -85,10 +96,10 @@ class SteadySteps:
         pinned = table.pin_memory() if device.type == "cuda" else table
         self._table = pinned.to(device, non_blocking=True)
         self._row = torch.zeros(1, dtype=torch.int64, device=device)
-        self._run = GraphRunner(self._advance, device, lambda: ensemble.buffers)
+        self._run = GraphRunner(self._advance, device, lambda: ensemble.buffers, ensemble.graphs)
 
     def __call__(self) -> Tensor:
-        """Run the next of the `left` iterations; its ``(B,)`` losses, in memory that the one after leaves alone."""
+        """Run the next iteration and return its ``(B,)`` losses in new memory."""
         self.left -= 1
         return self._run().clone()
 
@@ -98,41 +109,39 @@ class SteadySteps:
         return loss
 
 
-log = logging.getLogger("fedmitr.inversion")
-
-
-WARM_UP = 3
-"""Calls that run as they are, so that all memory and libraries are there when one is recorded."""
-
-
 class GraphRunner:
-    """A function without arguments on a GPU, which runs as it is `WARM_UP` times and as a graph from then on.
+    """A function without arguments that runs normally for the first `WARM_UP` calls and as a CUDA graph after them.
+
+    If the recording fails, the function runs normally in all later calls, and `graphs` notes the failure.
 
     Parameters
     ----------
     function
-        Returns a tensor, which the next call may overwrite.
+        Returns a tensor. The next call may overwrite it.
     device
         A CUDA device.
     used
-        Memory of others that the function writes to; it is held as long as the graph, if they should let go of it.
+        Returns the buffers of other objects that the function writes to. They are kept for as long as the graph, even
+        if their owners release them.
+    graphs
+        State shared with the other graphs of the same ensemble.
     """
 
-    works = True
-    """Whether no graph of this process failed so far."""
-
-    def __init__(self, function: Callable[[], Tensor], device: torch.device, used: Callable[[], list[Tensor]]) -> None:
-        self._function, self._device, self._used, self._runs = function, device, used, 0
+    def __init__(
+        self, function: Callable[[], Tensor], device: torch.device, used: Callable[[], list[Tensor]], graphs: Graphs
+    ) -> None:
+        self._function, self._device, self._used, self._graphs = function, device, used, graphs
+        self._runs = 0
         self._recorded: tuple[Callable[[], None], Tensor, list[Tensor]] | None = None
 
     def __call__(self) -> Tensor:
-        """Run once."""
-        if self._runs == WARM_UP and GraphRunner.works:
+        """Run the function once."""
+        if self._runs == WARM_UP and self._graphs.works:
             try:
                 self._recorded = (*self._record(), self._used())
-            except RuntimeError as error:  # out of memory, or a kernel that can't be recorded
-                GraphRunner.works = False
-                log.warning("inversion goes on without CUDA graphs, which are faster: %s", error)
+            except RuntimeError as error:  # not enough memory, or a kernel that cannot be recorded
+                self._graphs.works = False
+                log.warning("a CUDA graph could not be recorded, so inversion runs without graphs (slower): %s", error)
         self._runs += 1
         if self._recorded is None:
             return self._warm()
@@ -141,7 +150,7 @@ class GraphRunner:
         return out
 
     def _warm(self) -> Tensor:
-        current, aside = torch.cuda.current_stream(self._device), _stream(self._device)
+        current, aside = torch.cuda.current_stream(self._device), self._graphs.stream(self._device)
         aside.wait_stream(current)
         with torch.cuda.stream(aside):
             out = self._function()
@@ -149,18 +158,12 @@ class GraphRunner:
         return out
 
     def _record(self) -> tuple[Callable[[], None], Tensor]:
-        """What replays the function, and the memory of what it returns; nothing runs."""
+        """Record the function without running it; return what replays it, and the memory of its result."""
         current, graph = torch.cuda.current_stream(self._device), torch.cuda.CUDAGraph()
         with (
             torch.cuda.device(self._device),
-            torch.cuda.stream(current),  # or a recording that fails leaves another one current
-            torch.cuda.graph(graph, stream=_stream(self._device), capture_error_mode="thread_local"),
+            torch.cuda.stream(current),  # restores the current stream after a failed recording
+            torch.cuda.graph(graph, stream=self._graphs.stream(self._device), capture_error_mode="thread_local"),
         ):
             out = self._function()
         return graph.replay, out
-
-
-@cache
-def _stream(device: torch.device) -> torch.cuda.Stream:
-    """One for all graphs of a device, so that each can use the memory that the one before gave back."""
-    return torch.cuda.Stream(device)

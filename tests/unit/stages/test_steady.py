@@ -64,7 +64,6 @@ def tapes(monkeypatch):
         return tape.replay, out
 
     monkeypatch.setattr(cuda_graphs, "DEVICE", "cpu")
-    monkeypatch.setattr(GraphRunner, "works", True)
     monkeypatch.setattr(GraphRunner, "_warm", lambda runner: runner._function())
     monkeypatch.setattr(GraphRunner, "_record", record)
     return made
@@ -150,18 +149,22 @@ def test_a_loss_that_breaks_in_a_replayed_iteration_is_named(tapes):
     assert len(tapes) == 2
 
 
-def test_what_cannot_be_recorded_goes_on_as_it_is_with_one_warning(tapes, monkeypatch, caplog):
+def test_after_one_warning_an_ensemble_and_those_drawn_from_it_run_without_graphs(tapes, monkeypatch, caplog):
     def refuse(runner):
         raise RuntimeError("operation not permitted when stream is capturing")
 
-    monkeypatch.setattr(GraphRunner, "_record", refuse)
-    with caplog.at_level(logging.WARNING, "fedmitr.inversion"):
-        got, again = run(), run()
+    ensemble, generator = tiny_ensemble(), torch.Generator().manual_seed(0)
+    with monkeypatch.context() as patch, caplog.at_level(logging.WARNING, "fedmitr.inversion"):
+        patch.setattr(GraphRunner, "_record", refuse)
+        got, again = run(ensemble=ensemble), run(ensemble=ensemble)
+        run(ensemble=ensemble.draw(1, LABELS, generator))
     assert [record.message for record in caplog.records] == [
-        "inversion goes on without CUDA graphs, which are faster: operation not permitted when stream is capturing"
+        "a CUDA graph could not be recorded, so inversion runs without graphs (slower): "
+        "operation not permitted when stream is capturing"
     ]
-    monkeypatch.setattr(cuda_graphs, "DEVICE", "cuda")
-    assert same(got, run())
+    assert tapes == []
+    assert same(got, run())  # another ensemble, which records graphs
+    assert len(tapes) == 2
     assert same(again, got)
 
 
