@@ -1,1 +1,1 @@
-"""Speed and accuracy benchmarks, each one command; results are kept with their hardware."""
+"""Benchmarks of speed and accuracy. Each is one command, and results are stored with their hardware."""

@@ -1,13 +1,13 @@
-"""Accuracy of FedMITR and of every baseline, from the same uploads, with the same settings, on the test images.
+"""Measure FedMITR and every baseline on the test images, from the same uploads and with the same settings.
 
-    python -m benchmarks.accuracy                      # main table: skew x methods x seeds; goes on where it stopped
+    python -m benchmarks.accuracy                      # main table: skew x methods x seeds; resumes where it stopped
     python -m benchmarks.accuracy --quick              # one partition seed at Dirichlet(0.1)
     python -m benchmarks.accuracy --summary            # the stored main results as one line of JSON
-    python -m benchmarks.accuracy --check 7            # one partition seed at Dirichlet(0.1) anew, the same keys
+    python -m benchmarks.accuracy --check 7            # compute one partition seed at Dirichlet(0.1) again, same keys
 
-Clients are trained once for each partition and cached; each finished run is one line of
-`benchmarks/results/accuracy-DATA.jsonl`, and is not run again while what computes it is the same. Settings are the
-defaults for digits, and of conf/emoji10.toml for emoji10 (`--data npz:PATH`).
+Clients are trained once per partition and cached. Each finished run is one line of
+`benchmarks/results/accuracy-DATA.jsonl`; it is not repeated as long as the code that computes it is the same. Digits
+use the default settings, emoji10 (`--data npz:PATH`) uses those of conf/emoji10.toml.
 """
 
 from __future__ import annotations
@@ -48,24 +48,36 @@ Row = dict[str, Any]
 
 
 def main(
-    data: Annotated[str, typer.Option(help="mnist-5k, digits, or npz:PATH (emoji10)")] = "mnist-5k",
-    skews: Annotated[str, typer.Option(help="Dirichlet concentrations, and iid")] = ",".join(SKEWS),
+    data: Annotated[str, typer.Option(help="data source: mnist-5k, digits, or npz:PATH (emoji10)")] = "mnist-5k",
+    skews: Annotated[str, typer.Option(help="Dirichlet concentrations, separated by commas, and iid")] = ",".join(
+        SKEWS
+    ),
     seeds: Annotated[
-        str, typer.Option(help="partition seeds; 42 and 43 were seen while settings were chosen")
+        str, typer.Option(help="partition seeds; 42 and 43 were used while settings were chosen")
     ] = "44,45,46",
-    distill_seeds: Annotated[int, typer.Option(help="seeds of the server's stages for each partition")] = 2,
+    distill_seeds: Annotated[int, typer.Option(help="number of seeds of the server's stages per partition")] = 2,
     methods: Annotated[
-        str, typer.Option(help="of run.method; generators take hours on a CPU, name them")
+        str, typer.Option(help="values of run.method; by default without the generators, which take hours on a CPU")
     ] = WITHOUT_GENERATORS,
     clients: Annotated[int, typer.Option(help="number of clients K")] = 10,
-    change: Annotated[list[str] | None, typer.Option(help="key=value for all methods, for ablations")] = None,
-    quick: Annotated[bool, typer.Option(help="one partition seed, one distillation seed, Dirichlet(0.1)")] = False,
-    summary: Annotated[bool, typer.Option(help="print the stored main results as JSON")] = False,
-    check: Annotated[int | None, typer.Option(help="run this partition seed anew at Dirichlet(0.1)")] = None,
+    change: Annotated[
+        list[str] | None,
+        typer.Option(help="key=value that changes a setting for all methods, for ablations; repeatable"),
+    ] = None,
+    quick: Annotated[
+        bool, typer.Option(help="run one partition seed and one distillation seed at Dirichlet(0.1)")
+    ] = False,
+    summary: Annotated[bool, typer.Option(help="print the stored main results as JSON and run nothing")] = False,
+    check: Annotated[
+        int | None, typer.Option(help="run this partition seed again at Dirichlet(0.1) and store nothing")
+    ] = None,
     cache: Annotated[Path, typer.Option(help="folder for trained uploads")] = Path("outputs/uploads-cache"),
-    results: Annotated[Path | None, typer.Option(help="where lines are kept")] = None,
+    results: Annotated[
+        Path | None,
+        typer.Option(help="JSON lines file of the results; default: benchmarks/results/accuracy-DATA.jsonl"),
+    ] = None,
 ) -> None:
-    """Run what is missing, and print the table."""
+    """Run all that is not stored yet and print the table."""
     path = results or ROOT / "benchmarks" / "results" / f"accuracy-{name_of(data)}.jsonl"
     if summary:
         print(json.dumps(summarise(main_rows(read(path)))))
@@ -102,7 +114,7 @@ def run_partition(
     cache: Path,
     known: list[Row],
 ) -> Iterator[Row]:
-    """Yield a row for each method and distillation seed; the clients are trained when the first one is missing."""
+    """Yield a row for each method and distillation seed; train the clients only if a row is missing."""
     base = settings_for(data, skew, seed, changes)
     federation: Federation | None = None
     ensembles: dict[str, float] = {}
@@ -132,7 +144,13 @@ def run_partition(
 
 
 def run_method(federation: Federation, settings: Settings, distill_seed: int) -> Row:
-    """Run one method and evaluate it on the test images; accuracies in 0..1, seconds of wall clock and of CPU."""
+    """Run one method and evaluate it on the test images.
+
+    Returns
+    -------
+    dict
+        Accuracies in 0..1, wall-clock and CPU seconds, number of synthetic images, 10^12 FLOPs, hardware.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     wall, cpu = time.perf_counter(), time.process_time()
     result = METHODS[settings.run.method](
@@ -151,13 +169,13 @@ def run_method(federation: Federation, settings: Settings, distill_seed: int) ->
 
 
 def hardware() -> str:
-    """What lines say of the machine."""
+    """Return the description of this machine that result lines contain."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {device}"
 
 
 def teraflops(federation: Federation, settings: Settings) -> float:
-    """10^12 FLOPs of the server's stages, by `flops.stage_flops`; of a generator what the teachers compute for it."""
+    """Return the 10^12 FLOPs of the server's stages; of a generator, only the FLOPs of the teachers are counted."""
     method = method_of(settings)
     if not method.distils:
         return 0.0
@@ -174,7 +192,10 @@ def teraflops(federation: Federation, settings: Settings) -> float:
 
 
 def ensemble_accuracies(federation: Federation, settings: Settings) -> dict[str, float]:
-    """Test accuracy of the ensemble under each weighting, at the settings' power; only this reads histograms."""
+    """Return the test accuracy of the ensemble, in 0..1, under each weighting and the power of the settings.
+
+    This is the only function that reads label histograms.
+    """
     grid = PatchGrid.of(build_model(settings.model, federation.spec), federation.spec)
     teachers, _ = make_ensemble(federation.inputs(settings))
     parts = list(batches(federation.source.test, federation.spec, 250, torch.device("cpu")))
@@ -189,7 +210,10 @@ def ensemble_accuracies(federation: Federation, settings: Settings) -> dict[str,
 
 
 def settings_for(data: str, skew: str, seed: int, changes: dict[str, str]) -> Settings:
-    """Return the default settings for digits, those of conf/emoji10.toml for an npz: source, at a skew and a seed."""
+    """Return the settings of a data source at a skew and a partition seed.
+
+    An npz: source has the settings of conf/emoji10.toml, the others have the defaults.
+    """
     config: dict[str, RunConfigValue] = {}
     if data.startswith("npz:"):
         nested = tomllib.loads((ROOT / "conf" / "emoji10.toml").read_text())
@@ -200,7 +224,7 @@ def settings_for(data: str, skew: str, seed: int, changes: dict[str, str]) -> Se
 
 
 def recipe(settings: Settings, changes: dict[str, str]) -> str:
-    """Eight digits over the settings, but those that rows name themselves."""
+    """Return an eight-digit hash of the settings, except those that a row stores by itself."""
     named = ("partition.", "data.source", "run.method")
     flat = settings.flat().items()
     kept = {key: value for key, value in flat if key not in changes and not key.startswith(named)}
@@ -208,13 +232,13 @@ def recipe(settings: Settings, changes: dict[str, str]) -> str:
 
 
 def main_rows(rows: list[Row]) -> list[Row]:
-    """Return the rows of the main table: ten clients, nothing changed, the code and settings of the newest line."""
+    """Return the rows of the main table: ten clients, no changes, code and settings of the newest line."""
     main = [row for row in rows if row["clients"] == 10 and not row["changes"]]
     return [row for row in main if all(row[key] == main[-1][key] for key in ("code", "recipe"))]
 
 
 def summarise(rows: list[Row]) -> dict[str, Row]:
-    """Means in percent for each skew: FedMITR, its spread over partition seeds, and what it is compared with."""
+    """Return means in percent for each skew: FedMITR, its spread over partition seeds, and the baselines."""
     out = {}
     for skew in SKEWS:
         here = [row for row in rows if row["skew"] == skew]
@@ -234,7 +258,7 @@ def summarise(rows: list[Row]) -> dict[str, Row]:
             "best_baseline_name": best or None,
             "best_baseline_no_inversion": max(cheap, default=None),
             "dense_same_extras": means.get("dense-inversion"),
-            # The default weighting, competence, needs no histogram: the main result is the one without.
+            # The default weighting, competence, needs no histogram, so this is the main result.
             "no_histogram": means["fedmitr"],
             "seeds": len(by_seed),
         }
@@ -242,12 +266,12 @@ def summarise(rows: list[Row]) -> dict[str, Row]:
 
 
 def mean_of(rows: list[Row], method: str) -> float:
-    """Mean accuracy of a method in percent, over partition and distillation seeds."""
+    """Return the mean accuracy of a method in percent, over partition and distillation seeds."""
     return round(100 * statistics.mean(float(row["global"]) for row in rows if row["method"] == method), 2)
 
 
 def seed_means(rows: Iterable[Row]) -> list[float]:
-    """Mean accuracy in percent of each partition seed."""
+    """Return the mean accuracy of each partition seed in percent."""
     by_seed: dict[int, list[float]] = {}
     for row in rows:
         by_seed.setdefault(row["seed"], []).append(100 * row["global"])
@@ -255,14 +279,14 @@ def seed_means(rows: Iterable[Row]) -> list[float]:
 
 
 def best_ensemble(rows: Iterable[Row]) -> tuple[str, list[float]]:
-    """The weighting with the best mean over partition seeds, and its accuracy in percent of each."""
+    """Return the weighting with the best mean over partition seeds, and its accuracy per seed in percent."""
     by_seed = list({row["seed"]: row["ensembles"] for row in rows}.values())
     means = {name: [100 * found[name] for found in by_seed] for name in by_seed[0]}
     return max(means.items(), key=lambda item: statistics.mean(item[1]))
 
 
 def show(rows: list[Row]) -> None:
-    """Print mean and spread over partition seeds, a line for each method."""
+    """Print mean and standard deviation over partition seeds, one line per method."""
     skews = [skew for skew in SKEWS if any(row["skew"] == skew for row in rows)]
     table = Table("method", *skews, "CPU s")
     for method in dict.fromkeys(row["method"] for row in rows):
@@ -278,12 +302,12 @@ def show(rows: list[Row]) -> None:
 
 
 def name_of(data: str) -> str:
-    """Short name of a source: ``npz:data/emoji10.npz`` is ``emoji10``."""
+    """Return the short name of a source: ``npz:data/emoji10.npz`` is ``emoji10``."""
     return Path(data.partition(":")[2]).stem if ":" in data else data
 
 
 def read(path: Path) -> list[Row]:
-    """Read the stored lines; none if there is no file."""
+    """Read the stored lines; return an empty list if the file does not exist."""
     return [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
 
 

@@ -1,11 +1,12 @@
-"""Accuracy against cost: one picture from the stored results of `benchmarks.accuracy`.
+"""Draw accuracy against cost from the stored results of `benchmarks.accuracy`.
 
     python -m benchmarks.accuracy_figure                              # MNIST-5k, Dirichlet(0.1)
     python -m benchmarks.accuracy_figure --data emoji10 --skew 0.3
 
-Each method is a curve over its budgets: the main settings and what `--change` of `BUDGET` made of them; without random
-images (`distill.noise=0`) a curve of its own. Cost is counted in FLOPs, as rows may come from different machines. Bars
-are the spread over partition seeds. The horizontal lines are one-shot FedAvg and the ensemble at its best weighting.
+Each method has one curve over its budgets: the main settings, and runs with `--change` of the keys in `BUDGET`. Runs
+without random images (`distill.noise=0`) have a separate curve. Cost is in FLOPs, because rows may come from different
+machines. Bars are the standard deviation over partition seeds. The horizontal lines are one-shot FedAvg and the
+ensemble with its best weighting.
 """
 
 from __future__ import annotations
@@ -25,12 +26,16 @@ ALONE = ", no random images"
 
 
 def main(
-    data: Annotated[str, typer.Option(help="name in the results' file: mnist-5k, digits, emoji10")] = "mnist-5k",
+    data: Annotated[
+        str, typer.Option(help="data name in the name of the results file: mnist-5k, digits or emoji10")
+    ] = "mnist-5k",
     skew: Annotated[str, typer.Option(help="Dirichlet concentration, or iid")] = "0.1",
     clients: Annotated[int, typer.Option(help="number of clients K")] = 10,
-    output: Annotated[Path | None, typer.Option(help="PNG; default: beside the results")] = None,
+    output: Annotated[
+        Path | None, typer.Option(help="PNG file to write; default: in the folder of the results")
+    ] = None,
 ) -> None:
-    """Draw it and print where it is."""
+    """Draw the picture and print its path."""
     source = RESULTS / f"accuracy-{data}.jsonl"
     rows = [row for row in read(source) if row["skew"] == skew and row["clients"] == clients]
     rows = [row for row in rows if BUDGET.issuperset(row["changes"])]
@@ -44,13 +49,13 @@ def main(
 
 
 def draw(rows: list[Row], title: str, path: Path) -> None:
-    """Write the picture of these rows."""
+    """Write the picture of these rows to `path`."""
     figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for curve in dict.fromkeys(curve_of(row) for row in rows if row["teraflops"] > 0):
         points = budgets([row for row in rows if curve_of(row) == curve])
         cost, means, spreads = zip(*points, strict=True)
-        line = "none" if curve.endswith(ALONE) else "-"  # budgets of steps and of images, which are no one curve
+        line = "none" if curve.endswith(ALONE) else "-"  # both steps and images vary, so a line would mislead
         axes.errorbar(cost, means, spreads, marker="o", capsize=3, linestyle=line, label=curve)
     best, ensembles = best_ensemble(rows)
     fedavg = 100 * statistics.mean(row["fedavg"] for row in rows)
@@ -62,13 +67,13 @@ def draw(rows: list[Row], title: str, path: Path) -> None:
 
 
 def curve_of(row: Row) -> str:
-    """The method, and whether the student sees inverted images alone."""
+    """Return the name of a row's curve: its method, and whether it has no random images."""
     alone = float(row["changes"].get("distill.noise", 1)) == 0
     return f"{row['method']}{ALONE if alone else ''}"
 
 
 def budgets(rows: list[Row]) -> list[tuple[float, float, float]]:
-    """10^12 FLOPs, mean accuracy and its spread over partition seeds (percent) of each budget, by cost."""
+    """Return 10^12 FLOPs, mean accuracy and its spread (percent, over partition seeds) of each budget, by cost."""
     points = []
     for changes in dict.fromkeys(tuple(sorted(row["changes"].items())) for row in rows):
         same = [row for row in rows if tuple(sorted(row["changes"].items())) == changes]

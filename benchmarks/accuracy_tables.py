@@ -1,10 +1,10 @@
-"""The stored results of `benchmarks.accuracy` as tables: writes benchmarks/results/accuracy.md.
+"""Write the stored results of `benchmarks.accuracy` as tables to benchmarks/results/accuracy.md.
 
     python -m benchmarks.accuracy_tables
 
-Of each data set: methods x Dirichlet concentrations, numbers of clients, a natural partition, and what changed settings
-are worth. A changed setting is compared with the run on the same partitions that has all of its changes but some, and
-the difference is taken for each partition.
+There are tables for each data set: methods x Dirichlet concentrations, numbers of clients, a natural partition, and
+changed settings. A run with changed settings is compared with the runs that have some of its changes; among these, the
+one with most changes counts. Differences are taken between runs on the same partition.
 """
 
 from __future__ import annotations
@@ -24,17 +24,25 @@ HEAD = """\
     python -m benchmarks.accuracy --data npz:PATH/emoji10.npz
     python -m benchmarks.accuracy --clients 20 --skews 0.1,0.3 --methods fedmitr,fedavg
     python -m benchmarks.accuracy --skews 0.1 --methods fedmitr --distill-seeds 1 --change KEY=VALUE --change KEY=VALUE
-    python -m benchmarks.accuracy_tables    # writes this
+    python -m benchmarks.accuracy_tables    # writes this page
 
-Accuracy of the global model in percent on test images (1,000 of MNIST-5k, 359 of digits, 550 of emoji10), mean ±
-spread over the partition seeds 44, 45, 46; how many where it is not three. All methods have the same uploads; all
-that distil have the same ensemble weights, start, random images, steps and augmentation. Settings are the defaults,
-for emoji10 conf/emoji10.toml; they were chosen on validation images of other partitions. Two seeds of the server's
-stages at 0.1 and 0.3 for `fedmitr`, `random-images` and `dense-inversion`, else one. A difference is between runs
-with the same seeds. Spread over partitions is large, so read differences within a column; below a point they are
-noise. TFLOP: 10^12 operations of the server's stages. Raw lines, each with its hardware, are in
-`accuracy-mnist-5k.jsonl`, `accuracy-digits.jsonl`, `accuracy-emoji10.jsonl`. What the tables say, what was tried and
-how settings were chosen: [accuracy-notes.md](accuracy-notes.md)."""
+The tables give the accuracy of the global model in percent on test images: mean ± standard deviation over the
+partition seeds 44, 45 and 46. A number in brackets is the number of partitions where it is not three.
+
+- Test images: 1,000 of MNIST-5k, 359 of digits, 550 of emoji10.
+- All methods have the same uploads. All methods that distil have the same ensemble weights, start, random images,
+  steps and augmentation.
+- Settings are the defaults, for emoji10 those of conf/emoji10.toml. They were chosen on validation images of other
+  partitions.
+- `fedmitr`, `random-images` and `dense-inversion` have two seeds of the server's stages at 0.1 and 0.3; all other runs
+  have one.
+- A difference is taken between runs with the same seeds. The spread over partitions is large, so compare within a
+  column. Differences below a point are noise.
+- TFLOP: 10^12 operations of the server's stages.
+- Raw lines, each with its hardware, are in `accuracy-mnist-5k.jsonl`, `accuracy-digits.jsonl` and
+  `accuracy-emoji10.jsonl`.
+
+[accuracy-notes.md](accuracy-notes.md) says what the tables show, what was tried and how settings were chosen."""
 METHODS = (
     "fedmitr",
     "random-images",
@@ -51,21 +59,21 @@ Changes = frozenset[tuple[str, str]]
 
 
 def main() -> None:
-    """Write the tables and print where they are."""
+    """Write the tables and print the path of the page."""
     path = RESULTS / "accuracy.md"
     path.write_text(render(), "utf-8")
     print(path)
 
 
 def render() -> str:
-    """All that is stored, as Markdown."""
+    """Return the page as Markdown, from all stored lines."""
     stored = {name: read(RESULTS / f"accuracy-{name}.jsonl") for name in DATA}
     parts = [f"## {title}\n\n{tables(stored[name])}" for name, title in DATA.items() if stored[name]]
     return "\n\n".join([HEAD, *parts]) + "\n"
 
 
 def tables(rows: Sequence[Row]) -> str:
-    """The tables that there are rows for, each below its title; of runs of the newest code alone."""
+    """Return all tables that have rows, each below its title; only runs of the newest code count."""
     rows = [row for row in rows if row["code"] == main_rows(list(rows))[-1]["code"]]
     plain = [row for row in rows if not row["changes"]]
     natural = [row for row in rows if row["changes"] == NATURAL]
@@ -85,7 +93,7 @@ def tables(rows: Sequence[Row]) -> str:
 
 
 def by_method(columns: Mapping[str, Sequence[Row]]) -> str:
-    """Methods x columns of rows, and the ensemble at the weighting that is its best in each."""
+    """Return a table of methods x columns, with the ensemble at its best weighting in each column."""
     lines = [["method", *columns, "TFLOP"]]
     for method in METHODS:
         mine = [[row for row in column if row["method"] == method] for column in columns.values()]
@@ -107,7 +115,7 @@ def by_clients(rows: Sequence[Row]) -> str:
 
 
 def changed(rows: Sequence[Row]) -> Iterator[tuple[Changes, str]]:
-    """Yield the recipes that others are compared with: their own changes, and a table of what the others are worth."""
+    """Yield each set of changes that others are compared with, and the table of this comparison."""
     groups: dict[Changes, list[Row]] = {}
     for row in rows:
         own = {**row["changes"], **({} if row["method"] == "fedmitr" else {"run.method": row["method"]})}
@@ -128,7 +136,7 @@ def changed(rows: Sequence[Row]) -> Iterator[tuple[Changes, str]]:
 
 
 def paired(rows: Sequence[Row], base: Sequence[Row]) -> list[float]:
-    """Difference in points for each partition seed, over the distillation seeds that both have."""
+    """Return the difference in points for each partition seed, over the distillation seeds that both have."""
 
     def by_run(some: Sequence[Row]) -> dict[tuple[int, int], float]:
         return {(row["seed"], row["distill_seed"]): 100 * row["global"] for row in some}
@@ -141,30 +149,30 @@ def paired(rows: Sequence[Row], base: Sequence[Row]) -> list[float]:
 
 
 def spread(rows: Sequence[Row]) -> str:
-    """Mean and spread over partition seeds; how many if they are not three."""
+    """Return mean and spread over partition seeds as text; the number of seeds if it is not three."""
     return plus_minus(seed_means(rows)) if rows else ""
 
 
 def ensemble(rows: Sequence[Row]) -> str:
-    """Mean and spread of the ensemble at the weighting with the best mean."""
+    """Return mean and spread of the ensemble as text, at the weighting with the best mean."""
     best, accuracies = best_ensemble(rows)
     return f"{plus_minus(accuracies)} ({best})"
 
 
 def plus_minus(values: Sequence[float], sign: str = "") -> str:
-    """``85.6 ± 2.0``; the number of values behind it where it is not three."""
+    """Return ``85.6 ± 2.0``, followed by the number of values if it is not three."""
     mean = f"{statistics.mean(values):{sign}.1f}"
     number = "" if len(values) == 3 else f" ({len(values)})"
     return f"{mean} ± {statistics.stdev(values):.1f}{number}" if len(values) > 1 else mean + number
 
 
 def named(changes: Changes) -> str:
-    """The changes in code quotes."""
+    """Return the changes in code quotes."""
     return ", ".join(f"`{key}={value}`" for key, value in sorted(changes))
 
 
 def markdown(lines: Iterable[Sequence[str]]) -> str:
-    """A table; the first line is its head."""
+    """Return a Markdown table; the first line is its head."""
     head, *body = (f"| {' | '.join(cells)} |" for cells in lines)
     return "\n".join([head, "|" + "---|" * (head.count("|") - 1), *body])
 

@@ -1,11 +1,11 @@
-"""How well a client's upload alone tells which classes it knows, and what ensemble weights from that are worth.
+"""Measure how well an upload alone reveals a client's classes, and what ensemble weights from it are worth.
 
     python -m benchmarks.competence                       # Dirichlet 0.05 to 0.5, with and without balanced softmax
     python -m benchmarks.competence --skews 0.1 --seeds 44
 
-Clients are trained once for each partition and cached, with the settings of `benchmarks.accuracy`. For each partition:
-the correlation of estimated with true class counts, how well presence of a class is told from absence, and the
-ensemble's accuracy on the test images under each weighting. One JSON line each, then a table of means.
+Clients are trained once per partition and cached, with the settings of `benchmarks.accuracy`. Each partition gives one
+JSON line: the correlation of estimated with true class counts, the area under the ROC curve for presence against
+absence of a class, and the ensemble's accuracy on the test images under each weighting. A table of means follows.
 """
 
 from __future__ import annotations
@@ -30,10 +30,10 @@ COLUMNS = ("log correlation", "presence AUC", "histogram", "competence", "exampl
 
 
 def main(
-    data: Annotated[str, typer.Option(help="mnist-5k, digits, or npz:PATH (emoji10)")] = "mnist-5k",
-    skews: Annotated[str, typer.Option(help="Dirichlet concentrations")] = "0.05,0.1,0.3,0.5",
-    seeds: Annotated[str, typer.Option(help="partition seeds")] = "44,45,46",
-    balanced: Annotated[str, typer.Option(help="train.balanced-softmax")] = "true,false",
+    data: Annotated[str, typer.Option(help="data source: mnist-5k, digits, or npz:PATH (emoji10)")] = "mnist-5k",
+    skews: Annotated[str, typer.Option(help="Dirichlet concentrations, separated by commas")] = "0.05,0.1,0.3,0.5",
+    seeds: Annotated[str, typer.Option(help="partition seeds, separated by commas")] = "44,45,46",
+    balanced: Annotated[str, typer.Option(help="values of train.balanced-softmax, separated by commas")] = "true,false",
     clients: Annotated[int, typer.Option(help="number of clients K")] = 10,
     cache: Annotated[Path, typer.Option(help="folder for trained uploads")] = Path("outputs/uploads-cache"),
     results: Annotated[Path | None, typer.Option(help="JSON lines file to append to")] = None,
@@ -61,7 +61,7 @@ def main(
 
 
 def agreement(federation: Federation) -> dict[str, Any]:
-    """Compare estimated with true counts, over all clients and classes."""
+    """Compare estimated with true class counts over all clients and classes; return correlation and AUC."""
     updates = torch.stack([client.state["head.weight"] for client in federation.clients])
     updates = updates - federation.initial["head.weight"]
     sizes = torch.tensor([client.num_examples for client in federation.clients])

@@ -1,7 +1,7 @@
 """Train the clients of a partition once, without Flower, and keep their uploads on disk.
 
-Methods and settings that start from the same uploads are compared on exactly the same ones. What is cached depends
-on the settings that a client sees, the common initialisation, the number of clients, the code that trains and the
+Benchmarks compare methods and settings on exactly the same uploads. The cache key is computed from the settings of the
+client's stages, the common initialisation, the number of clients, the training code, the version of PyTorch and the
 number of threads.
 """
 
@@ -32,7 +32,7 @@ CLIENT_STAGES = ("data", "partition", "model", "train")
 
 @dataclass(frozen=True)
 class Federation:
-    """Uploads of all clients that have data, and what the server knows beside them."""
+    """The uploads of all clients that have data, the data source and the common initialisation."""
 
     source: Source
     initial: dict[str, torch.Tensor]
@@ -50,14 +50,14 @@ class Federation:
         device: torch.device | None = None,
         observer: Observer | None = None,
     ) -> PipelineInputs:
-        """What a pipeline is given; by default `run.seed`, on the CPU, with nobody listening."""
+        """Return the inputs of a pipeline; defaults are the seed `run.seed`, the CPU and no listeners."""
         seed = settings.run.seed if seed is None else seed
         device = device or torch.device("cpu")
         return PipelineInputs(settings, self.spec, self.clients, self.initial, seed, device, observer or Observer())
 
 
 def train_federation(settings: Settings, num_clients: int, cache: Path) -> Federation:
-    """Train every client as the ClientApp does, or read the uploads of an earlier call."""
+    """Train every client as the ClientApp does, or read its upload from the cache."""
     source = load_source(settings.data)
     initial = initial_state(settings, source.spec)
     folder = cache / _digest(settings, initial, num_clients)

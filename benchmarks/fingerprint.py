@@ -1,7 +1,7 @@
-"""What a result was computed by: a digest of the code behind it that texts don't change.
+"""Compute a digest of the code that results depend on.
 
-Results are gathered over days. Those of the same computation may stand in one table; comments, docstrings and
-descriptions of settings may change meanwhile, and so may all that no result depends on, such as commands and reports.
+Results are collected over days, and only results of the same computation may share a table. The digest ignores
+comments, docstrings, descriptions of settings, and modules on which no result depends, such as commands and reports.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ ASIDE = {
         "runs.tensors",
     )
 }
-"""Modules that keep results or tell of them."""
+"""Modules that only store or report results."""
 SAME = Path(__file__).parent / "results" / "same-code.json"
-"""Of each data set, the codes that were shown to compute what older ones had (`benchmarks.same_results`)."""
+"""For each data set, the digests of newer code that gives the results of older code (`benchmarks.same_results`)."""
 
 
 def results_code(data: str) -> str:
-    """What new lines of a data set name: the fingerprint, or the older one that it has been shown to be equal to."""
+    """Return the digest for new lines of a data set: today's, or an older one with the same results."""
     known = json.loads(SAME.read_text("utf-8")) if SAME.is_file() else {}
     return str(known.get(data, {}).get(fingerprint(), {}).get("as", fingerprint()))
 
 
 @cache
 def fingerprint() -> str:
-    """Twelve hexadecimal digits over the modules that `ROOTS` import, directly or not."""
+    """Return twelve hexadecimal digits over all modules that `ROOTS` import, directly or indirectly."""
     digest = hashlib.sha256()
     for name, tree in sorted(reachable().items()):
         digest.update(f"{name}\0{ast.dump(_Bare().visit(tree))}\0".encode())
@@ -49,13 +49,13 @@ def fingerprint() -> str:
 
 
 def reachable() -> dict[str, ast.Module]:
-    """Our modules by name, parsed."""
+    """Return the syntax trees of these modules by name."""
     found: dict[str, ast.Module] = {}
     waiting = list(ROOTS)
     while waiting:
         name = waiting.pop()
         path = _path(name)
-        if name in found or path is None or name in ASIDE or name in OWN:  # a package itself offers everything to users
+        if name in found or path is None or name in ASIDE or name in OWN:  # the packages import everything
             continue
         found[name] = ast.parse(path.read_text("utf-8"))
         waiting += [name.rpartition(".")[0], *_imports(found[name])]
@@ -72,7 +72,7 @@ def _imports(tree: ast.Module) -> Iterator[str]:
 
 
 def _path(name: str) -> Path | None:
-    """The file of one of our modules; None for what is none."""
+    """Return the file of a module of ours; None for any other name."""
     if name.split(".")[0] not in OWN:
         return None
     try:
@@ -83,7 +83,7 @@ def _path(name: str) -> Path | None:
 
 
 class _Bare(ast.NodeTransformer):
-    """Takes out docstrings and descriptions; comments and layout are not in the tree."""
+    """Remove docstrings and descriptions; comments and layout are not in the tree."""
 
     def visit_Expr(self, node: ast.Expr) -> ast.AST | None:
         text = isinstance(node.value, ast.Constant) and isinstance(node.value.value, str)

@@ -1,12 +1,16 @@
-"""What watching a run costs: CPU time of the server's stages with and without listeners.
+"""Measure what watching a run costs: CPU time of the server's stages with and without listeners.
 
     python -m benchmarks.observers conf/demo.toml
 
-Clients are trained once and cached. Then the stages run on their uploads, each time again in three ways, in turn:
-``off`` without listeners, ``on`` with those that every run has (metrics.jsonl, and pictures kept for the report), and
-``boards`` with TensorBoard too. For each: CPU seconds of all threads, and of them those inside the observer (losses
-read, agreement probed, pictures copied, files written). The second is exact also on a machine that does other work; the
-difference of the first is only as good as the machine is quiet. Results: ``benchmarks/results/observers.json``.
+Clients are trained once and cached. Then the stages run on their uploads, repeatedly and in three ways that alternate:
+
+- ``off``: without listeners.
+- ``on``: with the listeners that every run has (metrics.jsonl, and pictures for the report).
+- ``boards``: as ``on``, with TensorBoard.
+
+Each run gives two numbers: the CPU seconds of all threads, and the CPU seconds inside the observer (reading losses,
+measuring agreement, copying pictures, writing files). The second number is exact even if the machine does other work;
+differences of the first need a quiet machine. Results are written to ``benchmarks/results/observers.json``.
 """
 
 from __future__ import annotations
@@ -44,7 +48,7 @@ WAYS: dict[str, Callable[[Path], list[Listener]]] = {
 
 
 class TimedObserver(Observer):
-    """An observer that adds up the CPU seconds which the stages spend in it."""
+    """An observer that measures the CPU seconds that the stages spend in it."""
 
     def __init__(self, *listeners: Listener) -> None:
         super().__init__(*listeners)
@@ -76,15 +80,18 @@ class TimedObserver(Observer):
 
 
 def main(
-    conf: Annotated[Path, typer.Argument(help="settings file")],
-    change: Annotated[list[str] | None, typer.Option("--set", help="key=value, wins over CONF")] = None,
+    conf: Annotated[Path, typer.Argument(help="settings file (TOML)")],
+    change: Annotated[list[str] | None, typer.Option("--set", help="key=value; overrides CONF")] = None,
     clients: Annotated[int, typer.Option(help="number of clients K")] = 10,
-    ways: Annotated[str, typer.Option(help="of watching, which take turns")] = ",".join(WAYS),
-    repeats: Annotated[int, typer.Option(min=1, help="of each way")] = 3,
+    ways: Annotated[str, typer.Option(help="ways of watching, separated by commas; they alternate")] = ",".join(WAYS),
+    repeats: Annotated[int, typer.Option(min=1, help="repetitions of each way")] = 3,
     cache: Annotated[Path, typer.Option(help="folder for trained uploads")] = Path("outputs/uploads-cache"),
-    results: Annotated[Path, typer.Option(help="file to write")] = ROOT / "benchmarks" / "results" / "observers.json",
+    results: Annotated[Path, typer.Option(help="JSON file to write")] = ROOT
+    / "benchmarks"
+    / "results"
+    / "observers.json",
 ) -> None:
-    """Measure, print a line for each run, and write the summary."""
+    """Measure, print one line per run, and write the summary."""
     settings = run_settings(ROOT, conf, change or [])
     federation = train_federation(settings, clients, cache)
     chosen = ways.split(",")
@@ -92,7 +99,7 @@ def main(
     inside: dict[str, list[float]] = {way: [] for way in chosen}
     for repeat in range(repeats):
         first = repeat % len(chosen)
-        for way in chosen[first:] + chosen[:first]:  # no way is always the first
+        for way in chosen[first:] + chosen[:first]:  # another way is first in each repetition
             total, within = watch(federation, settings, WAYS[way])
             print(f"{repeat} {way}: {total:.2f} CPU s, {within:.3f} of them in the observer", flush=True)
             totals[way].append(total)
@@ -104,7 +111,7 @@ def main(
 
 
 def watch(federation: Federation, settings: Settings, make: Callable[[Path], list[Listener]]) -> tuple[float, float]:
-    """Run the stages once; return CPU seconds of the process, and those inside the observer."""
+    """Run the stages once; return the CPU seconds of the process and those inside the observer."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.process_time()
         observer = TimedObserver(*make(Path(folder)))
@@ -114,7 +121,7 @@ def watch(federation: Federation, settings: Settings, make: Callable[[Path], lis
 
 
 def summarise(totals: Mapping[str, list[float]], inside: Mapping[str, list[float]]) -> dict[str, dict[str, object]]:
-    """Each way's seconds, the percentage inside the observer, and how much longer it took than ``off`` if that ran."""
+    """Return for each way its seconds, the percentage inside the observer, and the excess over ``off`` in percent."""
     base = statistics.median(totals["off"]) if "off" in totals else None
     return {
         way: {
@@ -128,7 +135,7 @@ def summarise(totals: Mapping[str, list[float]], inside: Mapping[str, list[float
 
 
 def hardware() -> str:
-    """What the figures were measured on."""
+    """Return the description of this machine."""
     return f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, CPU"
 
 

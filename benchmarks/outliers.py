@@ -1,10 +1,15 @@
-"""What `ensemble.outlier-guard` saves when two of ten clients are bad, and what it costs when none is.
+"""Measure `ensemble.outlier-guard` with two bad clients of ten, and with none.
 
     python -m benchmarks.outliers --seeds 31 --split test --results benchmarks/results/outliers.jsonl
 
-The first two clients of a partition are honest (`clean`), train on flipped labels, c in place of 9 - c (`flipped`), or
-add Gaussian noise of each tensor's own standard deviation to their weights (`noised`). Settings are the demo's, but for
-what the options change; `--ensemble-only` leaves the global model out. Everything runs in one thread.
+The first two clients of a partition are of one of three kinds:
+
+- ``clean``: honest.
+- ``flipped``: trained on flipped labels, c instead of 9 - c.
+- ``noised``: with Gaussian noise added to their weights, of the standard deviation of each tensor.
+
+All other settings are the defaults, except where an option changes them. `--ensemble-only` omits the global model.
+Everything runs in one thread.
 """
 
 from __future__ import annotations
@@ -38,15 +43,15 @@ CPU = torch.device("cpu")
 def main(
     seeds: Annotated[str, typer.Option(help="partition seeds, separated by commas")] = "31,32,33",
     clients: Annotated[int, typer.Option(help="number of clients K")] = 10,
-    guard: Annotated[float, typer.Option(help="ensemble.outlier-guard to compare with 0")] = 0.5,
-    steps: Annotated[int | None, typer.Option(help="distill.steps")] = None,
-    noise: Annotated[float | None, typer.Option(help="distill.noise")] = None,
-    split: Annotated[str, typer.Option(help="validation or test")] = "validation",
-    ensemble_only: Annotated[bool, typer.Option(help="measure the ensemble alone")] = False,
+    guard: Annotated[float, typer.Option(help="value of ensemble.outlier-guard that is compared with 0")] = 0.5,
+    steps: Annotated[int | None, typer.Option(help="value of distill.steps; default: the setting's own")] = None,
+    noise: Annotated[float | None, typer.Option(help="value of distill.noise; default: the setting's own")] = None,
+    split: Annotated[str, typer.Option(help="split to measure on: validation or test")] = "validation",
+    ensemble_only: Annotated[bool, typer.Option(help="measure only the ensemble, not the global model")] = False,
     cache: Annotated[Path, typer.Option(help="folder for trained uploads")] = Path("outputs/uploads-cache"),
     results: Annotated[Path | None, typer.Option(help="JSON lines file to append to")] = None,
 ) -> None:
-    """Print one JSON line for each partition, kind of clients and guard."""
+    """Print one JSON line per partition, kind of clients and value of the guard."""
     torch.set_num_threads(1)
     for seed in (int(text) for text in seeds.split(",")):
         changes = {"distill.steps": steps, "distill.noise": noise}
@@ -67,14 +72,14 @@ def main(
 
 
 class Measure(Protocol):
-    """Accuracies of what comes out of a federation's uploads."""
+    """A function that measures the models from a federation's uploads."""
 
     def __call__(self, settings: Settings, federation: Federation) -> dict[str, float]:
-        """By name, in 0..1."""
+        """Return accuracies in 0..1 by name."""
 
 
 def _compared(settings: Settings, federation: Federation, guard: float, measure: Measure) -> list[dict[str, object]]:
-    """Results without and with the guard; one run serves both when it lowers nobody."""
+    """Return results without and with the guard; if the guard changes no weight, one run is used for both."""
     guarded = settings.replace(**{"ensemble.outlier-guard": guard})
     heard = Heard()
     start = time.process_time()
@@ -93,7 +98,7 @@ def _compared(settings: Settings, federation: Federation, guard: float, measure:
 
 
 class Heard(Observer):
-    """Keeps what the guard reports."""
+    """An observer that stores what the guard reports."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -122,7 +127,7 @@ def _ensemble_alone(settings: Settings, federation: Federation, *, split: str) -
 
 
 def _flipped(settings: Settings, federation: Federation, clients: int, number: int) -> Upload:
-    """The client of this number, trained on labels the other way round."""
+    """Return the client of this number, trained on flipped labels."""
     rows = [rows for rows in partition_indices(federation.source.train, settings.partition, clients) if len(rows)]
     images = federation.source.train.subset(rows[number])
     images = replace(images, labels=federation.spec.num_classes - 1 - images.labels)

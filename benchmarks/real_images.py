@@ -1,12 +1,13 @@
-"""What better images could give the student at most: distillation on the clients' own images, which no server has.
+"""Measure an upper limit for synthetic images: distillation on the clients' own images, which no server has.
 
     python -m benchmarks.real_images --skews 0.1,0.3 --seeds 44,45,46
     python -m benchmarks.real_images --data npz:PATH/emoji10.npz
 
-The same uploads, ensemble, start, number of images and steps as `run.method = random-images`, which is run beside it;
-only the images differ: those of all clients, each as it is and then with `distill.augment` as often as it takes. What
-lies between the two is what synthetic images, however made, can be worth for this student in this many steps.
-Nothing is chosen by it. One JSON line a run goes to --results; what stands there already is not run again.
+Uploads, ensemble, start, number of images and number of steps are those of `run.method = random-images`, which is run
+for comparison. Only the images differ: each image of the clients is used once unchanged, and then with
+`distill.augment` until there are enough. The difference between the two results is what synthetic images of any kind
+can be worth for this student in this number of steps. No setting is chosen by it. Each run adds one JSON line to
+--results; runs that are already there are not repeated.
 """
 
 from __future__ import annotations
@@ -38,18 +39,20 @@ IMAGES = ("random", "real")
 
 
 def main(
-    data: Annotated[str, typer.Option(help="mnist-5k, digits, or npz:PATH (emoji10)")] = "mnist-5k",
-    skews: Annotated[str, typer.Option(help="Dirichlet concentrations, and iid")] = "0.1",
-    seeds: Annotated[str, typer.Option(help="partition seeds")] = "44,45,46",
+    data: Annotated[str, typer.Option(help="data source: mnist-5k, digits, or npz:PATH (emoji10)")] = "mnist-5k",
+    skews: Annotated[str, typer.Option(help="Dirichlet concentrations, separated by commas, and iid")] = "0.1",
+    seeds: Annotated[str, typer.Option(help="partition seeds, separated by commas")] = "44,45,46",
     clients: Annotated[int, typer.Option(help="number of clients K")] = 10,
-    change: Annotated[list[str] | None, typer.Option(help="key=value for all runs")] = None,
+    change: Annotated[
+        list[str] | None, typer.Option(help="key=value that changes a setting for all runs; repeatable")
+    ] = None,
     cache: Annotated[Path, typer.Option(help="folder for trained uploads")] = Path("outputs/uploads-cache"),
     results: Annotated[Path, typer.Option(help="JSON lines file to append to")] = ROOT
     / "benchmarks"
     / "results"
     / "real_images.jsonl",
 ) -> None:
-    """Run what is missing, and print the table."""
+    """Run all that is not stored yet and print the table."""
     changes, rows = split_changes(change or ()), read(results)
     mine = []
     for skew, seed in ((skew, int(seed)) for skew in skews.split(",") for seed in seeds.split(",")):
@@ -67,7 +70,7 @@ def main(
 
 
 def run(federation: Federation, settings: Settings, images: str) -> dict[str, Any]:
-    """Accuracies in 0..1 on the test images of a student that learnt from random images or from the clients' own."""
+    """Train a student on random images or on the clients' own; return accuracies in 0..1 on the test images."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     settings = settings.replace(**{"run.method": "random-images"})
     inputs = federation.inputs(settings, device=device)
@@ -77,7 +80,7 @@ def run(federation: Federation, settings: Settings, images: str) -> dict[str, An
 
 
 def on_real_images(federation: Federation, inputs: PipelineInputs) -> PipelineResult:
-    """Distillation on the clients' own images."""
+    """Distil the ensemble on the clients' own images."""
     train, spec = federation.source.train, federation.spec
     own = spec.normalise(train.images(torch.arange(len(train))))
 
@@ -91,7 +94,7 @@ def on_real_images(federation: Federation, inputs: PipelineInputs) -> PipelineRe
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
-    """Means in percent over partitions; the difference is taken for each."""
+    """Return a table of means in percent over partitions; differences are taken within each partition."""
     out = Table("Dirichlet", "fedavg", *IMAGES, "real - random", "ensemble", "partitions")
     for skew in dict.fromkeys(row["skew"] for row in rows):
         here = {(row["images"], row["seed"]): row for row in rows if row["skew"] == skew}

@@ -3,8 +3,8 @@
     python -m benchmarks.recipes --seeds 1,2,3 \
         --variant "plain:" --variant "no noise:distill.noise=0;distill.mix=0"
 
-Each variant names changes to the default settings (or those of --conf). Prints a table, and writes one JSON
-line for each run to --results.
+Each variant is a name and changes to the default settings (or to those of --conf). The command prints a table and
+appends one JSON line per run to --results.
 """
 
 from __future__ import annotations
@@ -33,18 +33,23 @@ COLUMNS = ("local_mean", "fedavg", "ensemble", "global")
 
 
 def main(
-    variant: Annotated[list[str], typer.Option(help='"name:key=value;key=value", repeatable')],
+    variant: Annotated[list[str], typer.Option(help='a variant as "name:key=value;key=value"; repeatable')],
     seeds: Annotated[str, typer.Option(help="partition seeds, separated by commas")] = "1,2,3",
-    conf: Annotated[Path | None, typer.Option(help="run-config TOML to start from")] = None,
+    conf: Annotated[
+        Path | None, typer.Option(help="settings file (TOML) that the changes apply to; without it the defaults")
+    ] = None,
     clients: Annotated[int, typer.Option(help="number of clients K")] = 10,
     split: Annotated[
-        str, typer.Option(help="validation, test, or train (the clients' images, which no student sees); or several")
+        str,
+        typer.Option(
+            help="splits, separated by commas: validation, test, or train (the clients' images, which no student sees)"
+        ),
     ] = "validation",
     cache: Annotated[Path, typer.Option(help="folder for trained uploads")] = Path("outputs/uploads-cache"),
     results: Annotated[Path | None, typer.Option(help="JSON lines file to append to")] = None,
-    verbose: Annotated[bool, typer.Option(help="show the stages' progress")] = False,
+    verbose: Annotated[bool, typer.Option(help="show the progress of the stages")] = False,
 ) -> None:
-    """Run every variant on every partition seed and print accuracies in percent and seconds."""
+    """Run every variant on every partition seed; print accuracies in percent and seconds."""
     logging.basicConfig(level=logging.INFO if verbose else logging.WARNING, format="%(message)s")
     base = {} if conf is None else tomllib.loads(conf.read_text())
     flat = {f"{stage}.{name}": value for stage, part in base.items() for name, value in part.items()}
@@ -75,7 +80,10 @@ def main(
 
 
 def run_one(settings: Settings, num_clients: int, splits: str, cache: Path) -> dict[str, float]:
-    """Accuracies in 0..1 and seconds of one pipeline run; those of further splits have the split's name behind."""
+    """Run one pipeline; return accuracies in 0..1 and seconds.
+
+    From the second split on, the keys of the accuracies end with the name of the split.
+    """
     federation = train_federation(settings, num_clients, cache)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     start = time.perf_counter()
@@ -90,7 +98,7 @@ def run_one(settings: Settings, num_clients: int, splits: str, cache: Path) -> d
 
 
 def split_changes(texts: Iterable[str]) -> dict[str, str]:
-    """Split each ``key=value``."""
+    """Split texts of the form ``key=value`` into a dict."""
     changes = {}
     for text in texts:
         key, equals, value = text.partition("=")
@@ -101,7 +109,7 @@ def split_changes(texts: Iterable[str]) -> dict[str, str]:
 
 
 def parse_value(text: str) -> RunConfigValue:
-    """Read a value as TOML would; text that is no TOML value is a string."""
+    """Parse a TOML value; return the text itself if it is not one."""
     try:
         value: RunConfigValue = tomllib.loads(f"v = {text}")["v"]
     except tomllib.TOMLDecodeError:

@@ -1,13 +1,15 @@
-"""Show that changed code computes what stored lines say, so that they stay with it.
+"""Show that changed code gives the stored results, so that the stored lines remain valid.
 
     python -m benchmarks.same_results --clients 5 --skews 0.1 --seeds 44
     python -m benchmarks.same_results --data npz:PATH/emoji10.npz --seeds 44 --methods fedmitr,random-images
 
-Runs anew the chosen lines of `benchmarks/results/accuracy-DATA.jsonl` that the tables are made from and that a machine
-like this one wrote (processor, cores, threads), and compares every number but times. If all are equal, the new code's
-fingerprint stands for the old one in `results/same-code.json`: tables keep their lines, and new lines join them. It is
-for changes that move code, or guard against what no stored run has met. Lines from a GPU are not run on a CPU: a change
-of what only a GPU runs needs new ones.
+The command repeats the chosen lines of `benchmarks/results/accuracy-DATA.jsonl` and compares all numbers except times.
+It takes only lines that the tables use and that a machine like this one wrote (processor, cores, threads). If all
+numbers are equal, `results/same-code.json` maps the fingerprint of the new code to the old one: the tables keep their
+lines, and new lines join them.
+
+Use it after a change that moves code, or that handles a case which no stored run contains. Lines from a GPU are not
+repeated on a CPU: a change of code that only runs on a GPU needs new lines.
 """
 
 from __future__ import annotations
@@ -38,14 +40,14 @@ TIMES = {"seconds", "cpu_seconds"}
 
 
 def main(
-    data: Annotated[str, typer.Option(help="mnist-5k, digits, or npz:PATH (emoji10)")] = "mnist-5k",
-    skews: Annotated[str, typer.Option(help="Dirichlet concentrations, and iid")] = "0.1",
-    seeds: Annotated[str, typer.Option(help="partition seeds")] = "44",
-    methods: Annotated[str, typer.Option(help="of run.method; all by default")] = "",
+    data: Annotated[str, typer.Option(help="data source: mnist-5k, digits, or npz:PATH (emoji10)")] = "mnist-5k",
+    skews: Annotated[str, typer.Option(help="Dirichlet concentrations, separated by commas, and iid")] = "0.1",
+    seeds: Annotated[str, typer.Option(help="partition seeds, separated by commas")] = "44",
+    methods: Annotated[str, typer.Option(help="values of run.method, separated by commas; default: all")] = "",
     clients: Annotated[int, typer.Option(help="number of clients K")] = 10,
     cache: Annotated[Path, typer.Option(help="folder for trained uploads")] = Path("outputs/uploads-cache"),
 ) -> None:
-    """Compare, and remember if all are equal. Exit code: 0 all equal, 1 some differ, 2 nothing to compare."""
+    """Compare and store the result if all lines are equal. Exit code: 0 all equal, 1 some differ, 2 no line found."""
     console = Console(stderr=True, highlight=False, soft_wrap=True)
     rows = read(ROOT / "benchmarks" / "results" / f"accuracy-{name_of(data)}.jsonl")
     code = main_rows(rows)[-1]["code"]
@@ -59,7 +61,9 @@ def main(
         and row["recipe"] == recipe(settings_for(data, row["skew"], row["seed"], row["changes"]), row["changes"])
     ]
     if not chosen:
-        console.print(f"no stored line of {name_of(data)}, code {code}, by {hardware()} that was asked for")
+        console.print(
+            f"no stored line of {name_of(data)} with code {code} and hardware {hardware()} matches the options"
+        )
         raise typer.Exit(2)
     differing = 0
     for row in chosen:
@@ -68,14 +72,14 @@ def main(
         about = " ".join(f"{key}={row[key]}" for key in ("skew", "seed", "distill_seed", "method", "changes"))
         console.print(f"{about}: {'; '.join(found) or 'equal'}")
     if differing:
-        console.print(f"{differing} of {len(chosen)} lines differ: code {fingerprint()} needs lines of its own")
+        console.print(f"{differing} of {len(chosen)} lines differ: code {fingerprint()} needs new lines")
         raise typer.Exit(1)
     remember(name_of(data), code, len(chosen))
-    console.print(f"all {len(chosen)} lines are equal: code {fingerprint()} stands for {code}")
+    console.print(f"all {len(chosen)} lines are equal: code {fingerprint()} counts as {code}")
 
 
 def run_again(data: str, row: Row, cache: Path) -> Row:
-    """What today's code makes of a stored line's settings."""
+    """Compute the row of a stored line again with today's code."""
     base = settings_for(data, row["skew"], row["seed"], row["changes"])
     federation = train_federation(base, row["clients"], cache)
     found = run_method(federation, base.replace(**{"run.method": row["method"]}), row["distill_seed"])
@@ -83,7 +87,7 @@ def run_again(data: str, row: Row, cache: Path) -> Row:
 
 
 def differences(stored: Row, found: Row) -> list[str]:
-    """Numbers that differ, times left out."""
+    """Return the numbers that differ, except times."""
     return [
         f"{key}: {stored[key]} stored, {value} now"
         for key, value in found.items()
@@ -92,7 +96,7 @@ def differences(stored: Row, found: Row) -> list[str]:
 
 
 def remember(data: str, code: str, lines: int) -> None:
-    """Let today's code stand for `code` in the results of a data set."""
+    """Store that today's code gives the results of `code` for a data set."""
     if fingerprint() == code:
         return
     known = json.loads(SAME.read_text("utf-8")) if SAME.is_file() else {}

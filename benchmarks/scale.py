@@ -1,13 +1,13 @@
-"""How collection scales with the number of clients: memory of the server's process, time, overhead over bare Flower.
+"""Measure how collection scales with the number of clients: server memory, time, overhead over plain Flower.
 
     python -m benchmarks.scale --clients 200 --collect-only     # random uploads of 5.7 million parameters
     python -m benchmarks.scale --clients 200                    # a whole run on MNIST-5k, Dirichlet(0.3)
 
-The clients are simulated by Flower on Ray and answer with the initialisation plus noise, at once or after
-`--client-seconds` of work. Each variant runs in a process of its own, which is the ServerApp's process of a simulation.
-`bare_flower_seconds` is the same simulation with the same window whose server takes each reply and drops it. Times are
-of the exchange alone, without the start of Ray and after a first message to each worker; peaks are of the whole
-process. The last line is JSON.
+Flower simulates the clients on Ray. Each client answers with the initialisation plus noise, at once or after
+`--client-seconds` of work. Each variant runs in a separate process, which is the ServerApp's process of a simulation.
+`bare_flower_seconds` is the time of the same simulation with the same window and a server that drops each reply. Times
+are of the exchange alone: without the start of Ray, and after a first message to each worker. Memory peaks are of the
+whole process. The last line of the output is JSON.
 """
 
 from __future__ import annotations
@@ -41,15 +41,19 @@ def main() -> None:
 def parser() -> argparse.ArgumentParser:
     out = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     out.add_argument("--clients", type=int, default=200)
-    out.add_argument("--collect-only", action="store_true", help="random uploads instead of training")
-    out.add_argument("--size", choices=PARAMETERS, default="deit-tiny", help="parameters of an upload")
+    out.add_argument("--collect-only", action="store_true", help="send random uploads instead of training")
     out.add_argument(
-        "--client-seconds", type=float, default=0.0, help="CPU time that a client takes for its upload, at least"
+        "--size", choices=PARAMETERS, default="deit-tiny", help="model whose number of parameters an upload has"
     )
-    out.add_argument("--window", type=int, default=0, help="run.window")
-    out.add_argument("--output", type=Path, default=None, help="where uploads go; default: a temporary folder")
-    out.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="settings of a whole run")
-    out.add_argument("--order", default="bare,ours", help="which variants to run, in which order")
+    out.add_argument(
+        "--client-seconds", type=float, default=0.0, help="least CPU time in seconds that a client takes for its upload"
+    )
+    out.add_argument("--window", type=int, default=0, help="value of run.window")
+    out.add_argument("--output", type=Path, default=None, help="folder for uploads; default: a temporary folder")
+    out.add_argument(
+        "--set", action="append", default=[], metavar="KEY=VALUE", help="changes a setting of a whole run; repeatable"
+    )
+    out.add_argument("--order", default="bare,ours", help="variants to run, in this order")
     out.add_argument("--variant", choices=STAGES, default=None, help=argparse.SUPPRESS)
     return out
 
@@ -179,7 +183,7 @@ def exchange(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def bare_flower(grid: Any, messages: Iterable[Any], window: int) -> Iterator[None]:
-    """Flower's own calls and nothing else: push up to the window, pull, drop."""
+    """Exchange messages with Flower's calls alone: push up to the window, pull, drop the replies."""
     waiting, flying = list(messages), set[str]()
     while waiting or flying:
         room = window - len(flying)
@@ -196,7 +200,7 @@ def bare_flower(grid: Any, messages: Iterable[Any], window: int) -> Iterator[Non
 
 
 def blank(size: str) -> dict[str, Any]:
-    """A state dict with as many parameters and tensors as the model has."""
+    """Return a state dict with the tensors and parameters of the model that `size` names."""
     import timm
 
     options: dict[str, Any] = {
@@ -215,7 +219,7 @@ def blank(size: str) -> dict[str, Any]:
 
 
 def memory() -> dict[str, int]:
-    """Resident memory of this process now: its own, and pages it shares with Ray's object store, in MiB."""
+    """Return the resident memory of this process in MiB: its own, shared with Ray's object store, mapped files."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(fields[name].split()[0]) // 1024 for name in ("RssAnon", "RssShmem", "RssFile")}
 
@@ -227,7 +231,7 @@ def rss_mb() -> float:
 
 
 def whole_run(arguments: argparse.Namespace) -> dict[str, Any]:
-    """All stages with real clients."""
+    """Run all stages with clients that train."""
     output = arguments.output or Path(tempfile.mkdtemp(prefix="fedmitr-scale-"))
     command = ["fedmitr", "simulate", "conf/demo.toml", "--clients", str(arguments.clients), "--output", str(output)]
     command += ["--set", "run.name=scale", "--set", "partition.alpha=0.3", "--set", f"run.window={arguments.window}"]

@@ -1,8 +1,9 @@
-"""Time of sparse against dense inversion of the same images, interleaved, by the settings of a run-config.
+"""Compare the time of sparse and dense inversion of the same images with the default settings.
 
     python -m benchmarks.sparsity
 
-Ends with one line of JSON: seconds of each repetition, and `ratio`, sparse / dense (medians).
+Sparse and dense inversion alternate. The last line of the output is JSON: the seconds of each repetition, and `ratio`,
+sparse / dense (medians).
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from fedmitr_flwr.settings import Settings
 
 
 def main(
-    repeats: Annotated[int, typer.Option(help="repetitions of each")] = 3,
-    images: Annotated[int, typer.Option(help="synthetic images; 0: the run-config's")] = 0,
+    repeats: Annotated[int, typer.Option(help="repetitions of sparse and of dense inversion")] = 3,
+    images: Annotated[int, typer.Option(help="number of synthetic images; 0: inversion.images")] = 0,
     clients: Annotated[int, typer.Option(help="number of clients K")] = 10,
     cache: Annotated[Path, typer.Option(help="folder for trained uploads")] = Path("outputs/uploads-cache"),
 ) -> None:
-    """Invert the demo's ensemble, sparse and dense in turn."""
+    """Invert the demo's ensemble, alternating sparse and dense inversion."""
     sparse = Settings() if images == 0 else Settings().replace(**{"inversion.images": images})
     dense = sparse.replace(**{"inversion.stops": "", "inversion.fractions": "", "density.rule": "quantile"})
     federation = train_federation(sparse, clients, cache)

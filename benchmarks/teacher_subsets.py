@@ -1,11 +1,11 @@
-"""What inverting each batch from a few teachers (`inversion.teachers-per-batch`) does to the final model.
+"""Measure the effect of inverting each batch from few teachers (`inversion.teachers-per-batch`) on the global model.
 
     python -m benchmarks.teacher_subsets --clients 10,50 --counts 0,2,5,10 --seeds 1,2,3
 
-Runs of one number of clients and one seed start from the same uploads, and differ in the setting alone; 0 is all
-teachers. One JSON line a run goes to --results; what stands there already isn't run again. The table has the
-mean accuracy of the global model in percent, the mean difference from all teachers in points with its spread
-over the seeds, and the seconds of inversion.
+Runs with the same number of clients and the same seed start from the same uploads and differ only in this setting; 0
+means all teachers. Each run adds one JSON line to --results; runs that are already there are not repeated. The table
+has the mean accuracy of the global model in percent, the mean difference from all teachers in points with its smallest
+and largest value over the seeds, and the seconds of inversion.
 """
 
 from __future__ import annotations
@@ -30,18 +30,22 @@ HEAD = (
 
 
 def main(
-    clients: Annotated[str, typer.Option(help="numbers of clients K")] = "10,50",
-    counts: Annotated[str, typer.Option(help="teachers a batch; 0, all of them, is always run")] = "2,5,10",
-    seeds: Annotated[str, typer.Option(help="partition seeds")] = "1,2,3",
-    conf: Annotated[Path | None, typer.Option(help="run-config TOML to start from; without it the defaults")] = None,
-    change: Annotated[list[str] | None, typer.Option(help="key=value for all runs")] = None,
-    split: Annotated[str, typer.Option(help="validation or test")] = "validation",
+    clients: Annotated[str, typer.Option(help="numbers of clients K, separated by commas")] = "10,50",
+    counts: Annotated[
+        str, typer.Option(help="teachers per batch, separated by commas; 0 (all teachers) always runs")
+    ] = "2,5,10",
+    seeds: Annotated[str, typer.Option(help="partition seeds, separated by commas")] = "1,2,3",
+    conf: Annotated[Path | None, typer.Option(help="settings file (TOML); without it the defaults")] = None,
+    change: Annotated[
+        list[str] | None, typer.Option(help="key=value that changes a setting for all runs; repeatable")
+    ] = None,
+    split: Annotated[str, typer.Option(help="split to measure on: validation or test")] = "validation",
     cache: Annotated[Path, typer.Option(help="folder for trained uploads")] = Path("outputs/uploads-cache"),
     results: Annotated[Path, typer.Option(help="JSON lines file to append to")] = Path(
         "benchmarks/results/teacher_subsets.jsonl"
     ),
 ) -> None:
-    """Run what is missing and print the table of everything."""
+    """Run all that is not stored yet and print the table of all runs."""
     base = {} if conf is None else tomllib.loads(conf.read_text())
     flat = {f"{stage}.{name}": value for stage, part in base.items() for name, value in part.items()}
     changes = split_changes(change or ())
@@ -63,7 +67,7 @@ def main(
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Markdown; differences are taken between runs of the same seed."""
+    """Return the Markdown table; differences are taken between runs with the same seed."""
     found = {(row["clients"], row["count"], row["seed"]): row for row in rows}
     lines = []
     for K, count in sorted({(K, count) for K, count, _ in found}):
@@ -85,7 +89,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def numbers(text: str) -> list[int]:
-    """Integers with commas between them."""
+    """Parse integers that are separated by commas."""
     return [int(part) for part in text.split(",") if part.strip()]
 
 

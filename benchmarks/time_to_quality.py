@@ -1,14 +1,14 @@
-"""What the default recipe reaches, and in how much synthesis time, against SMI's full schedule.
+"""Compare accuracy and inversion time of the default settings with those of SMI's full schedule.
 
-    python -m benchmarks.accuracy --skews 0.1 --methods fedmitr        # accuracies of the default recipe, and of
+    python -m benchmarks.accuracy --skews 0.1 --methods fedmitr    # accuracies with the default settings
     python -m benchmarks.accuracy --skews 0.1 --methods fedmitr \\
-        --change inversion.iterations=4000 --change inversion.stops=50,100,200,300    # SMI's schedule
-    python -m benchmarks.time_to_quality    # reads both, null where one is missing, and measures synthesis time
+        --change inversion.iterations=4000 --change inversion.stops=50,100,200,300    # accuracies with SMI's schedule
+    python -m benchmarks.time_to_quality    # reads both (null if one is missing) and measures the time of inversion
 
-Both invert the same number of images from the same ensemble, and the same student learns from them beside the same
-random images. Time is CPU time of one thread, with the demo's ViT and ten teachers of random weights, which it doesn't
-depend on: of the default recipe as our engine runs it, and of SMI's schedule as the plain reference would (projected
-from measured iterations of each stage). The last line is JSON.
+Both invert the same number of images from the same ensemble, and the same student learns from these and from the same
+random images. Time is CPU time of one thread, with the demo's ViT and ten teachers of random weights; it does not
+depend on the weights. The default settings are timed with our engine. SMI's schedule is projected for the plain
+reference from measured iterations of each stage. The last line of the output is JSON.
 """
 
 from __future__ import annotations
@@ -31,8 +31,10 @@ SMI = {"inversion.iterations": "4000", "inversion.stops": "50,100,200,300"}
 
 
 def main(
-    skew: Annotated[str, typer.Option(help="Dirichlet concentration of the accuracies")] = "0.1",
-    repeats: Annotated[int, typer.Option(help="iterations of the reference for each stage, and batches of ours")] = 5,
+    skew: Annotated[str, typer.Option(help="Dirichlet concentration of the stored accuracies")] = "0.1",
+    repeats: Annotated[
+        int, typer.Option(help="timed iterations of the reference per stage, and timed batches of our engine")
+    ] = 5,
 ) -> None:
     """Measure, compare and print."""
     torch.set_num_threads(1)
@@ -54,7 +56,7 @@ def main(
 
 
 def stage_seconds(bench: Bench, stage: int, repeats: int) -> float:
-    """Median CPU seconds of one iteration of the plain reference."""
+    """Return the median CPU seconds of one iteration of the plain reference."""
     step = bench.reference(stage)
     step()
     seconds = []
@@ -66,7 +68,7 @@ def stage_seconds(bench: Bench, stage: int, repeats: int) -> float:
 
 
 def batch_seconds(bench: Bench, settings: InversionSettings) -> float:
-    """CPU seconds of one batch of the default recipe."""
+    """Return the CPU seconds of one batch with the default settings."""
     start = time.process_time()
     invert(
         InversionTask(bench.ensemble(), bench.grid, settings), bench.labels, generator=torch.Generator().manual_seed(0)
@@ -75,7 +77,7 @@ def batch_seconds(bench: Bench, settings: InversionSettings) -> float:
 
 
 def accuracies(rows: list[Row], skew: str) -> dict[str, float | int | None]:
-    """Means in percent of both recipes, over the partition seeds that both have been run on by the same code."""
+    """Return the mean accuracies of both in percent, over the partition seeds that both have from the same code."""
     here = [row for row in rows if row["skew"] == skew and row["clients"] == 10]
     default, smi = ([row for row in here if row["changes"] == changes] for changes in ({}, SMI))
     runs = {(row["seed"], row["code"]) for row in default} & {(row["seed"], row["code"]) for row in smi}

@@ -1,9 +1,9 @@
-"""Invert a timm model into images, without any federation.
+"""Invert a timm model into images, without federated learning.
 
     python examples/invert_timm_model.py
 
-Takes some seconds: it trains a small ViT on scikit-learn's digits first, so that there is something to invert. With
-your own model, start at `invert_model`: any timm ViT with a [CLS] token will do.
+The program first trains a small ViT on scikit-learn's digits and then inverts it; this takes some seconds. If you have
+a trained model, start at `invert_model`. It accepts any timm ViT with a [CLS] token.
 """
 
 from pathlib import Path
@@ -17,7 +17,7 @@ OUTPUT = Path("inverted.png")
 
 
 def main() -> None:
-    """Train, invert, write the picture."""
+    """Train a ViT, invert it and write the images as one picture."""
     settings = fm.Settings.from_run_config(
         {
             "data.source": "digits",

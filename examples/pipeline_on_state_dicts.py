@@ -1,8 +1,9 @@
-"""Run the whole pipeline on state dicts that you have already, wherever they come from.
+"""Run the whole pipeline on existing state dicts, without Flower.
 
     python examples/pipeline_on_state_dicts.py
 
-Two "sites" train here on half of the digits each; in your case the state dicts come from files. No Flower is involved.
+Here, two clients are trained first, each on half of the ten digits. Your own state dicts can come from anywhere, for
+example from files.
 """
 
 import logging
@@ -16,7 +17,7 @@ CPU = torch.device("cpu")
 
 
 def main() -> None:
-    """Train two clients, merge them, compare."""
+    """Train two clients, combine their models and print the accuracies."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     settings = fm.Settings.from_run_config(
         {

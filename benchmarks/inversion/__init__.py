@@ -1,1 +1,1 @@
-"""Speed of sparse inversion: our engine against a plain reference with the same mathematics."""
+"""Benchmark the speed of sparse inversion: our engine against a plain reference with the same mathematics."""

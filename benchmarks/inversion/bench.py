@@ -1,4 +1,4 @@
-"""The variants that take turns: a plain reference and our engine, on the same images and kept patches.
+"""Define and time the variants: a plain reference and our engine, on the same images and kept patches.
 
 Letters: B images, K teachers, L patches kept.
 """
@@ -62,7 +62,7 @@ FULL = [TINY, BASE, Case("tiny K=10", TINY.model, {}, 16, 10), *DEMO]
 
 
 class Bench:
-    """All variants of one case, on the same images and kept sets."""
+    """All variants of one case, on the same images and kept patches."""
 
     def __init__(self, case: Case, device: str = "cpu") -> None:
         self.case, self.device = case, torch.device(device)
@@ -87,18 +87,21 @@ class Bench:
 
     @property
     def tokens(self) -> list[int]:
-        """Tokens of each stage."""
+        """Number of tokens at each stage."""
         return [kept.shape[1] + self.teachers[0].num_prefix_tokens for kept in self.kept]
 
     def reference(self, stage: int, dtype: torch.dtype = torch.float32) -> Callable[[], Tensor]:
-        """One iteration of the plain reference; stage 0 is dense."""
+        """Return a function that runs one iteration of the plain reference; stage 0 is dense."""
         settings = InversionSettings(tv_weight=0.05, learning_rate=0.25)
         kept = self.kept[stage] if stage else None
         plain = PlainInversion(self.teachers, self.weights, self.images, self.labels, kept, self.grid, settings, dtype)
         return plain.step
 
     def ours(self, stage: int, precision: Precision, ensemble: Ensemble, announced: int = 0) -> Callable[[], Tensor]:
-        """One iteration of our engine, which is told how many will be asked for."""
+        """Return a function that runs one iteration of our engine.
+
+        `announced` is the number of iterations that the engine is told to expect; it decides about CUDA graphs.
+        """
         settings = InversionSettings(tv_weight=0.05, learning_rate=0.25, precision=precision)
         batch = InversionBatch(InversionTask(ensemble, self.grid, settings), self.labels, self.images, self.kept[stage])
         batch.expect(announced)
@@ -111,7 +114,7 @@ class Bench:
 
 
 def interleaved(variants: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, list[float]]:
-    """Seconds of each variant, which take turns; one round before them is not counted."""
+    """Return the seconds of each variant; the variants alternate, and a first round is not counted."""
     clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     for repeat in range(repeats + 1):
@@ -124,7 +127,7 @@ def interleaved(variants: dict[str, Callable[[], Tensor]], repeats: int) -> dict
 
 
 def schedule(stages: Sequence[float]) -> float:
-    """Seconds of all iterations, from seconds an iteration at each stage."""
+    """Return the seconds of the whole schedule, given the seconds of an iteration at each stage."""
     ends = (*STOPS, ITERATIONS)
     lengths = [end - start for start, end in zip((0, *STOPS), ends, strict=True)]
     return sum(length * seconds for length, seconds in zip(lengths, stages, strict=True))
@@ -139,7 +142,7 @@ def measure(
     *,
     reference_bf16: bool = False,
 ) -> dict[str, list[float]]:
-    """Seconds of an iteration, by ``VARIANT STAGE``; the plain reference at some of the stages."""
+    """Return the seconds of an iteration by ``VARIANT STAGE``; the reference only at the stages `reference`."""
     bench = Bench(case)
     ensembles = {precision: bench.ensemble() for precision in precisions}
     found: dict[str, list[float]] = {}
@@ -154,7 +157,7 @@ def measure(
 
 
 def ratios(tiny: dict[str, list[float]], base: dict[str, list[float]]) -> dict[str, float]:
-    """The values of the last line."""
+    """Return the ratios reference / ours of the last line of `--quick`."""
     last = len(STOPS)
     found = {}
     for precision in BOTH:
@@ -169,7 +172,7 @@ def ratios(tiny: dict[str, list[float]], base: dict[str, list[float]]) -> dict[s
 
 
 def extra_peak_mb(case: Case, variant: str, stage: int) -> dict[str, float]:
-    """Extra peak memory of one step in this process, packed weights included, and the size of the teachers.
+    """Return the extra peak memory of one step, packed weights included, and the size of the teachers, in MiB.
 
     Parameters
     ----------
@@ -192,7 +195,7 @@ def extra_peak_mb(case: Case, variant: str, stage: int) -> dict[str, float]:
 
 
 def memory_of(name: str, variant: str, stage: int) -> dict[str, float]:
-    """`extra_peak_mb` in a process of its own."""
+    """Run `extra_peak_mb` in a separate process."""
     asked = ["--memory", name, "--variant", variant, "--stage", str(stage)]
     run = [sys.executable, "-m", "benchmarks.inversion", *asked]
     out = subprocess.run(run, capture_output=True, text=True, check=True).stdout
@@ -201,7 +204,7 @@ def memory_of(name: str, variant: str, stage: int) -> dict[str, float]:
 
 
 def hardware() -> dict[str, str | int | bool]:
-    """What the numbers were taken on."""
+    """Return the description of this machine."""
     cpu = platform.processor() or platform.machine()
     if sys.platform == "linux":
         lines = Path("/proc/cpuinfo").read_text().splitlines()

@@ -1,7 +1,7 @@
-"""`benchmarks.inversion` on a GPU: plain reference, our engine as it is, and our engine as a CUDA graph.
+"""Measure inversion on a GPU: the plain reference, our engine without CUDA graphs, and our engine with them.
 
-Wall-clock time between two waits for the device, over as many iterations as take about `SAMPLE` seconds; variants take
-turns, and each value is the median of an iteration's time. fp32 is without TF32.
+A sample is the wall-clock time between two synchronisations with the device, over as many iterations as take about
+`SAMPLE` seconds. Variants alternate, and each value is the median time of an iteration. fp32 is without TF32.
 
 Letters: B images, K teachers.
 """
@@ -25,20 +25,27 @@ from fedmitr_flwr.settings import Precision
 from fedmitr_flwr.stages.inversion.cuda_graphs import WARM_UP
 
 SAMPLE, MOST = 0.1, 100
-"""Seconds of a sample, and iterations of one at most."""
+"""Seconds of a sample, and its largest number of iterations."""
 MOST_PLAIN = 50
-"""Teachers up to which the reference is measured at every stage; above, at the last one: it keeps all their graphs."""
+"""Largest number of teachers with which the reference is measured at every stage.
+
+With more it is measured only at the last stage, because it keeps the autograd graphs of all teachers.
+"""
 EVERY, LAST = range(len(STOPS) + 1), len(STOPS)
 HEAD = """\
 # Speed of sparse inversion on a GPU
 
 `python -m benchmarks.inversion --device cuda`. {hardware}.
 
-Weights are random; wall-clock time, medians of interleaved repetitions, all in ms an iteration; stages have 197, 138,
-97, 68, 47 tokens (demo: 50, 35, 24, 17, 12), B images. Schedule: 4000 iterations with stops at 50, 100, 200, 300,
-projected from the stages. Reference: `benchmarks/reference.py` in the same precision, sparse with the same patches,
-dense without stops. Graph: what inversion does between two stops that lie far enough apart; eager: the same without.
-Spread: (largest - smallest) / median of the graph at the last stage.
+Wall-clock time in ms per iteration, medians of alternating repetitions. Weights are random.
+
+- Stages have 197, 138, 97, 68 and 47 tokens (demo: 50, 35, 24, 17 and 12). B is the number of images.
+- Schedule: 4000 iterations with stops at 50, 100, 200 and 300, projected from the stages.
+- Reference: `benchmarks/inversion/reference.py` in the same precision; sparse with the same patches, dense without
+  stops.
+- Graph: iterations as a CUDA graph, which inversion uses between two stops that are far enough apart. Eager: the same
+  iterations without a graph.
+- Spread: (largest - smallest) / median of the graph at the last stage.
 
 """
 COLUMNS = (
@@ -58,7 +65,7 @@ COLUMNS = (
 
 
 def hardware() -> dict[str, str]:
-    """What the numbers were taken on."""
+    """Return the description of the GPU."""
     return {
         "gpu": torch.cuda.get_device_name(),
         "capability": ".".join(map(str, torch.cuda.get_device_capability())),
@@ -68,7 +75,7 @@ def hardware() -> dict[str, str]:
 
 
 def quick(repeats: int) -> dict[str, float | str]:
-    """The values of `benchmarks.inversion --quick`: reference in fp32 / ours, as a graph, and ``..._eager``."""
+    """Return the ratios of `--quick`: reference in fp32 / ours with graphs, and without them as ``..._eager``."""
     tiny = middle(measure(TINY, EVERY, (0, LAST), repeats, plain_bf16=False))
     base = middle(measure(BASE, (LAST,), (LAST,), repeats, plain_bf16=False))
     found = {}
@@ -84,12 +91,12 @@ def quick(repeats: int) -> dict[str, float | str]:
 
 
 def full(cases: Sequence[Case], repeats: int, folder: Path) -> dict[str, float]:
-    """Measure the cases; write ``inversion-cuda.json`` and ``inversion-cuda.md``, in which other cases stay.
+    """Measure the cases and write ``inversion-cuda.json`` and ``inversion-cuda.md``; other cases in them stay.
 
     Returns
     -------
     dict
-        Reference / graph of these cases in the same precision.
+        Ratios reference / graph of these cases in the same precision.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, machine = folder / "inversion-cuda.json", hardware()
@@ -120,7 +127,7 @@ def measure(
     plain_bf16: bool,
     graphs: Graphs | None = None,
 ) -> dict[str, list[float]]:
-    """Seconds of an iteration, by ``VARIANT-PRECISION STAGE``; the plain reference at the stages of `compared`."""
+    """Return seconds of an iteration by ``VARIANT-PRECISION STAGE``; the reference at the stages `compared`."""
     bench = Bench(case, "cuda")
     graphs = graphs or Graphs()
     ensembles = {precision: bench.ensemble(graphs) for precision in BOTH}
@@ -142,7 +149,7 @@ def measure(
 
 
 def interleaved(variants: dict[str, Callable[[], Tensor]], repeats: int) -> dict[str, list[float]]:
-    """Seconds an iteration of each variant, which take turns, after enough iterations to record a graph."""
+    """Return seconds per iteration of each variant; they alternate, after enough iterations to record a graph."""
     counts = {}
     for name, run in variants.items():
         timed(run, WARM_UP + 2)
@@ -155,7 +162,7 @@ def interleaved(variants: dict[str, Callable[[], Tensor]], repeats: int) -> dict
 
 
 def timed(run: Callable[[], Tensor], count: int) -> float:
-    """Seconds of one of `count` calls, the device's work included."""
+    """Return the mean seconds of `count` calls, including the work on the device."""
     torch.cuda.synchronize()
     start = time.perf_counter()
     for _ in range(count):
@@ -165,12 +172,12 @@ def timed(run: Callable[[], Tensor], count: int) -> float:
 
 
 def middle(seconds: dict[str, list[float]]) -> dict[str, float]:
-    """Medians."""
+    """Return the median of each list."""
     return {key: statistics.median(values) for key, values in seconds.items()}
 
 
 def ratios(times: dict[str, float], precision: Precision) -> dict[str, float]:
-    """What a graph gains, at the last stage and over the schedule, as far as both were measured."""
+    """Return the ratios of eager and reference to graph, at the last stage and over the schedule, where measured."""
     graph = times[f"graph-{precision} {LAST}"]
     ours = schedule([times[f"graph-{precision} {stage}"] for stage in EVERY])
     plain = {stage: times[key] for stage in EVERY if (key := f"reference-{precision} {stage}") in times}
@@ -184,7 +191,7 @@ def ratios(times: dict[str, float], precision: Precision) -> dict[str, float]:
 
 
 def rows(name: str, case: dict[str, Any]) -> list[str]:
-    """Lines of the table, one for each precision."""
+    """Return the lines of the table for a case, one per precision."""
     times, lines = middle(case["seconds"]), []
     for precision in BOTH:
         kinds = ("graph", "eager", "reference")
@@ -209,7 +216,7 @@ def rows(name: str, case: dict[str, Any]) -> list[str]:
 
 
 def table(raw: dict[str, Any]) -> str:
-    """The Markdown page."""
+    """Return the Markdown page."""
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
     for name, case in raw["cases"].items():
         lines += rows(name, case)

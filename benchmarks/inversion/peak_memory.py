@@ -1,4 +1,4 @@
-"""The highest memory of this process since a moment, as Linux counts it."""
+"""Measure the peak resident memory of this process since a given moment, as Linux counts it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ _RESET, _STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 
 class PeakMemory:
-    """MiB above what is resident now; on other systems than Linux above the highest so far, if it was higher."""
+    """Peak memory since the creation of this object, in MiB.
+
+    On systems other than Linux the peak cannot be reset, so it includes earlier peaks.
+    """
 
     def __init__(self) -> None:
         release_memory()
@@ -24,11 +27,11 @@ class PeakMemory:
 
     @property
     def extra(self) -> float:
-        """Of the highest since the start."""
+        """Peak minus the memory that was resident at the start."""
         return float(self.highest - self._before / 2**20)
 
     @property
     def highest(self) -> float:
-        """In all."""
+        """Peak in total."""
         found = re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text()) if _STATUS.exists() else None
         return int(found[1] if found else resource.getrusage(resource.RUSAGE_SELF).ru_maxrss) / 1024

@@ -1,9 +1,11 @@
-"""A plain reference for sparse inversion: what research code does, with exactly the mathematics of ours.
+"""Plain reference for sparse inversion, written as research code is, with exactly the mathematics of our engine.
 
-Every image is embedded whole and then gathered; every block computes every token, with the attention written
-out; total variation goes through autograd; the teachers' weights keep their gradients; torch's Adam
-updates whole images, of which the stopped patches are put back. Benchmarks measure against it and tests compare
-losses and gradients with it.
+- Every image is embedded whole, and then the kept patches are gathered.
+- Every block computes every token, with explicit attention.
+- Total variation goes through autograd, and the teachers' weights keep their gradients.
+- torch's Adam updates whole images; afterwards the stopped patches are restored.
+
+Benchmarks measure our engine against it, and tests compare losses and gradients with it.
 
 Letters: B images, K teachers, C classes, P patches of the full grid, L patches kept.
 """
@@ -22,7 +24,7 @@ from fedmitr_flwr.settings import InversionSettings
 
 
 class PlainInversion:
-    """One batch under inversion.
+    """One batch of images under inversion.
 
     Parameters
     ----------
@@ -31,13 +33,13 @@ class PlainInversion:
     weights
         ``(K, C)`` class-wise weights, all positive.
     images
-        ``(B, ch, S, S)`` to start from, on the device of the teachers, weights, labels and kept patches.
+        ``(B, ch, S, S)`` starting images, on the device of the teachers, weights, labels and kept patches.
     labels
         ``(B,)`` int64.
     kept
-        ``(B, L)`` int64 patches of the graph; None: all, which is dense inversion.
+        ``(B, L)`` int64 indices of the patches that are inverted; None: all patches, which is dense inversion.
     dtype
-        bf16: the forward runs under autocast.
+        With bf16, the forward pass runs under autocast.
     """
 
     def __init__(
@@ -70,7 +72,7 @@ class PlainInversion:
                 setattr(cast(Block, block).attn, "fused_attn", False)  # noqa: B010 - timm declares it final
 
     def logits(self, teacher: VisionTransformer) -> Tensor:
-        """``(B, C)`` logits of a teacher from [CLS] and the kept patches."""
+        """Return the ``(B, C)`` logits of a teacher from [CLS] and the kept patches."""
         tokens = teacher._pos_embed(teacher.patch_embed(self.images))
         if self.kept is not None:
             prefix = teacher.num_prefix_tokens
@@ -82,7 +84,7 @@ class PlainInversion:
         return logits
 
     def cross_entropy(self) -> Tensor:
-        """``(B,)`` CE(A(x), y)."""
+        """Return CE(A(x), y) of each image, ``(B,)``."""
         with torch.autocast(self.images.device.type, self.dtype, enabled=self.dtype != torch.float32):
             logits = [self.logits(teacher) for teacher in self.teachers]
         total = torch.zeros((), device=self.images.device)
@@ -92,7 +94,7 @@ class PlainInversion:
         return -probabilities.gather(1, self.labels[:, None]).squeeze(1).log()
 
     def total_variation(self) -> Tensor:
-        """``(B,)`` DeepInversion's total variation of each image."""
+        """Return DeepInversion's total variation of each image, ``(B,)``."""
         x = self.images
         differences = (
             x[..., :, 1:] - x[..., :, :-1],
@@ -103,7 +105,7 @@ class PlainInversion:
         return torch.stack([d.flatten(1).norm(dim=1) for d in differences]).sum(0)
 
     def step(self) -> Tensor:
-        """One iteration; the ``(B,)`` cross-entropies before its update."""
+        """Run one iteration; return the ``(B,)`` cross-entropies before its update."""
         self.adam.zero_grad()
         for teacher in self.teachers:
             teacher.zero_grad(set_to_none=True)

@@ -1,6 +1,6 @@
-"""The full table of `benchmarks.inversion`: every case at every stage, ours and the plain reference.
+"""Write the full table of `benchmarks.inversion`: every case at every stage, our engine and the plain reference.
 
-A run that is stopped leaves the cases that it finished; a later one adds to them if hardware and threads are the same.
+An interrupted run keeps the cases that it finished. A later run adds to them if hardware and threads are the same.
 """
 
 from __future__ import annotations
@@ -21,12 +21,16 @@ HEAD = """\
 
 `python -m benchmarks.inversion`. {hardware}.
 
-Weights are random; {clock}, medians of interleaved repetitions; stages have 197, 138, 97, 68, 47 tokens
-(demo: 50, 35, 24, 17, 12), B images. Schedule: 4000 iterations with stops at 50, 100, 200, 300, projected from the
-stages. Reference: `benchmarks/reference.py` in the same precision, sparse with the same patches, dense without stops.
-Spread: (largest - smallest) / median of our last stage. GFLOP of an iteration at the first and the last stage, counted
-by `flops.pass_flops`. MiB: extra peak of one step at the first and the last stage, packed weights included; the
-teachers themselves not, whose size stands behind.{no_bf16}
+Times are {clock}, medians of alternating repetitions. Weights are random.{no_bf16}
+
+- Stages have 197, 138, 97, 68 and 47 tokens (demo: 50, 35, 24, 17 and 12). B is the number of images.
+- Schedule: 4000 iterations with stops at 50, 100, 200 and 300, projected from the stages.
+- Reference: `benchmarks/inversion/reference.py` in the same precision; sparse with the same patches, dense without
+  stops.
+- Spread: (largest - smallest) / median of our last stage.
+- GFLOP: of an iteration at the first and the last stage, counted by `fedmitr_flwr.ensemble.engine.flops.pass_flops`.
+- MiB: extra peak memory of one step at the first and the last stage. It includes packed weights but not the teachers,
+  whose size is in the last column.
 
 """
 COLUMNS = (
@@ -48,12 +52,14 @@ COLUMNS = (
 
 
 def full(cases: Sequence[Case], repeats: int, folder: Path) -> dict[str, float]:
-    """Measure the cases; write ``inversion.json`` and ``inversion.md``, with other threads than one under their name.
+    """Measure the cases and write ``inversion.json`` and ``inversion.md``.
+
+    With more than one thread the number of threads is part of the names.
 
     Returns
     -------
     dict
-        The ratios of these cases.
+        Ratios reference / ours of these cases.
     """
     machine = hardware()
     name = "inversion" if machine["threads"] == 1 else f"inversion-{machine['threads']}-threads"
@@ -75,10 +81,10 @@ def full(cases: Sequence[Case], repeats: int, folder: Path) -> dict[str, float]:
 
 
 def measure_case(case: Case, repeats: int, *, bf16: bool) -> dict[str, Any]:
-    """Seconds, memory and arithmetic of a case.
+    """Return the seconds, memory and FLOPs of a case.
 
-    The plain reference keeps the graphs of all its teachers, so that it takes part up to ten teachers, at the last
-    stage up to 50. bf16 is measured of single teachers where the processor has instructions for it.
+    The plain reference keeps the autograd graphs of all teachers. It is therefore measured with up to ten teachers, and
+    at the last stage with up to 50. bf16 is measured with a single teacher if the processor has instructions for it.
     """
     compared = EVERY if case.teachers <= 10 else (LAST,) if case.teachers <= 50 else ()
     precisions = BOTH if bf16 and case.teachers == 1 else BOTH[:1]
@@ -103,7 +109,7 @@ def measure_case(case: Case, repeats: int, *, bf16: bool) -> dict[str, Any]:
 
 
 def ratios_of(seconds: dict[str, list[float]], precision: str) -> dict[str, float]:
-    """Reference / ours at the last stage and over the schedule, as far as both were measured."""
+    """Return the ratios reference / ours at the last stage and over the schedule, where both were measured."""
     middle = {key: statistics.median(values) for key, values in seconds.items()}
     if f"{precision} {LAST}" not in middle:
         return {}
@@ -118,7 +124,7 @@ def ratios_of(seconds: dict[str, list[float]], precision: str) -> dict[str, floa
 
 
 def rows(name: str, case: dict[str, Any]) -> list[str]:
-    """Lines of the table, one for each precision."""
+    """Return the lines of the table for a case, one per precision."""
     middle = {key: statistics.median(values) for key, values in case["seconds"].items()}
     lines = []
     for precision in ("fp32", "bf16"):
@@ -151,10 +157,12 @@ def rows(name: str, case: dict[str, Any]) -> list[str]:
 
 
 def table(raw: dict[str, Any]) -> str:
-    """The Markdown page."""
+    """Return the Markdown page."""
     machine = raw["hardware"]
     clock = "CPU time" if machine["threads"] == 1 else "wall-clock time"
-    no_bf16 = "" if machine["avx512_bf16"] else " bf16 is not measured: the processor has no instructions for it."
+    no_bf16 = (
+        "" if machine["avx512_bf16"] else " bf16 is not measured, because the processor has no instructions for it."
+    )
     named = ", ".join(f"{key.replace('_', ' ')}: {value}" for key, value in machine.items())
     head = HEAD.format(hardware=named, clock=clock, no_bf16=no_bf16)
     lines = ["| " + " | ".join(COLUMNS) + " |", "|" + "---|" * len(COLUMNS)]
@@ -164,7 +172,7 @@ def table(raw: dict[str, Any]) -> str:
 
 
 def _joined(values: Sequence[float | None], digits: int = 0) -> str:
-    """Numbers with slashes between them; empty if there is none."""
+    """Return the numbers separated by slashes; an empty text if there is none."""
     if all(value is None for value in values):
         return ""
     return " / ".join("-" if value is None else f"{value:.{digits}f}" for value in values)

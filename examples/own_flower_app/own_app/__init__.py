@@ -1,1 +1,1 @@
-"""An app of one's own around FedMITR."""
+"""A Flower app that uses FedMITR as its strategy."""

@@ -1,4 +1,4 @@
-"""The ClientApp of fedmitr-flwr as it is; put your own here if you train differently."""
+"""The ClientApp of fedmitr-flwr, unchanged. Replace it by your own if you train differently."""
 
 from client_app.app import app
 

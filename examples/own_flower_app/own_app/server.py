@@ -1,8 +1,9 @@
-"""A ServerApp of one's own that uses the FedMITR strategy; the clients are fedmitr-flwr's.
+"""Your own ServerApp with the FedMITR strategy and the clients of fedmitr-flwr.
 
     flwr run examples/own_flower_app --stream --run-config "output='/tmp/own'"
 
-What is yours here: the settings in code, what happens before and after, and where the model goes.
+In your own ServerApp you set the settings in code, add steps before and after the exchange, and choose where the model
+is saved.
 """
 
 from pathlib import Path
