@@ -6,7 +6,7 @@ Letters: B images, K teachers, C classes.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from fedmitr_flwr.models.build import build_model
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.models.vit import forward_images
 from fedmitr_flwr.pipeline.inputs import PipelineResult
+from fedmitr_flwr.results.metrics import MODELS, computed
 from fedmitr_flwr.settings import ModelSettings
 
 
@@ -35,6 +36,8 @@ class Evaluation:
         ``C x C`` counts of the global model, rows the true class.
     num_images
         Images evaluated on.
+    metrics
+        For ``fedavg``, ``ensemble`` and ``global`` the metrics of `metrics.METRICS` by name.
     """
 
     local: tuple[float, ...]
@@ -44,6 +47,7 @@ class Evaluation:
     per_class: Mapping[str, tuple[float | None, ...]]
     confusion: tuple[tuple[int, ...], ...]
     num_images: int
+    metrics: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
 
     @property
     def local_mean(self) -> float:
@@ -52,12 +56,7 @@ class Evaluation:
 
     def accuracy(self) -> dict[str, float]:
         """The four totals under the names of ``metrics.json``."""
-        return {
-            "local_mean": self.local_mean,
-            "fedavg": self.fedavg,
-            "ensemble": self.ensemble,
-            "global": self.global_model,
-        }
+        return dict(zip(MODELS, (self.local_mean, self.fedavg, self.ensemble, self.global_model), strict=True))
 
 
 @torch.no_grad()
@@ -101,14 +100,19 @@ def evaluate(
     C = spec.num_classes
     local = [MulticlassAccuracy(C, average="micro").to(device) for _ in range(len(result.ensemble.teachers))]
     confusion = {name: MulticlassConfusionMatrix(C).to(device) for name in ("fedavg", "ensemble", "global")}
+    said: dict[str, list[Tensor]] = {name: [] for name in confusion}
     for x, y in batches(images, spec, batch_size, device):
         patches = grid.to_patches(x)
         seen = result.ensemble.see(patches).logits
         for metric, logits in zip(local, seen, strict=True):
             metric.update(logits, y)
-        confusion["ensemble"].update(result.ensemble.combine(seen), y)
+        said["ensemble"].append(result.ensemble.combine(seen))
         for name, model in models.items():
-            confusion[name].update(forward_images(model, x).logits, y)
+            said[name].append(forward_images(model, x).logits.float().softmax(-1))
+        for name, table in confusion.items():
+            table.update(said[name][-1], y)
+            said[name][-1] = said[name][-1].cpu()
+    labels = torch.from_numpy(images.labels)
     tables = {name: metric.compute().cpu() for name, metric in confusion.items()}
     total = {name: float(table.diagonal().sum() / table.sum()) for name, table in tables.items()}
     return Evaluation(
@@ -119,6 +123,7 @@ def evaluate(
         per_class={name: _per_class(table) for name, table in tables.items()},
         confusion=tuple(tuple(int(n) for n in row) for row in tables["global"]),
         num_images=len(images),
+        metrics={name: computed(labels, torch.cat(parts)) for name, parts in said.items()},
     )
 
 

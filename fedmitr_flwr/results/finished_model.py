@@ -6,7 +6,7 @@ Letters: B images, C classes.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -22,6 +22,7 @@ from fedmitr_flwr.data.sources.decode import DECODE_ERRORS, fit_image
 from fedmitr_flwr.data.sources.raw import Origin
 from fedmitr_flwr.results.evaluate import batches
 from fedmitr_flwr.results.finished_run import FinishedRun
+from fedmitr_flwr.results.metrics import computed
 from fedmitr_flwr.runs.directory import MODEL
 from fedmitr_flwr.settings import Settings, SettingsError
 
@@ -56,6 +57,7 @@ class Measured:
     num_images: int
     per_class: tuple[float | None, ...]
     confusion: tuple[tuple[int, ...], ...]
+    metrics: Mapping[str, float]
 
 
 def load_run_model(run: FinishedRun) -> RunModel:
@@ -152,9 +154,11 @@ def measure(run_model: RunModel, images: ImageSet, device: torch.device, batch_s
     """Evaluate a run's model; images must not be empty."""
     C = run_model.spec.num_classes
     table = torch.zeros(C, C, dtype=torch.int64)
-    model = run_model.model.to(device)
+    model, probabilities = run_model.model.to(device), []
     for x, y in batches(images, run_model.spec, batch_size, device):
-        said = model(x).argmax(1)
+        logits = model(x)
+        probabilities.append(logits.float().softmax(-1).cpu())
+        said = logits.argmax(1)
         table += torch.bincount(y * C + said, minlength=C * C).reshape(C, C).cpu()
     hits, counts = table.diagonal().tolist(), table.sum(1).tolist()
     return Measured(
@@ -162,6 +166,7 @@ def measure(run_model: RunModel, images: ImageSet, device: torch.device, batch_s
         num_images=len(images),
         per_class=tuple(hit / count if count else None for hit, count in zip(hits, counts, strict=True)),
         confusion=tuple(tuple(row) for row in table.tolist()),
+        metrics=computed(torch.from_numpy(images.labels), torch.cat(probabilities)),
     )
 
 

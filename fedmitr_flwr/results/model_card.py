@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from pathlib import Path
 
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.federation.quorum import ClientCounts
 from fedmitr_flwr.pipeline.methods import method_of
 from fedmitr_flwr.results.evaluate import Evaluation
+from fedmitr_flwr.results.metrics import METRICS, MODELS
 from fedmitr_flwr.runs.atomic import atomic_path
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.version import __version__
@@ -98,13 +98,15 @@ def _dataset_type(settings: Settings) -> str:
 def _accuracy(settings: Settings, evaluation: Evaluation | None) -> str:
     if evaluation is None:
         return "Not measured: the server held no images (`run.evaluate-on = none`).\n"
-    rates: Mapping[str, float] = evaluation.accuracy()
-    names = ("local models, mean", "one-shot FedAvg", "ensemble of all uploads", "**this model**")
-    rows = "\n".join(f"| {name} | {100 * rate:.1f} % |" for name, rate in zip(names, rates.values(), strict=True))
+    names = {**MODELS, "global": "**this model**"}
+    rows = [f"| {names[key]} | {100 * rate:.1f} % |" for key, rate in evaluation.accuracy().items()]
+    own = evaluation.metrics.get("global", {})
+    rows += [f"| {metric.title} of this model | {metric.text(own[metric.name])} |" for metric in METRICS if own]
     head = (
         f"| on {evaluation.num_images:,} {settings.run.evaluate_on} images that no client trained on | |\n|---|---|\n"
     )
-    return f"{head}{rows}\n"
+    table = "\n".join(rows)
+    return f"{head}{table}\n"
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -12,6 +12,7 @@ from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.models.timm_checkpoint import save_timm
 from fedmitr_flwr.pipeline.inputs import PipelineResult
 from fedmitr_flwr.results.evaluate import Evaluation, evaluate
+from fedmitr_flwr.results.metrics import MODELS
 from fedmitr_flwr.results.model_card import write_model_card
 from fedmitr_flwr.results.report import write_run_report
 from fedmitr_flwr.results.report.data import write_report_data
@@ -95,9 +96,9 @@ def make_metrics(
     evaluation: Evaluation | None, clients: ClientCounts, observer: Observer, budget_mb: int = 0
 ) -> dict[str, Json]:
     """Return the content of ``metrics.json``; accuracies are null without an evaluation, the budget without one."""
-    names = ("local_mean", "fedavg", "ensemble", "global")
     return {
-        "accuracy": dict(evaluation.accuracy()) if evaluation else dict.fromkeys(names),
+        "accuracy": dict(evaluation.accuracy()) if evaluation else dict.fromkeys(MODELS),
+        "metrics": {name: dict(values) for name, values in evaluation.metrics.items()} if evaluation else None,
         "per_class": {"global": evaluation.per_class["global"] if evaluation else None},
         "clients": clients.as_dict(),
         "seconds": {stage: round(observer.seconds.get(stage, 0.0), 3) for stage in _STAGES},
@@ -110,8 +111,7 @@ def accuracy_table(evaluation: Evaluation | None, split: str) -> list[str]:
     """Return the accuracies as lines of text."""
     if evaluation is None:
         return ["No evaluation (run.evaluate-on = none)"]
-    names = ("local models, mean", "one-shot FedAvg", "ensemble", "global model")
     lines = [f"Accuracy on {evaluation.num_images} {split} images"]
-    for name, value in zip(names, evaluation.accuracy().values(), strict=True):
-        lines.append(f"    {name:<20}{value:.4f}")
+    for key, value in evaluation.accuracy().items():
+        lines.append(f"    {MODELS[key]:<20}{value:.4f}")
     return lines

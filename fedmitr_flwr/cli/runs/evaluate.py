@@ -45,6 +45,7 @@ def evaluate(
 
         from fedmitr_flwr.results.finished_model import evaluation_images, load_run_model, measure
         from fedmitr_flwr.results.finished_run import load_run
+        from fedmitr_flwr.results.metrics import METRICS
         from fedmitr_flwr.results.report.words import percent, wilson
 
         finished = load_run(run)
@@ -60,6 +61,8 @@ def evaluate(
     typer.echo(
         f"accuracy {percent(found.accuracy)} on {found.num_images:,} images (95 %: {percent(low)} to {percent(high)})"
     )
+    for metric in METRICS:
+        typer.echo(f"{metric.title} {metric.text(found.metrics[metric.name])}")
     width = max(map(len, names))
     for name, rate in zip(names, found.per_class, strict=True):
         typer.echo(f"    {name:<{width}}  {percent(rate):>7}")

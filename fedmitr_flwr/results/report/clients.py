@@ -10,6 +10,7 @@ from markupsafe import Markup
 from fedmitr_flwr.federation.uploads.validation import natural_key
 from fedmitr_flwr.results.finished_run import FinishedRun
 from fedmitr_flwr.results.report import charts, words
+from fedmitr_flwr.training.reported import REPORTED
 
 _MOST_ROWS = 60
 _OUTCOMES = {"accepted": "accepted", "refused": "refused", "failed": "failed", "empty": "no data"}
@@ -37,6 +38,7 @@ def clients_section(run: FinishedRun, class_names: Sequence[str]) -> dict[str, o
     section: dict[str, object] = {
         "rows": rows[:_MOST_ROWS],
         "more": " ".join(more),
+        "reported": [words.sentence_case(number.title) for number in REPORTED],
         "weighting": run.config.get("settings", {}).get("ensemble.weighting", "its weights"),
     }
     if weights and len(class_names) <= 100:
@@ -80,7 +82,7 @@ def _counts(names: Sequence[str], counts: Sequence[Sequence[float]], class_names
 
 def _row(
     event: dict[str, Any], weights: Sequence[float], held_out: float | None, class_names: Sequence[str]
-) -> dict[str, str]:
+) -> dict[str, object]:
     order = sorted(range(len(weights)), key=lambda c: -weights[c])[:3]
     strongest = [f"{class_names[c]} ({100 * weights[c]:.0f} %)" for c in order if weights[c] > 1e-3]
     images = event.get("num_examples")
@@ -89,7 +91,7 @@ def _row(
         "outcome": _OUTCOMES[event["outcome"]],
         "reason": str(event.get("reason", "")),
         "images": f"{images:,}" if isinstance(images, int) else "–",
-        "own": words.percent(event.get("accuracy")),
+        "reported": [number.text(event.get(number.name)) for number in REPORTED],
         "held_out": words.percent(held_out),
         "strongest": ", ".join(strongest),
     }

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from markupsafe import Markup
 
 from fedmitr_flwr.results.finished_run import FinishedRun
+from fedmitr_flwr.results.metrics import METRICS, MODELS
 from fedmitr_flwr.results.report import charts, words
 from fedmitr_flwr.results.report.cost import STAGES
 from fedmitr_flwr.results.report.curves import distill_curve, inversion_curve
@@ -96,9 +97,14 @@ def _warnings(runs: Sequence[FinishedRun]) -> list[str]:
 
 def _rows(runs: Sequence[FinishedRun]) -> list[dict[str, object]]:
     rows: list[dict[str, object]] = []
-    for key, name in words.NAMES.items():
+    for key, name in MODELS.items():
         rates = [run.metrics.get("accuracy", {}).get(key) for run in runs]
-        rows.append({"name": name, "values": [words.percent(rate) for rate in rates]})
+        rows.append({"name": words.sentence_case(name), "values": [words.percent(rate) for rate in rates]})
+    for metric in METRICS:
+        values = [((run.metrics.get("metrics") or {}).get("global") or {}).get(metric.name) for run in runs]
+        if any(value is not None for value in values):
+            name = f"{words.sentence_case(metric.title)} of the global model"
+            rows.append({"name": name, "values": [metric.text(value) for value in values]})
     counts = [run.metrics.get("clients", {}) for run in runs]
     rows.append(
         {"name": "Clients used", "values": [f"{c.get('accepted', '–')} of {c.get('asked', '–')}" for c in counts]}

@@ -149,6 +149,7 @@ def _evaluation(evaluation: Evaluation | None, split: str) -> Mapping[str, Json]
         "split": split,
         "num_images": evaluation.num_images,
         "accuracy": evaluation.accuracy(),
+        "metrics": {name: dict(values) for name, values in evaluation.metrics.items()},
         "local": evaluation.local,
         "per_class": evaluation.per_class,
         "confusion": evaluation.confusion,

@@ -33,6 +33,12 @@ RUN = """
 <p class="note">On {{ accuracy.count }} {{ accuracy.split }} images that no client trained on, all models on the same ones.
 Bars are 95 % intervals, also in figures{% if accuracy.local_range %}; for the local models, from the worst to the best{% endif %}.</p>
 <div class="panel">{{ accuracy.chart }}</div>
+{% if accuracy.metrics %}<div class="panel"><div class="wide"><table class="compare">
+<tr><th>Other metrics</th>{% for model in accuracy.metrics.models %}<th class="n">{{ model }}</th>{% endfor %}</tr>
+{% for row in accuracy.metrics.rows %}<tr><th scope="row" title="{{ row.note }}">{{ row.title }}</th>{% for value in row['values'] %}<td class="n">{{ value }}</td>{% endfor %}</tr>
+{% endfor %}</table></div>
+{% for row in accuracy.metrics.rows %}<p class="note">{{ row.title }}: {{ row.note }}</p>
+{% endfor %}</div>{% endif %}
 <div class="two">
 <div><h3>By class</h3><div class="panel">{{ accuracy.classes }}</div></div>
 <div><h3>What it takes for what</h3><div class="panel">{{ accuracy.confusion }}
@@ -43,11 +49,12 @@ Bars are 95 % intervals, also in figures{% if accuracy.local_range %}; for the l
 <section><h2>Clients</h2>
 <p class="note">What each upload brought. A client's weight for a class is its share in the ensemble's vote on that class.</p>
 <div class="panel"><div class="wide"><table class="clients">
-<tr><th>Client</th><th>Upload</th><th class="n">Images</th><th class="n">Own accuracy</th>
+<tr><th>Client</th><th>Upload</th><th class="n">Images</th>{% for title in clients.reported %}<th class="n">{{ title }}</th>{% endfor %}
+
 <th class="n">{{ "On " + accuracy.split if accuracy else "Held out" }}</th><th>Strongest in</th></tr>
 {% for client in clients.rows %}<tr><td>{{ client.name }}</td>
 <td class="{{ 'good' if client.outcome == 'accepted' else 'bad' }}">{{ client.outcome }}{% if client.reason %}: {{ client.reason }}{% endif %}</td>
-<td class="n">{{ client.images }}</td><td class="n">{{ client.own }}</td><td class="n">{{ client.held_out }}</td>
+<td class="n">{{ client.images }}</td>{% for value in client.reported %}<td class="n">{{ value }}</td>{% endfor %}<td class="n">{{ client.held_out }}</td>
 <td>{{ client.strongest }}</td></tr>
 {% endfor %}</table></div>
 {% if clients.more %}<p class="note">{{ clients.more }}</p>{% endif %}</div>

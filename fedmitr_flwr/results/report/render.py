@@ -10,6 +10,7 @@ from jinja2 import Environment
 from markupsafe import Markup
 
 from fedmitr_flwr.results.finished_run import FinishedRun, load_run
+from fedmitr_flwr.results.metrics import METRICS, MODELS
 from fedmitr_flwr.results.report import charts, words
 from fedmitr_flwr.results.report.clients import clients_section
 from fedmitr_flwr.results.report.cost import cost_section
@@ -81,7 +82,7 @@ def accuracy_bars(evaluation: Mapping[str, Any]) -> list[charts.Bar]:
         low, high = words.wilson(rate, evaluation["num_images"])
         if key == "local_mean" and evaluation.get("local"):
             low, high = min(evaluation["local"]), max(evaluation["local"])
-        name = words.NAMES.get(key, key.replace("_", " "))
+        name = words.sentence_case(MODELS.get(key, key.replace("_", " ")))
         rows.append(charts.Bar(name, words.percent(rate), rate, low, high, strong=key == "global"))
     return rows
 
@@ -104,7 +105,7 @@ def _facts(run: FinishedRun) -> list[tuple[str, str]]:
 
 def _accuracy(evaluation: Mapping[str, Any], names: list[str]) -> dict[str, object]:
     table = evaluation["per_class"]
-    series = [(words.NAMES[key], table[key]) for key in ("fedavg", "ensemble", "global") if key in table]
+    series = [(words.sentence_case(name), table[key]) for key, name in MODELS.items() if key in table]
     shares = [[count / max(1, sum(row)) for count in row] for row in evaluation["confusion"]]
     if len(names) <= _LARGEST_TABLE:
         shown = [[f"{100 * share:.0f}" if share >= 0.005 else "" for share in row] for row in shares]
@@ -120,8 +121,24 @@ def _accuracy(evaluation: Mapping[str, Any], names: list[str]) -> dict[str, obje
         "local_range": bool(evaluation.get("local")),
         "chart": charts.intervals(accuracy_bars(evaluation)),
         "classes": charts.class_dots(names, series),
+        "metrics": _metrics(evaluation.get("metrics", {})),
         "confusion": confusion,
     }
+
+
+def _metrics(found: Mapping[str, Mapping[str, float]]) -> dict[str, object] | None:
+    """Return the metrics beside accuracy as a table, models in columns; None of a run that has none."""
+    models = [key for key in MODELS if key in found]
+    rows = [
+        {
+            "title": words.sentence_case(metric.title),
+            "note": metric.note,
+            "values": [metric.text(found[key].get(metric.name)) for key in models],
+        }
+        for metric in METRICS
+        if any(metric.name in found[key] for key in models)
+    ]
+    return {"models": [words.sentence_case(MODELS[key]) for key in models], "rows": rows} if rows else None
 
 
 def _tables(run: FinishedRun) -> list[dict[str, object]]:

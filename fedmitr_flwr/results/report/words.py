@@ -8,13 +8,12 @@ from typing import Any
 
 from fedmitr_flwr.data.classes import listed
 
-NAMES = {
-    "local_mean": "Local models, mean",
-    "fedavg": "One-shot FedAvg",
-    "ensemble": "Ensemble of all uploads",
-    "global": "Global model",
-}
 _Z = 1.959964  # two-sided 95 %
+
+
+def sentence_case(name: str) -> str:
+    """Return a name with a capital first letter, for labels."""
+    return name[:1].upper() + name[1:]
 
 
 def wilson(rate: float, count: int) -> tuple[float, float]:

@@ -71,8 +71,9 @@ def make_run(folder: Path, name: str, *, listening: bool = True, **changes: str 
                 "accepted", client=f"<b>site {number}</b>", num_examples=result.num_examples, accuracy=result.accuracy
             )
         observer.client("refused", client="node 7", reason="head.weight holds NaN or Inf")
-        pipeline = METHODS[settings.run.method]
-        out = pipeline(PipelineInputs(settings, source.spec, clients, initial, settings.run.seed, observer=observer))
+        method = METHODS[settings.run.method]
+        settings = method.resolve(settings)
+        out = method(PipelineInputs(settings, source.spec, clients, initial, settings.run.seed, observer=observer))
         counts = ClientCounts(asked=3, accepted=2, refused=1)
         write_results(run, settings, federation, out, counts, observer, keeper if listening else None)
         observer.close()

@@ -224,7 +224,7 @@ def broken(path: Path) -> None:
         (unfinished, "has not finished"),
         (failed, "failed: QuorumError: few"),
         (from_the_future, "has format 99"),
-        (from_the_past, "which wrote no report.json"),
+        (from_the_past, "did not write report.json"),
         (no_run, "is no run"),
         (broken, "metrics.json is not JSON"),
     ],

@@ -109,7 +109,7 @@ def test_evaluate_takes_another_source_with_the_same_classes(run: Path) -> None:
         (["evaluate", "RUN", "--data", "mnist"], '--data = "mnist": '),
         (["evaluate", "RUN", "--data", "npz:other.npz"], '--data = "npz:other.npz": there is nothing of this name'),
         (["evaluate", "RUN", "--data", "folder:none"], "there is nothing of this name"),
-        (["evaluate", "RUN", "--data", "folder:other"], "classes that the federation does not know: cat"),
+        (["evaluate", "RUN", "--data", "folder:other"], "classes that the federation does not have: cat"),
         (["export", "RUN", "--onnx", "no/such/folder.onnx"], "can't be written"),
         (["export", "DAMAGED", "--onnx", "x.onnx"], "its model can't be loaded"),
     ],
