@@ -1,12 +1,12 @@
-# One virtual environment serves all targets: .venv/, unless VENV names another (a name outside .venv* should
-# lie outside the checkout, or Flower packs it into the app). It is made on first use, and brought up to date
-# when pyproject.toml changes.
+# All targets use one virtual environment, .venv/ or the folder VENV. A folder whose name does not start with .venv
+# should be outside the checkout, because Flower would pack it into the app. The environment is made at the first use
+# and updated when pyproject.toml changes.
 
 VENV ?= .venv
 PYTHON ?= python3
 PYTEST_ARGS ?=
 
-# The container image, see docker/README.md: its build arguments and what else `docker build` should get.
+# Name, build arguments and further `docker build` arguments of the container image; see docker/README.md.
 IMAGE ?= fedmitr
 DOCKER ?= docker
 DOCKER_ARGS ?=
@@ -26,14 +26,14 @@ help: ## list all targets
 	@echo "usage: make TARGET [VENV=DIR] [PYTHON=python3.12] [PYTEST_ARGS=...]"; echo
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  \1	\2/p' $(firstword $(MAKEFILE_LIST)) | expand -t 20
 
-install: $(STAMP) ## set up the environment, which all other targets do by themselves
+install: $(STAMP) ## set up the environment; the other targets do this if needed
 
 $(STAMP): pyproject.toml
 	@set -eu; \
 	if [ -x "$(BIN)/python" ]; then \
 		"$(BIN)/python" -c '$(SUPPORTED)' || { \
 			echo "$(VENV) holds $$("$(BIN)/python" -V 2>&1), but Python 3.11 or 3.12 is needed:" \
-				"remove it, or name another with VENV=DIR" >&2; exit 1; }; \
+				"remove it, or use another folder with VENV=DIR" >&2; exit 1; }; \
 	else \
 		found=; \
 		for python in "$(PYTHON)" python3.12 python3.11; do \
@@ -42,70 +42,70 @@ $(STAMP): pyproject.toml
 			fi; \
 		done; \
 		[ -n "$$found" ] || { \
-			echo "Python 3.11 or 3.12 is needed; neither $(PYTHON) nor python3.12 nor python3.11 is one:" \
-				"install it, or name it with PYTHON=/path/to/python" >&2; exit 1; }; \
+			echo "Python 3.11 or 3.12 is needed, but $(PYTHON), python3.12 and python3.11 are not found or have another" \
+				"version: install it, or name it with PYTHON=/path/to/python" >&2; exit 1; }; \
 		echo "Making $(VENV) with $$("$$found" -V)"; \
 		"$$found" -m venv "$(VENV)" || { \
 			rm -rf "$(VENV)"; \
-			echo "$$found can't make virtual environments (Debian and Ubuntu: apt install python3-venv)" >&2; exit 1; }; \
+			echo "$$found cannot make virtual environments; on Debian and Ubuntu: apt install python3-venv" >&2; exit 1; }; \
 	fi; \
-	echo "Installing into $(VENV): PyTorch is large, the first time takes some minutes"; \
+	echo "Installing into $(VENV); the first installation takes some minutes, because PyTorch is large"; \
 	"$(BIN)/python" -m pip install --quiet --disable-pip-version-check --no-input --editable '.[dev]'; \
 	touch "$@"
 
-demo: $(STAMP) ## run the main job on 5,000 real images; results in outputs/demo
+demo: $(STAMP) ## run FedMITR on 5,000 images of MNIST; results in outputs/demo
 	@$(BIN)/fedmitr simulate conf/demo.toml --output outputs --set run.name=demo
 
-quick: $(STAMP) ## run every stage once in about a minute, to check an installation
+quick: $(STAMP) ## run every stage on little data, to check an installation (about a minute)
 	@$(BIN)/fedmitr simulate conf/quick.toml --clients 3 --output outputs --set run.name=quick
 
-test: $(STAMP) ## run all tests but the slow ones and those of deployments
+test: $(STAMP) ## run all tests except the slow ones and those of deployments
 	$(BIN)/python -m pytest -m "not slow and not deployment" $(PYTEST_ARGS)
 
-unit: $(STAMP) ## run the unit tests
+unit: $(STAMP) ## run the unit tests except the slow ones
 	$(BIN)/python -m pytest tests/unit -m "not slow" $(PYTEST_ARGS)
 
-integration: $(STAMP) ## run the tests that start real Flower runs
+integration: $(STAMP) ## run the tests that start Flower runs, except the slow ones
 	$(BIN)/python -m pytest -m "integration and not slow" $(PYTEST_ARGS)
 
 slow: $(STAMP) ## run the tests that take more than a minute each
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
-docker-image: ## build the container image; arguments as in docker/README.md
+docker-image: ## build the container image; docker/README.md lists the arguments
 	DOCKER_BUILDKIT=1 $(DOCKER) build --file docker/Dockerfile --tag $(IMAGE) \
 		$(foreach name,$(IMAGE_ARGUMENTS),$(if $($(name)),--build-arg $(name)="$($(name))")) $(DOCKER_ARGS) .
 
-docker-demo: docker-image ## build, then run the main job in containers: a server and three sites; results in outputs/docker
+docker-demo: docker-image ## build the image, run a server and three sites in containers; results in outputs/docker
 	@PATH="$$(dirname "$$(command -v $(DOCKER))"):$$PATH" FEDMITR_IMAGE=$(IMAGE) BASE="$(BASE)" docker/demo up
 
-docker-down: ## remove the demo's containers, networks, state, keys and data
+docker-down: ## remove the containers, networks, state, keys and data of docker-demo
 	@PATH="$$(dirname "$$(command -v $(DOCKER))"):$$PATH" FEDMITR_IMAGE=$(IMAGE) docker/demo down
 
-test-deployment: $(STAMP) ## build the image, test it, and federations of containers and hosts (needs Docker, root)
+test-deployment: $(STAMP) ## build and test the image, and test deployed federations (needs Docker and root)
 	$(BIN)/python -m pytest -m deployment $(PYTEST_ARGS)
 
-faults: $(STAMP) ## kill, stop and starve real runs, and go on with them
+faults: $(STAMP) ## test runs whose clients die, hang or lack memory, and resumed runs
 	$(BIN)/python -m pytest tests/integration/test_faults.py tests/integration/test_resume.py $(PYTEST_ARGS)
 
-lint: $(STAMP) ## check style, format, types and who may import whom
+lint: $(STAMP) ## check style, format, types and which modules import which
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-format: $(STAMP) ## format the code and mend what ruff can mend
+format: $(STAMP) ## format the code and fix what ruff can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-settings: $(STAMP) ## write docs/settings.md and the defaults in pyproject.toml from settings.py
+settings: $(STAMP) ## write docs/settings.md and the defaults in pyproject.toml from fedmitr_flwr/settings/
 	$(BIN)/python -m fedmitr_flwr.settings.docs
 
-site: $(STAMP) ## build the documentation site into site/
+site: $(STAMP) ## build the documentation site in site/
 	$(BIN)/python -m mkdocs build --strict
 
 bundle: $(STAMP) ## pack the Flower app into a .fab file
 	PATH="$(abspath $(BIN)):$$PATH" flwr build
 
-clean: ## remove caches and build results; the environment and outputs/ stay
+clean: ## remove caches and build results, but not the environment and outputs/
 	rm -rf build dist site .pytest_cache .mypy_cache .ruff_cache ./*.egg-info ./*.fab
 	find fedmitr_flwr client_app server_app tests benchmarks -name __pycache__ -type d -prune -exec rm -rf {} +

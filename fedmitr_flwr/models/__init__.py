@@ -1,1 +1,1 @@
-"""A timm Vision Transformer on any subset of its patches: building, weights, checkpoint folders."""
+"""The timm Vision Transformer: build it, run it on a subset of its patches, read and write checkpoints."""

@@ -1,7 +1,7 @@
-"""Build the timm Vision Transformer of a run and its common initialisation.
+"""Build the timm Vision Transformer of a run.
 
-Image size, channels and classes come from the data; all else from ``model.name`` and
-``model.options``. Every client and the server start from `initial_state`.
+Image size, channels and number of classes come from the data, everything else from ``model.name`` and
+``model.options``. `training.initial` makes the weights from which all clients start.
 """
 
 from __future__ import annotations
@@ -27,27 +27,28 @@ log = logging.getLogger("fedmitr.models")
 OptionValue = bool | int | float | str
 
 FROM_DATA = ("img_size", "in_chans", "num_classes")
-# Up to this head width torch's fused attention is slower on a CPU than plain products: one training step of the
-# demo's ViT (50 tokens, heads of 16, 64 images, 2 threads) takes 118 ms with it and 101 without (median of 30, in
-# turns); heads of 32 are even, and at 64 and 197 tokens the fused one is 10 to 15 % faster.
+# Up to this width of a head, torch's fused attention is slower on a CPU than explicit matrix products. A training step
+# of the demo's ViT (50 tokens, heads of width 16, 64 images, 2 threads) takes 118 ms with it and 101 ms without (median
+# of 30, measured alternately). With heads of width 32 both take the same time. With width 64 and 197 tokens the fused
+# attention is 10 to 15 % faster.
 EXPLICIT_ATTENTION_WIDTH = 16
-# Python objects and placements, which text can't name.
+# Arguments whose values are Python objects or devices, which a string cannot give.
 _NOT_OPTIONS = {"self", "device", "dtype", "embed_layer", "block_fn", "mlp_layer", *FROM_DATA}
 
 
 def parse_options(text: str) -> dict[str, OptionValue]:
-    """Parse ``model.options``, as in ``patch_size=4,qk_norm=true``.
+    """Parse ``model.options``, such as ``patch_size=4,qk_norm=true``.
 
     Returns
     -------
     dict
-        Keyword arguments for timm's VisionTransformer: bool, int, float or str.
+        Keyword arguments for timm's VisionTransformer, with values of type bool, int, float or str.
 
     Raises
     ------
     SettingsError
-        When an item isn't ``key=value``, comes twice, isn't an argument of timm's
-        VisionTransformer, or belongs to the data (image size, channels, classes).
+        If an item is not ``key=value``, occurs twice, is not an argument of timm's VisionTransformer, or is an
+        argument that the data sets (image size, channels, classes).
     """
     known = sorted(inspect.signature(VisionTransformer.__init__).parameters.keys() - _NOT_OPTIONS)
     options: dict[str, OptionValue] = {}
@@ -58,9 +59,9 @@ def parse_options(text: str) -> dict[str, OptionValue]:
         if not (key and equals and value):
             problems.append(("model.options", item, "must be key=value"))
         elif key in FROM_DATA:
-            problems.append(("model.options", item, f"{key} comes from the data (data.image-size, data.source)"))
+            problems.append(("model.options", item, f"{key} is set by the data (data.image-size, data.source)"))
         elif key not in known:
-            hint = f"did you mean {close[0]}?" if close else f"one of {', '.join(known)}"
+            hint = f"did you mean {close[0]}?" if close else f"the options are {', '.join(known)}"
             problems.append(("model.options", item, f"unknown option {key}; {hint}"))
         elif key in options:
             problems.append(("model.options", item, f"{key} is given twice"))
@@ -81,7 +82,7 @@ def _parse_value(text: str) -> OptionValue:
 
 
 def build_model(settings: ModelSettings, spec: ImageSpec) -> VisionTransformer:
-    """Build the run's model with timm's random weights, the same at each call.
+    """Build the model of a run with timm's random weights, which are the same in every call.
 
     Parameters
     ----------
@@ -93,44 +94,44 @@ def build_model(settings: ModelSettings, spec: ImageSpec) -> VisionTransformer:
     Returns
     -------
     VisionTransformer
-        In train mode, fp32, on the CPU. Neither reads nor moves torch's global random state.
+        In train mode, fp32, on the CPU. The function does not use torch's global random state.
 
     Raises
     ------
     SettingsError
-        When the name is unknown, timm refuses the options, the image size isn't divisible by the
-        patch size, or the model can't run on a subset of its patches (`vit.check_supported`).
+        If the name is unknown, timm refuses the options, the image size is not divisible by the patch size, or the
+        model cannot run on a subset of its patches (`vit.check_supported`).
     """
     options = parse_options(settings.options)
     if not timm.is_model(settings.name):
         close = get_close_matches(settings.name.split(".")[0], timm.list_models(), n=3)
-        hint = f"did you mean {', '.join(close)}?" if close else "see timm.list_models()"
-        raise SettingsError(("model.name", settings.name, f"must be a model name that timm knows; {hint}"))
+        hint = f"did you mean {', '.join(close)}?" if close else "timm.list_models() lists them"
+        raise SettingsError(("model.name", settings.name, f"must be the name of a timm model; {hint}"))
     try:
         model = create_timm(settings.name, options, spec)
-    except Exception as error:  # timm reports bad arguments by whatever exception they run into
+    except Exception as error:  # timm raises exceptions of any kind for bad arguments
         _check_plain(settings.name)
-        refused = ("model.options", settings.options, f"{settings.name} can't be built with them: {error}")
+        refused = ("model.options", settings.options, f"{settings.name} cannot be built with these options: {error}")
         raise SettingsError(refused) from error
     patch = getattr(getattr(model, "patch_embed", None), "patch_size", (1, 1))
     if any(spec.image_size % side for side in patch):
         allowed = (
-            f"must be divisible by the patch size {patch[0]} of {settings.name} "
-            "(set patch_size in model.options, or another data.image-size)"
+            f"must be divisible by the patch size {patch[0]} of {settings.name}; "
+            "change patch_size in model.options or data.image-size"
         )
         raise SettingsError(("data.image-size", spec.image_size, allowed))
     check_supported(model)
     for block in model.blocks:
         attention = cast(Attention, block.attn)
         if attention.head_dim <= EXPLICIT_ATTENTION_WIDTH:
-            attention.fused_attn = False  # type: ignore[misc]  # final for TorchScript's sake
+            attention.fused_attn = False  # type: ignore[misc]  # declared final for TorchScript
     return model
 
 
 def create_timm(
     name: str, options: Mapping[str, OptionValue], spec: ImageSpec, *, pretrained: bool = False
 ) -> VisionTransformer:
-    """Call timm with the random state of its initialisation fixed and the caller's untouched."""
+    """Create a timm model with a fixed seed and without changing torch's global random state."""
     arguments: dict[str, Any] = dict(options)
     arguments |= zip(FROM_DATA, (spec.image_size, spec.channels, spec.num_classes), strict=True)
     with torch.random.fork_rng(devices=[]):
@@ -140,7 +141,7 @@ def create_timm(
 
 
 def _check_plain(name: str) -> None:
-    """Give the better reason, that the architecture is the wrong one, if it is."""
+    """Raise a `SettingsError` about the architecture if it is not supported under any options."""
     plain = None
     with contextlib.suppress(Exception), torch.device("meta"):
         plain = timm.create_model(name)

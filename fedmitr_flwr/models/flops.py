@@ -1,4 +1,4 @@
-"""Floating-point operations of one image through one model."""
+"""Count the floating-point operations of one image through one model."""
 
 from __future__ import annotations
 
@@ -11,16 +11,18 @@ from fedmitr_flwr.models.vit import forward_patches
 
 
 def count_flops(model: VisionTransformer, grid: PatchGrid, patches: int, *, pixel_gradient: bool = False) -> int:
-    """FLOPs of one image through one model, a multiplication and an addition counted as two.
+    """Return the FLOPs of one image through one model; a multiplication and an addition count as two.
 
     Parameters
     ----------
     model
-        Its weights are not changed and get no gradient.
+        The model. Its weights do not change and get no gradient.
+    grid
+        Geometry of the patches.
     patches
-        L, how many patches go in; the count depends on nothing else.
+        Number of patches L in the input.
     pixel_gradient
-        Whether to count the way back to the pixels as well.
+        Whether to include the backward pass to the pixels.
     """
     weight = next(model.parameters())
     pixels = torch.zeros(1, patches, grid.channels * grid.patch[0] * grid.patch[1], device=weight.device)

@@ -1,4 +1,7 @@
-"""Geometry of images that are cut into patches."""
+"""Geometry of images that are divided into patches.
+
+Letters: B images, ch channels, S side in pixels, P patches of the full grid, E pixels of a patch (all channels).
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,11 @@ class PatchGrid:
     Attributes
     ----------
     channels, image_size
-        Of the square images.
+        Number of channels and side in pixels of the square images.
     patch
         Height and width of a patch in pixels.
     low, high
-        ``(ch,)`` valid range of normalised pixels.
+        ``(ch,)`` lowest and highest valid value of a normalised pixel.
     """
 
     channels: int
@@ -35,35 +38,35 @@ class PatchGrid:
 
     @classmethod
     def of(cls, model: VisionTransformer, spec: ImageSpec) -> Self:
-        """Geometry and pixel range of the images that a model takes."""
+        """Return the geometry and pixel range of a model's input images."""
         low, high = spec.valid_range()
         return cls(spec.channels, spec.image_size, patch_size(model), low, high)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """Rows and columns of patches."""
+        """Number of rows and of columns of patches."""
         return self.image_size // self.patch[0], self.image_size // self.patch[1]
 
     @property
     def num_patches(self) -> int:
-        """P, patches of the full grid."""
+        """Number of patches P of the full grid."""
         return self.shape[0] * self.shape[1]
 
     def to_patches(self, images: Tensor) -> Tensor:
-        """``(B, ch, S, S)`` to ``(B, P, E)``."""
+        """Cut ``(B, ch, S, S)`` images into ``(B, P, E)`` patches."""
         return patchify(images, self.patch)
 
     def to_images(self, patches: Tensor) -> Tensor:
-        """``(B, P, E)`` to ``(B, ch, S, S)``."""
+        """Join ``(B, P, E)`` patches to ``(B, ch, S, S)`` images."""
         return unpatchify(patches, self.patch, self.shape)
 
     def bounds(self, device: torch.device) -> tuple[Tensor, Tensor]:
-        """The valid range, laid out as a flattened patch: low and high, ``(E,)`` each."""
+        """Return the lowest and highest valid value of each pixel of a flattened patch, ``(E,)`` each."""
         each = self.patch[0] * self.patch[1]
         return self.low.to(device).repeat_interleave(each), self.high.to(device).repeat_interleave(each)
 
     def shifted(self, index: Tensor, shift: tuple[int, int]) -> Tensor:
-        """Positions of the patches in `index` after a cyclic shift of the image by whole patches."""
+        """Return the positions of the patches `index` after a cyclic shift by rows and columns of patches."""
         if shift == (0, 0):
             return index
         rows, columns = self.shape

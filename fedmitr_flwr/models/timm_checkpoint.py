@@ -1,8 +1,8 @@
-"""Write a model as a folder that timm loads in one line, and read a checkpoint as the common initialisation.
+"""Write a model as a folder that timm can load, and read a checkpoint as the common initialisation.
 
-``timm.create_model("local-dir:DIR", pretrained=True)`` gives the model with its weights;
-``model.pretrained_cfg`` holds the normalisation and the class names. The same folder serves as
-``model.init = file:DIR`` of a later run. Only safetensors is read: a pickle can run code.
+``timm.create_model("local-dir:DIR", pretrained=True)`` loads the model with its weights; ``model.pretrained_cfg`` has
+the normalisation and the class names. A later run can use the folder as ``model.init = file:DIR``. Only safetensors
+files are read, because a pickle file can run code.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from fedmitr_flwr.runs.atomic import Json, write_json
 from fedmitr_flwr.runs.tensors import write_tensors
 from fedmitr_flwr.settings import ModelSettings, SettingsError
 
-WEIGHTS, CONFIG = "model.safetensors", "config.json"  # the names timm looks for
+WEIGHTS, CONFIG = "model.safetensors", "config.json"  # names that timm requires
 
 
 def save_timm(
@@ -42,29 +42,29 @@ def save_timm(
 ) -> None:
     """Write ``model.safetensors`` and ``config.json``.
 
-    Each file appears whole or not at all; the configuration comes last, so that a folder that was
-    cut off in between isn't taken for a model.
+    Each file is written atomically. The configuration is written last, so a folder that is incomplete after an
+    interruption is not taken for a model.
 
     Parameters
     ----------
     state
-        State dict of `build.build_model`'s model, any device and float dtype; written as fp32.
+        State dict of `build.build_model`'s model, on any device and of any float dtype; it is written as fp32.
     settings, spec
-        The run's model and images.
+        Model and images of the run.
     directory
-        Made if it doesn't exist.
+        Folder to write to; made if missing.
     metadata
-        Words about the run; into the header of the weights and under ``fedmitr`` in the configuration.
+        Texts about the run, for the header of the weights and the entry ``fedmitr`` of the configuration.
 
     Raises
     ------
     ValueError
-        When the state isn't that of the model.
+        If the state does not fit the model.
     """
     model = build_model(settings, spec)
     problems = describe_mismatch(state, model.state_dict())
     if problems:
-        raise ValueError(f"the weights are not those of {settings.name}: {'; '.join(problems[:3])}")
+        raise ValueError(f"the weights do not fit {settings.name}: {'; '.join(problems[:3])}")
     directory.mkdir(parents=True, exist_ok=True)
     (directory / CONFIG).unlink(missing_ok=True)
     tensors = {key: value.float() for key, value in state.items()}
@@ -73,9 +73,9 @@ def save_timm(
 
 
 def _timm_config(model: VisionTransformer, settings: ModelSettings, spec: ImageSpec) -> dict[str, Json]:
-    """Describe the model as timm's own export does (``timm.models._hub.save_config_for_hf``)."""
+    """Return the model's configuration in timm's format (``timm.models._hub.save_config_for_hf``)."""
     options = {key: value for key, value in parse_options(settings.options).items() if "drop" not in key}
-    # The number of heads doesn't show in the shapes of the weights: always say it.
+    # The shapes of the weights do not show the number of heads, so it is always written.
     options["num_heads"] = cast(Attention, cast(Block, model.blocks[0]).attn).num_heads
     distilled = isinstance(model, VisionTransformerDistilled)
     return {
@@ -109,56 +109,56 @@ log = logging.getLogger("fedmitr.models")
 def load_checkpoint(init: str, model: VisionTransformer, spec: ImageSpec) -> dict[str, Tensor]:
     """Read the checkpoint that ``model.init = file:PATH`` names.
 
-    A ``module.`` or ``model.`` before every key is stripped. A classifier head that is missing, has
-    another number of classes or (in a folder) other class names is replaced by that of `model`. A
-    position embedding of another square grid is resampled by timm. Both are logged; any other
-    difference is an error.
+    A prefix ``module.`` or ``model.`` of all keys is removed. A classifier head that is missing, has another number of
+    classes or (in a folder) other class names is replaced by the head of `model`. A position embedding of another
+    square grid is resampled by timm. Both changes are logged; any other difference is an error.
 
     Parameters
     ----------
     init
-        ``file:PATH``; PATH is a .safetensors file, or a folder as written by `timm_checkpoint.save_timm`.
+        ``file:PATH``, where PATH is a .safetensors file or a folder that `save_timm` wrote.
     model
-        The run's model, with the head to fall back on. Not changed.
+        The run's model, whose head is the replacement. It is not changed.
     spec
-        The class names.
+        Class names.
 
     Returns
     -------
     dict
-        The model's state dict, with the file's dtypes.
+        State dict of the model, with the dtypes of the file.
 
     Raises
     ------
     SettingsError
-        Naming ``model.init``, the file, and the first keys that don't fit with both shapes.
+        If the file cannot be read or does not fit the model. The message names ``model.init``, the file, and the first
+        keys that do not fit with both shapes.
     """
     path = Path(init.removeprefix("file:")).expanduser().resolve()
     config = _read_config(init, path) if path.is_dir() else {}
     path = path / "model.safetensors" if path.is_dir() else path
     if path.suffix != ".safetensors" or not path.is_file():
-        allowed = f"must name a .safetensors file, or a folder with model.safetensors; {path} is none"
+        allowed = f"must name a .safetensors file or a folder with model.safetensors; {path} is neither"
         raise SettingsError(("model.init", init, allowed))
     try:
         state = _strip_prefix(load_file(path))
     except (SafetensorError, OSError) as error:
-        raise SettingsError(("model.init", init, f"{path} can't be read as safetensors: {error}")) from error
+        raise SettingsError(("model.init", init, f"{path} cannot be read as safetensors: {error}")) from error
     reference = model.state_dict()
     head = {key: value for key, value in reference.items() if key.startswith("head")}
     names = config.get("label_names")
     if names not in (None, list(spec.class_names)) or any(
         key not in state or state[key].shape[:1] != value.shape[:1] for key, value in head.items()
     ):
-        log.info("common initialisation: %s has another classifier head; made anew", path)
+        log.info("common initialisation: the classifier head of %s does not fit and is replaced by a new one", path)
         state = {key: value for key, value in state.items() if not key.startswith("head")} | head
     _resample_positions(state, model)
     problems = describe_mismatch(state, reference)
     problems += _other_heads(config, model)
     if not problems and not all(bool(torch.isfinite(value).all()) for value in state.values()):
-        problems = ["it has values that are not finite"]
+        problems = ["some values are not finite"]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        allowed = f"{path} doesn't fit the model of model.name and model.options: {'; '.join(problems[:3])}{more}"
+        allowed = f"{path} does not fit the model of model.name and model.options: {'; '.join(problems[:3])}{more}"
         raise SettingsError(("model.init", init, allowed))
     return state
 
@@ -173,7 +173,7 @@ def _read_config(init: str, folder: Path) -> dict[str, object]:
 
 
 def _other_heads(config: dict[str, object], model: VisionTransformer) -> list[str]:
-    """Compare the number of attention heads, which the shapes of the weights don't show."""
+    """Return an error text if the number of attention heads differs, which weight shapes do not show."""
     arguments = config.get("model_args")
     there = arguments.get("num_heads") if isinstance(arguments, dict) else None
     here = cast(Attention, cast(Block, model.blocks[0]).attn).num_heads
@@ -181,7 +181,7 @@ def _other_heads(config: dict[str, object], model: VisionTransformer) -> list[st
 
 
 def _strip_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the ``module.`` and ``model.`` that wrappers put before every key."""
+    """Remove the prefixes ``module.`` and ``model.``, which wrappers add to every key."""
     for prefix in ("module.", "model.", "module."):
         if state and all(key.startswith(prefix) for key in state):
             state = {key.removeprefix(prefix): value for key, value in state.items()}
@@ -189,7 +189,7 @@ def _strip_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def _resample_positions(state: dict[str, Tensor], model: VisionTransformer) -> None:
-    """Resample position embeddings of another square grid, as timm does for pretrained weights."""
+    """Resample a position embedding of another square grid, as timm does for pretrained weights."""
     old, new = state.get("pos_embed"), model.pos_embed
     if old is None or new is None or old.ndim != 3 or old.shape[1] == new.shape[1] or old.shape[2] != new.shape[2]:
         return
@@ -203,7 +203,7 @@ def _resample_positions(state: dict[str, Tensor], model: VisionTransformer) -> N
 
 
 def describe_mismatch(state: Mapping[str, Tensor], reference: Mapping[str, Tensor]) -> list[str]:
-    """Say for each key that is missing, unknown or of another shape what both sides have."""
+    """Return a text for each key that is missing, unknown or of another shape, with the shapes of both sides."""
 
     def shape(side: Mapping[str, Tensor], key: str) -> str:
         return str(tuple(side[key].shape)) if key in side else "absent"

@@ -1,14 +1,13 @@
 """Run a timm Vision Transformer on any subset of its patches.
 
-Sparse model inversion (SMI, arXiv 2510.27186, section 4) stops patches for good, and FedMITR
-(arXiv 2605.10748) looks at the dense and the sparse patches of an image apart. Both need the
-model's exact forward on some patches only: the result equals the full model whose other tokens
-are removed after the position embedding. Only the patches that are kept are embedded, and the
-last block computes keys and values for all tokens but everything else for the [CLS] row alone,
-because nothing behind it reads the other rows.
+Sparse model inversion (SMI, arXiv 2510.27186, section 4) excludes patches from the input, and FedMITR (arXiv
+2605.10748) evaluates the high-density and the low-density patches of an image separately. Both need the model's exact
+forward pass on a subset of the patches: the result equals that of the full model with the other tokens removed after
+the position embedding. To save time, only the given patches are embedded, and the last block computes keys and values
+for all tokens, but everything else only for the [CLS] token, because the head uses no other output.
 
-Dimension letters: B images, C classes, P patches of the full grid, L patches kept, N tokens
-(prefix and patches), E pixels of a patch (channels x height x width), D embedding, H heads.
+Dimension letters: B images, C classes, P patches of the full grid, L patches in the input, N tokens (prefix and
+patches), E pixels of a patch (channels x height x width), D embedding, H heads.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from fedmitr_flwr.settings import SettingsError
 _OTHER_ARCHITECTURES = {
     **dict.fromkeys(
         ("SwinTransformer", "SwinTransformerV2", "VisionTransformerSAM"),
-        "windowed attention needs the full grid of patches",
+        "its windowed attention needs the full grid of patches",
     ),
     **dict.fromkeys(
         ("Eva", "Beit", "VisionTransformerRelPos"),
@@ -42,18 +41,17 @@ _OTHER_ARCHITECTURES = {
 
 @dataclass(frozen=True)
 class TokenOutput:
-    """What a forward pass yields.
+    """Outputs of a forward pass, all in the autograd graph.
 
     Attributes
     ----------
     logits
         (B, C) class logits.
     attention
-        (B, L) attention of the [CLS] token to the patches in the last block, mean over heads, as
-        the softmax gave it: with the shares of [CLS] and of the other prefix tokens a row sums to
-        one. In the autograd graph. None unless asked for.
+        (B, L) attention of the [CLS] token to the patches in the last block, mean over heads. The values are those of
+        the softmax: a row sums to one together with the attention to the prefix tokens. None if not requested.
     features
-        (B, D) [CLS] token as it leaves the last block, before the last norm. In the autograd graph.
+        (B, D) [CLS] token after the last block, before the last norm.
     """
 
     logits: Tensor
@@ -62,13 +60,13 @@ class TokenOutput:
 
 
 def check_supported(model: nn.Module) -> None:
-    """Refuse a model that can't run on a subset of its patches.
+    """Raise an error for a model that cannot run on a subset of its patches.
 
     Raises
     ------
     SettingsError
-        Names ``model.name`` and the reason: no [CLS] token, a head that pools patch tokens,
-        windowed attention, another patch embedding, block, attention or MLP class, and so on.
+        If the model has no [CLS] token, a head that pools patch tokens, windowed attention, an unsupported patch
+        embedding, block, attention or MLP class, or similar. The message names ``model.name`` and the reason.
     """
     reason = _reason_against(model)
     if reason:
@@ -79,16 +77,18 @@ def check_supported(model: nn.Module) -> None:
 def _reason_against(model: nn.Module) -> str | None:
     kind = type(model).__name__
     if type(model) not in (VisionTransformer, VisionTransformerDistilled):
-        detail = _OTHER_ARCHITECTURES.get(kind, "another architecture")
-        return f"must be a plain timm VisionTransformer; this is a {kind}: {detail}"
+        detail = _OTHER_ARCHITECTURES.get(kind, "this architecture is not supported")
+        return f"must be a plain timm VisionTransformer, but is a {kind}: {detail}"
     embed = model.patch_embed
     if type(embed) is not PatchEmbed:
-        return f"must embed patches by one linear map; this has a hybrid or convolutional {type(embed).__name__}"
+        return f"must embed patches with one linear map, but has a hybrid or convolutional {type(embed).__name__}"
     if not model.has_class_token or model.cls_token is None:
         return "must have a [CLS] token"
     if model.attn_pool is not None or model.global_pool != "token":
         pool = model.global_pool or "no pooling"
-        return f'must classify from the [CLS] token (global_pool "token"); its head reads the patch tokens ("{pool}")'
+        return (
+            f'must classify from the [CLS] token (global_pool "token"), but its head uses the patch tokens ("{pool}")'
+        )
     if any(side % patch for side, patch in zip(embed.img_size, embed.patch_size, strict=True)):
         return f"image size {embed.img_size} must be divisible by patch size {embed.patch_size}"
     if len(model.blocks) == 0:
@@ -99,20 +99,20 @@ def _reason_against(model: nn.Module) -> str | None:
         if type(block.attn) is not Attention:
             return f"must have standard self-attention; {type(block.attn).__name__} is not supported"
         if type(block.mlp) not in (Mlp, GluMlp, SwiGLU):
-            return f"must have an MLP that treats tokens apart; {type(block.mlp).__name__} is not supported"
+            return f"must have an MLP that processes each token separately; {type(block.mlp).__name__} is not supported"
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm) for module in model.modules()):
-        return "must normalise each token by itself; batch and group norm mix tokens"
+        return "must normalise each token separately; batch and group norm mix tokens"
     return None
 
 
 def patch_size(model: VisionTransformer) -> tuple[int, int]:
-    """Height and width of a patch in pixels."""
+    """Return height and width of a patch in pixels."""
     height, width = model.patch_embed.patch_size
     return int(height), int(width)
 
 
 def grid_size(model: VisionTransformer) -> tuple[int, int]:
-    """Rows and columns of the full grid of patches; P is their product."""
+    """Return rows and columns of the full grid of patches; P is their product."""
     rows, columns = model.patch_embed.grid_size
     return int(rows), int(columns)
 
@@ -135,18 +135,18 @@ def patchify(images: Tensor, patch: tuple[int, int]) -> Tensor:
     Raises
     ------
     ValueError
-        When the image isn't a whole number of patches.
+        If the height or width of the images is not a multiple of that of a patch.
     """
     B, channels, height, width = images.shape
     ph, pw = patch
     if height % ph or width % pw:
-        raise ValueError(f"an image of {height} x {width} pixels can't be cut into patches of {ph} x {pw}")
+        raise ValueError(f"an image of {height} x {width} pixels cannot be cut into patches of {ph} x {pw}")
     cut = images.reshape(B, channels, height // ph, ph, width // pw, pw)
     return cut.permute(0, 2, 4, 1, 3, 5).reshape(B, (height // ph) * (width // pw), channels * ph * pw)
 
 
 def unpatchify(patches: Tensor, patch: tuple[int, int], grid: tuple[int, int]) -> Tensor:
-    """Put all patches of a grid together; the exact inverse of `patchify`.
+    """Join all patches of a grid to images; the exact inverse of `patchify`.
 
     Parameters
     ----------
@@ -163,12 +163,12 @@ def unpatchify(patches: Tensor, patch: tuple[int, int], grid: tuple[int, int]) -
     Raises
     ------
     ValueError
-        When P or E don't fit the grid and the patch.
+        If P or E does not fit the grid and the patch.
     """
     B, P, E = patches.shape
     (ph, pw), (rows, columns) = patch, grid
     if rows * columns != P or E % (ph * pw):
-        raise ValueError(f"patches of shape {tuple(patches.shape)} don't fill a grid {grid} with patches {patch}")
+        raise ValueError(f"patches of shape {tuple(patches.shape)} do not fit a grid {grid} of patches {patch}")
     channels = E // (ph * pw)
     laid = patches.reshape(B, rows, columns, channels, ph, pw).permute(0, 3, 1, 4, 2, 5)
     return laid.reshape(B, channels, rows * ph, columns * pw)
@@ -177,29 +177,29 @@ def unpatchify(patches: Tensor, patch: tuple[int, int], grid: tuple[int, int]) -
 def forward_images(
     model: VisionTransformer, images: Tensor, index: Tensor | None = None, *, attention: bool = False
 ) -> TokenOutput:
-    """Run the model on images, on all patches or on those that `index` names.
+    """Run the model on all patches of images, or on those that `index` names.
 
     Parameters
     ----------
     model
         A model that `check_supported` accepts.
     images
-        (B, ch, H, W) float, normalised, of the model's own size.
+        (B, ch, H, W) float, normalised, of the model's image size.
     index
-        (B, L) int64, positions of the patches to look at, row by row in the grid, distinct within
-        an image, in any order; None: all.
+        (B, L) int64, positions of the patches to use, counted row by row in the grid, in any order and without repeats
+        in an image. None: all patches.
     attention
         Whether to return the [CLS] attention.
 
     Raises
     ------
     ValueError
-        When the images don't have the model's size.
+        If the images do not have the model's image size.
     """
     patch, grid = patch_size(model), grid_size(model)
     if images.shape[-2:] != (patch[0] * grid[0], patch[1] * grid[1]):
         expected = f"{patch[0] * grid[0]} x {patch[1] * grid[1]}"
-        raise ValueError(f"images of shape {tuple(images.shape)}: this model takes {expected} pixels")
+        raise ValueError(f"images of shape {tuple(images.shape)} do not fit: the model takes {expected} pixels")
     patches = patchify(images, patch)
     if index is not None:
         patches = patches.gather(1, index.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
@@ -209,10 +209,10 @@ def forward_images(
 def forward_patches(
     model: VisionTransformer, patches: Tensor, index: Tensor | None, *, attention: bool = False
 ) -> TokenOutput:
-    """Run the model on patches; equal to timm's forward with the other tokens removed.
+    """Run the model on patches; the result equals timm's forward pass with the other tokens removed.
 
-    Dropout, patch dropout and drop path work as in timm in train mode. A distilled DeiT averages
-    the logits of its two heads, as timm does at evaluation.
+    Dropout, patch dropout and drop path act as in timm in train mode. A distilled DeiT averages the logits of its two
+    heads, as timm does in evaluation.
 
     Parameters
     ----------
@@ -221,23 +221,25 @@ def forward_patches(
     patches
         (B, L, E) float, normalised pixels in the order of `patchify`.
     index
-        (B, L) int64, the grid position of each patch, distinct within an image; values are not
-        checked, because on a GPU that would wait for the device. None: L = P, in order.
+        (B, L) int64, position of each patch in the grid, without repeats in an image. The values are not checked,
+        because a check would wait for a GPU. None: all P patches in order.
     attention
         Whether to return the [CLS] attention.
 
     Raises
     ------
     ValueError
-        When shapes disagree, or the attention is asked for while patch dropout is at work (its
-        rows wouldn't line up with `index`).
+        If the shapes do not fit, or the attention is requested while patch dropout is active, because its columns
+        would not correspond to `index`.
     """
     P = model.patch_embed.num_patches
     if (P if index is None else index.shape[1]) != patches.shape[1]:
         wanted = f"all {P} patches without an index" if index is None else f"index of shape {tuple(index.shape)}"
-        raise ValueError(f"patches of shape {tuple(patches.shape)} don't fit: {wanted}")
+        raise ValueError(f"patches of shape {tuple(patches.shape)} do not fit: {wanted}")
     if attention and model.training and isinstance(model.patch_drop, PatchDropout):
-        raise ValueError("no [CLS] attention in train mode with patch_drop_rate > 0: the rows wouldn't line up")
+        raise ValueError(
+            "no [CLS] attention in train mode with patch_drop_rate > 0: its columns would not correspond to index"
+        )
     tokens = model.norm_pre(model.patch_drop(_embed(model, patches, index)))
     for block in model.blocks[:-1]:
         tokens = block(tokens)
@@ -249,14 +251,14 @@ def forward_patches(
 
 
 def _embed(model: VisionTransformer, patches: Tensor, index: Tensor | None) -> Tensor:
-    """(B, L, E) patches -> (B, N, D) tokens with position embedding, prefix tokens first."""
+    """Embed (B, L, E) patches as (B, N, D) tokens with position embedding, prefix tokens first."""
     conv = model.patch_embed.proj
     x: Tensor = model.patch_embed.norm(F.linear(patches, conv.weight.flatten(1), conv.bias))
     second = model.dist_token if isinstance(model, VisionTransformerDistilled) else model.reg_token
     prefix = cast(Tensor, model.cls_token)
     prefix = prefix if second is None else torch.cat((prefix, second), dim=1)
     positions: Tensor | None = model.pos_embed
-    if positions is None:  # timm skips pos_drop as well
+    if positions is None:  # timm does not apply pos_drop in this case either
         return torch.cat((prefix.expand(len(x), -1, -1), x), dim=1)
     if not model.no_embed_class:
         count = model.num_prefix_tokens
@@ -267,9 +269,9 @@ def _embed(model: VisionTransformer, patches: Tensor, index: Tensor | None) -> T
 
 
 def _last_block(block: Block, tokens: Tensor, queries: int) -> tuple[Tensor, Tensor]:
-    """(B, N, D) tokens -> the first `queries` output rows (B, queries, D), weights (B, H, queries, N).
+    """Return the first `queries` outputs of a block, (B, queries, D), and their attention, (B, H, queries, N).
 
-    The attention is explicit: its weights are the density score, and one row of it is cheap.
+    The attention is computed explicitly, because its weights are the density score. One or two rows cost little.
     """
     attn = cast(Attention, block.attn)
     B, N, _ = tokens.shape

@@ -1,4 +1,4 @@
-"""A seeded start of a ViT's weights that trains within a few hundred steps."""
+"""Seeded initial weights with which a small ViT trains within a few hundred steps."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from torch import Tensor
 
 from fedmitr_flwr.models.vit import grid_size
 
-HEAD_SCALE = 0.1  # small: a class that a client never sees keeps this row, and must not shout in the ensemble
+# Small, because the row of a class that a client never sees keeps these values and should not affect the ensemble.
+HEAD_SCALE = 0.1
 
 
 @torch.no_grad()
 def seed_weights(model: VisionTransformer, seed: int) -> None:
     """Initialise all weights so that small ViTs train within a few hundred steps.
 
-    timm's standard deviation of 0.02 hardly moves at an embedding of 64. Here linear maps are
-    normal with standard deviation 1/sqrt(fan-in); those that write to the residual stream
-    (attn.proj, mlp.fc2) have half of that and the classifier a tenth; patch positions are 2-D
-    sines and cosines (MoCo v3, arXiv 2104.02057); tokens are small; biases zero; norm weights and
-    layer scales one. Deterministic in `seed`; torch's global random state is left alone.
+    With timm's standard deviation of 0.02 a ViT of embedding width 64 hardly trains. Here linear maps are normal with
+    standard deviation 1/sqrt(fan-in). Maps that write to the residual stream (attn.proj, mlp.fc2) have half of that,
+    and the classifier has a tenth. Patch positions are 2-D sines and cosines (MoCo v3, arXiv 2104.02057), tokens are
+    normal with standard deviation 0.02, biases are zero, and norm weights and layer scales are one. The result depends
+    only on `seed`; torch's global random state is not used.
 
     Raises
     ------
     ValueError
-        When the model has a parameter that isn't covered.
+        If the model has a parameter that none of these rules covers.
     """
     draws = torch.Generator().manual_seed(seed)
     for name, weight in model.named_parameters():
@@ -45,11 +46,11 @@ def seed_weights(model: VisionTransformer, seed: int) -> None:
             std = scale / math.sqrt(weight[0].numel())
             weight.copy_(std * torch.randn(weight.shape, generator=draws))
         else:
-            raise ValueError(f"no initialisation for parameter {name} of shape {tuple(weight.shape)}")
+            raise ValueError(f"the parameter {name} of shape {tuple(weight.shape)} has no initialisation rule")
 
 
 def _sincos_positions(model: VisionTransformer) -> Tensor:
-    """(1, P or prefix + P, D): zeros for prefix tokens, a quarter of D each for sin/cos of row/column."""
+    """Return (1, P or prefix + P, D): zeros for prefix tokens, a quarter of D for each sin/cos of row/column."""
     rows, columns = grid_size(model)
     D = model.embed_dim
     quarter = D // 4

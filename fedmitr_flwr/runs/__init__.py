@@ -1,1 +1,1 @@
-"""One run from outside: its directory, files written whole, log, events, resume."""
+"""Directory, files, log, events and resume of a run."""

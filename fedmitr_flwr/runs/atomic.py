@@ -1,4 +1,4 @@
-"""Files that are either whole or not there: write beside, sync, rename."""
+"""Write files atomically: write a temporary file, sync it, rename it."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ TEMPORARY_SUFFIX = ".tmp"
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
-    """Give a temporary path to write to; it becomes `path` when the block ends without an error.
+    """Yield a temporary path to write to; it is renamed to `path` if the block ends without an error.
 
-    The content reaches the disk before the name does, so that a crash or a full disk at any moment
-    leaves the old file, or none, and never half of the new one. The temporary file lies in the same
-    directory under a hidden name that ends in ``.tmp`` and is removed when the block raises.
+    The content is synced to the disk before the file is renamed. After a crash or with a full disk, `path` is the old
+    file or does not exist, and is never an incomplete new file. The temporary file is in the same directory, has a
+    hidden name that ends in ``.tmp``, and is removed if the block raises.
     """
     temporary = path.parent / f".{path.name}.{os.getpid()}{TEMPORARY_SUFFIX}"
     try:
@@ -33,7 +33,7 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
 
 def write_json(path: Path, value: Json) -> None:
-    """Write a JSON document atomically; floats that are not finite become null."""
+    """Write a JSON document atomically; floats that are not finite are written as null."""
     text = json.dumps(_finite(value), indent=2, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")

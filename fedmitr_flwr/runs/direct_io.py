@@ -1,7 +1,7 @@
-"""Large files written past the kernel's page cache, where the file system lets us.
+"""Write large files without the kernel's page cache, if the file system supports it.
 
-An upload is not read again before all have come. To fill pages with it that other processes could use, and to clean
-them up later, costs several times what the copy itself does: 13 to 55 ms of a core for 23 MB, against 3 ms this way.
+An upload is not read until all uploads have arrived. Filling the page cache with it takes pages from other processes,
+and freeing them costs several times the copy itself: for 23 MB, 13 to 55 ms of a core with the cache and 3 ms without.
 """
 
 from __future__ import annotations
@@ -14,19 +14,19 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-_BLOCK = 4096  # memory, position and length of a direct write are multiples of it
+_BLOCK = 4096  # a direct write needs a memory address, position and length that are multiples of it
 _BUFFER = 4 * 2**20
-_DIRECT = getattr(os, "O_DIRECT", 0)  # Linux's
-_FREE: list[mmap.mmap] = []  # buffers to use again: fresh memory costs more than what is written from it
+_DIRECT = getattr(os, "O_DIRECT", 0)  # exists on Linux
+_FREE: list[mmap.mmap] = []  # buffers for reuse: allocating one costs more than writing it to the disk
 
 
 class UncachedFile:
-    """An empty file to write from its begin to its end.
+    """Writes an empty file from its beginning to its end.
 
     Parameters
     ----------
     descriptor
-        Of the open, empty file, with or without O_DIRECT.
+        Descriptor of the open, empty file, with or without O_DIRECT.
     """
 
     def __init__(self, descriptor: int) -> None:
@@ -34,7 +34,7 @@ class UncachedFile:
         try:
             self._buffer = _FREE.pop()
         except IndexError:
-            self._buffer = mmap.mmap(-1, _BUFFER)  # begins at a page
+            self._buffer = mmap.mmap(-1, _BUFFER)  # starts at a page boundary
         self._filled = 0
         self._size = 0
 
@@ -44,7 +44,7 @@ class UncachedFile:
         Raises
         ------
         OSError
-            If the disk refuses them.
+            If they cannot be written.
         """
         rest = memoryview(data)
         self._size += len(rest)
@@ -57,7 +57,7 @@ class UncachedFile:
                 self._flush()
 
     def finish(self) -> None:
-        """Write what is left, in whole blocks, and cut the file to its size."""
+        """Write the rest in whole blocks, and truncate the file to its size."""
         self._filled += -self._filled % _BLOCK
         self._flush()
         os.ftruncate(self._descriptor, self._size)
@@ -75,7 +75,8 @@ class UncachedFile:
             return os.write(self._descriptor, data)
         except OSError as error:
             flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
-            # File systems that take the flag and then want larger blocks, or none of it; also after a short write.
+            # Some file systems accept the flag, but need larger blocks or refuse direct writes. A short write also ends
+            # here.
             if error.errno != errno.EINVAL or not flags & _DIRECT:
                 raise
             fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
@@ -84,12 +85,12 @@ class UncachedFile:
 
 @contextmanager
 def open_uncached(path: Path) -> Iterator[UncachedFile]:
-    """Make a file, or empty one, and give it to write to; it is complete, not synced, when the block has ended.
+    """Create or empty a file and yield it for writing; after the block the file is complete but not synced.
 
     Raises
     ------
     OSError
-        If it cannot be made or written.
+        If the file cannot be created or written.
     """
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:

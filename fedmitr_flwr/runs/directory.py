@@ -1,4 +1,4 @@
-"""The directory of one run: its place, what may lie in it, its state and its log."""
+"""The directory of a run: its path, its files, its state and its log."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COLLECTED = "collected.json"
 INITIAL = f"{CHECKPOINTS}/initial.safetensors"
 
 _LOCK = ".lock"
-_STOPPED = "stopped from outside: by flwr stop, a signal, or the end of Flower's SuperLink"
+_STOPPED = "stopped from outside: by flwr stop, a signal or the end of Flower's SuperLink"
 _OWN_FILES: tuple[str, ...] = (STATUS, METRICS, CONFIG, LOG, SYNTHETIC, EVENTS, REPORT_DATA, REPORT_PICTURES, REPORT)
 _OWN_FILES += tuple(f"{MODEL}/{name}" for name in ("model.safetensors", "config.json", "README.md"))
 _OWN_PATTERNS = (
@@ -54,10 +54,11 @@ logger = logging.getLogger(f"{LIBRARY_LOGGER}.run")
 
 
 class RunDirectory:
-    """A run's results, held by one process at a time.
+    """The directory of a run's results, locked by one process at a time.
 
-    As a context manager it keeps ``status.json`` true: ``running`` inside, then ``completed``, ``failed`` with the
-    error, or ``interrupted``. A process that was killed leaves ``running`` without its lock.
+    As a context manager it writes the state of the run to ``status.json``: ``running`` inside the block, then
+    ``completed``, ``failed`` with the error, or ``interrupted``. If the process is killed, the state stays ``running``
+    but the lock is released.
 
     Attributes
     ----------
@@ -79,14 +80,14 @@ class RunDirectory:
         output
             `run.output`; relative to the working directory.
         name
-            `run.name`; empty: date, time and a random suffix. With a fixed name the results of an
-            earlier run there are removed first; files that no run writes stay.
+            `run.name`. Empty: date, time and a random suffix. With a fixed name the results of an earlier run are
+            removed first; other files in the directory are kept.
 
         Raises
         ------
         SettingsError
-            If the directory cannot be made, is in use by a running run, or holds files of the same names
-            that no run has written.
+            If the directory cannot be created, is in use by another run, or has files with the names of result
+            files that no run has written.
         """
         if name in {".", ".."} or "/" in name or "\\" in name:
             raise SettingsError(("run.name", name, "must be the name of one folder, without slashes"))
@@ -106,12 +107,12 @@ class RunDirectory:
 
     @classmethod
     def resume(cls, path: Path) -> RunDirectory:
-        """Take over the directory of a run that was cut off; only files that were half written are removed.
+        """Lock the directory of an interrupted run and remove only its incomplete files.
 
         Raises
         ------
         SettingsError
-            If it cannot be written to, or is in use by a running run.
+            If the directory cannot be written to or is in use by another run.
         """
         try:
             lock = _take_lock(path, path.name)
@@ -122,11 +123,11 @@ class RunDirectory:
         return cls(path, lock)
 
     def checkpoints(self, round_number: int) -> Path:
-        """Return the directory of what a round's stages have finished."""
+        """Return the directory of a round's checkpoints."""
         return self.path / CHECKPOINTS / f"round-{round_number}"
 
     def drop_checkpoints(self) -> None:
-        """Remove all that serves only to go on with the run; the uploads stay."""
+        """Remove the checkpoints, which only resuming needs; the uploads are kept."""
         _remove(self.path, _CHECKPOINT_PATTERNS)
         _remove_empty_folders(self.path)
 
@@ -140,7 +141,7 @@ class RunDirectory:
 
     @contextmanager
     def logging(self) -> Iterator[None]:
-        """Copy the log of this library (with details) and of Flower into ``log.txt``."""
+        """Write the log of this library, including its debug messages, and that of Flower to ``log.txt``."""
         with file_log(self.path / LOG):
             yield
 
@@ -160,7 +161,7 @@ class RunDirectory:
                     self._write_status("failed", f"{type(error).__name__}: {error}")
                 else:
                     self._write_status("interrupted", _STOPPED)
-            except OSError as problem:  # what failed the run, such as a full disk, is the error to report
+            except OSError as problem:  # report the error that failed the run, such as a full disk
                 logger.error("%s cannot be written: %s", STATUS, problem)
         finally:
             self._lock.close()
@@ -171,25 +172,27 @@ class RunDirectory:
 
 
 def _take_lock(path: Path, name: str) -> IO[str]:
-    """Lock the directory for this process; the kernel lets go of it however the process ends."""
+    """Lock the directory for this process; the kernel releases the lock when the process ends."""
     lock = (path / _LOCK).open("a")
     try:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.close()
-        raise SettingsError(("run.name", name, f"another run is writing to {path} at this moment")) from None
+        raise SettingsError(
+            ("run.name", name, f"another run is writing to {path}; use another name or wait until it ends")
+        ) from None
     return lock
 
 
 def _clear(path: Path, name: str) -> None:
-    """Remove what an earlier run wrote, and nothing else."""
+    """Remove the files that an earlier run wrote, and no others."""
     if not (path / STATUS).exists():
         foreign = [file for file in _OWN_FILES if (path / file).exists()]
         if foreign:
-            allowed = f"{path} holds {foreign[0]}, but no run made it; choose another name"
+            allowed = f"{path} has a file {foreign[0]} that no run wrote; use another name"
             raise SettingsError(("run.name", name, allowed))
     _remove(path, (*_OWN_PATTERNS, *_CHECKPOINT_PATTERNS, *_TEMPORARY_PATTERNS))
-    # The status goes last: a directory cleared by half is still known as a run's.
+    # Remove the status last, so that a partly cleared directory is still recognised as that of a run.
     for file in [*_OWN_FILES[1:], _OWN_FILES[0]]:
         (path / file).unlink(missing_ok=True)
     _remove_empty_folders(path)
@@ -208,7 +211,7 @@ def _remove_empty_folders(path: Path) -> None:
 
 
 def fresh_name() -> str:
-    """Return a name for a run's folder: date, time and a random suffix."""
+    """Return a new name for a run's folder: date, time and a random suffix."""
     return f"{datetime.now():%Y%m%d-%H%M%S}-{secrets.token_hex(3)}"
 
 

@@ -1,4 +1,4 @@
-"""``metrics.jsonl``: every event as one line of JSON, for the live view, the report and anybody's own plots."""
+"""Write and read ``metrics.jsonl``: one line of JSON for each event, for the live view, the report and plots."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from fedmitr_flwr.runs.observer import Event, Listener
 
 
 class JsonLines(Listener):
-    """Appends ``{"kind", "stage", "seconds", ...values}`` lines to a file, each complete before the next.
+    """Appends each event to a file as one line ``{"kind", "stage", "seconds", ...values}``.
 
     Parameters
     ----------
     path
-        The file; what an earlier process of the same run wrote stays.
+        The file. Lines that an earlier process of the same run wrote are kept.
     """
 
     def __init__(self, path: Path) -> None:
-        # Line-buffered, so that a reader sees each event when it happens and a killed run keeps what it told.
+        # Line-buffered, so that readers see each event at once and a killed process loses no event.
         self._file: IO[str] = path.open("a", encoding="utf-8", buffering=1)
 
     def receive(self, event: Event) -> None:
-        """Write one line; numbers that are not finite become null."""
-        # Values come second: an event's ``seconds`` of a stage stand under ``took``.
+        """Write an event as one line; numbers that are not finite are written as null."""
+        # The duration of a stage, which the event has under ``seconds``, is written as ``took``.
         values = {("took" if name == "seconds" else name): value for name, value in event.values.items()}
         record = {"kind": event.kind, "stage": event.stage, "seconds": event.seconds, **values}
         self._file.write(json.dumps({key: _plain(value) for key, value in record.items()}, allow_nan=False) + "\n")
@@ -37,7 +37,7 @@ class JsonLines(Listener):
 
 
 def read_events(path: Path) -> Iterator[dict[str, Any]]:
-    """Yield the events of a ``metrics.jsonl``; a line that is cut off, or a missing file, is no error."""
+    """Yield the events of a ``metrics.jsonl``; incomplete lines are skipped, and a missing file has no events."""
     if not path.is_file():
         return
     with path.open(encoding="utf-8", errors="replace") as file:

@@ -1,4 +1,4 @@
-"""The log of a run: what this library and Flower say, on the console and in the run's ``log.txt``."""
+"""The log of a run: messages of this library and of Flower, on the console and in the run's ``log.txt``."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ logger = logging.getLogger(f"{LIBRARY_LOGGER}.run")
 
 @contextmanager
 def console_log() -> Iterator[None]:
-    """Show this library's log on stderr, in Flower's style, while the block runs."""
+    """Print this library's log on stderr in Flower's style while the block runs."""
     handler = logging.StreamHandler()
     handler.setLevel(logging.INFO)
     handler.setFormatter(_FlowerStyle())
@@ -33,7 +33,7 @@ def console_log() -> Iterator[None]:
 
 @contextmanager
 def file_log(path: Path) -> Iterator[None]:
-    """Append this library's log, with its details, and Flower's to a file while the block runs."""
+    """Append this library's log, including debug messages, and Flower's log to a file while the block runs."""
     handler = logging.FileHandler(path, encoding="utf-8")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-8s %(message)s"))
     handler.addFilter(lambda record: record.levelno >= logging.INFO or record.name.startswith(LIBRARY_LOGGER))
@@ -45,16 +45,16 @@ def file_log(path: Path) -> Iterator[None]:
 
 
 class _FlowerStyle(logging.Formatter):
-    """``INFO :      message``, in line with what Flower logs before and after."""
+    """The format of Flower's log: ``INFO :      message``."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Format a record; without its traceback, which belongs into the file."""
+        """Return a record as text without its traceback, which is written to the log file only."""
         return f"{record.levelname} : {'':{max(0, 8 - len(record.levelname))}} {record.getMessage()}"
 
 
 @contextmanager
 def failures_logged() -> Iterator[None]:
-    """Log an exception on its way through: one plain message, and the traceback among the details."""
+    """Log an exception as one message, log its traceback at debug level, and raise it again."""
     try:
         yield
     except Exception as error:

@@ -1,9 +1,9 @@
-"""Progress of a run, watched from outside: stages report events, listeners show or keep them.
+"""Events of a run: the stages report them to an observer, which passes them to listeners.
 
-An `Observer` is what the pipeline, the strategy and the server see. It logs one line of a tree for each event that a
-person should read, adds up the seconds of each stage, and hands everything to its listeners (`listeners/`), which
-write ``metrics.jsonl``, TensorBoard files or keep pictures for the report. Without listeners nothing is computed for
-them.
+The pipeline, the strategy and the server call an `Observer`. It writes a log line for each event that a person should
+read, adds up the seconds of each stage, and passes everything to its listeners: `JsonLines` writes ``metrics.jsonl``,
+`TensorBoard` writes event files, and `Keeper` keeps tensors for the report's pictures. Without listeners no values are
+computed for them.
 """
 
 from __future__ import annotations
@@ -28,20 +28,20 @@ Kind = Literal["started", "ended", "progress", "note", "client"]
 
 @dataclass(frozen=True)
 class Event:
-    """Something that happened.
+    """An event of a run.
 
     Attributes
     ----------
     kind
-        ``started`` and ``ended`` of a stage (``seconds``, ``peak_rss_mb`` and, on a GPU, ``cuda_peak_mb``);
-        ``progress`` within it (``done`` of ``total``, losses and the same memory); ``note``, which is logged too;
-        ``client``, what became of one client (``outcome``).
+        ``started``: a stage has started. ``ended``: a stage has ended, with ``seconds``, ``peak_rss_mb`` and, on a GPU,
+        ``cuda_peak_mb``. ``progress``: progress of a stage, with ``done``, ``total``, losses and the same memory
+        values. ``note``: values that are also logged. ``client``: the ``outcome`` of one client.
     stage
         Name of the stage, as in ``metrics.json``.
     seconds
-        Since the observer was made.
+        Seconds from the creation of the observer to the event.
     values
-        Names and values.
+        Values of the event by name.
     """
 
     kind: Kind
@@ -51,30 +51,30 @@ class Event:
 
 
 class Listener:
-    """What an observer tells of a run; a listener overrides what it wants to know."""
+    """Base class of listeners; a listener overrides the methods that it needs."""
 
     def receive(self, event: Event) -> None:
-        """Take an event."""
+        """Receive an event."""
 
     def snapshot(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Take tensors to look at, on the device of the stage; they may change after the call."""
+        """Receive tensors on the device of the stage; they may change after the call."""
 
     def close(self) -> None:
-        """Let go of files; nothing comes after it."""
+        """Close all files; no other method is called after this one."""
 
 
 class Observer:
-    """Logs events, keeps the wall-clock seconds of each stage, and passes all on to listeners.
+    """Logs events, measures the wall-clock seconds of each stage, and passes both to listeners.
 
     Parameters
     ----------
     *listeners
-        Called in order, in the thread of the stage.
+        Listeners, called in this order and in the thread of the stage.
 
     Attributes
     ----------
     seconds
-        Of each stage that has ended at least once.
+        Total seconds of each stage that has ended at least once.
     """
 
     def __init__(self, *listeners: Listener) -> None:
@@ -84,40 +84,43 @@ class Observer:
 
     @property
     def watched(self) -> bool:
-        """Whether anybody listens: what is computed for listeners alone can be left out otherwise."""
+        """Whether there are listeners; otherwise values for listeners need not be computed."""
         return bool(self.listeners)
 
     def event(self, stage: str, **values: Value) -> None:
-        """Report something that a person should read, as names and values."""
+        """Log values by name and pass them to the listeners as a ``note``."""
         shown = ", ".join(f"{name.replace('_', ' ')} {_short(value)}" for name, value in values.items())
         log.info("├── %s: %s", stage, shown)
         self._tell("note", stage, values)
 
     def progress(self, stage: str, done: int, total: int, values: Callable[[], Mapping[str, Value]]) -> None:
-        """Report how far a stage is.
+        """Report the progress of a stage.
 
         Parameters
         ----------
+        stage
+            Name of the stage.
         done, total
-            Steps.
+            Number of finished steps and of all steps.
         values
-            Called only if anybody listens: reading a loss off a GPU makes the stage wait for it.
+            Function that returns further values. It is called only if there are listeners, because reading a loss from
+            a GPU makes the stage wait for the GPU.
         """
         if self.listeners:
             self._tell("progress", stage, {"done": done, "total": total, **values(), **memory()})
 
     def client(self, outcome: str, **values: Value | Sequence[Value]) -> None:
-        """Report what became of a client: ``accepted``, ``refused``, ``failed`` or ``empty``."""
+        """Report the outcome of a client: ``accepted``, ``refused``, ``failed`` or ``empty``."""
         self._tell("client", "clients", {"outcome": outcome, **values})
 
     def snapshot(self, name: str, **tensors: Tensor) -> None:
-        """Show tensors to the listeners."""
+        """Pass tensors to the listeners."""
         for listener in self.listeners:
             listener.snapshot(name, tensors)
 
     @contextmanager
     def stage(self, name: str) -> Iterator[None]:
-        """Time a stage; a stage entered again adds to its seconds."""
+        """Measure the time of a stage; repeated stages of one name add up."""
         if torch.cuda.is_available() and self.listeners:
             torch.cuda.reset_peak_memory_stats()
         self._tell("started", name, {})
@@ -142,7 +145,7 @@ class Observer:
 
 
 def memory() -> dict[str, Value]:
-    """Peak memory in MiB so far: of the process, and of torch on the GPU since the stage began."""
+    """Return the peak memory in MiB: of the process so far, and of torch on the GPU since the stage started."""
     found: dict[str, Value] = {"peak_rss_mb": round(peak_rss_mb(), 1)}
     if torch.cuda.is_available():
         found["cuda_peak_mb"] = round(torch.cuda.max_memory_allocated() / 2**20, 1)

@@ -1,4 +1,4 @@
-"""Memory of this process: its peak, and handing it back to the system."""
+"""Measure the peak memory of this process, and return freed memory to the system."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import sys
 from pathlib import Path
 
 _MAPS = Path("/proc/self/maps")
-_OBJECT_STORE = "/plasma"  # in the name of the file behind Ray's shared memory
+_OBJECT_STORE = "/plasma"  # part of the file name of Ray's shared memory
 
 
 def release_memory() -> None:
-    """Hand freed memory back to the system, and let go of what was read from Ray's object store.
+    """Return freed memory to the system, and release the pages that were read from Ray's object store.
 
-    Glibc does not do the first by itself with blocks of uneven sizes. As to the second: each page of the store that was
-    ever read counts as this process's memory until it is let go; what is read again comes back unchanged.
+    Glibc does not return freed blocks of different sizes by itself. A page of the object store counts as memory of this
+    process from its first read until its release; a later read gets it back unchanged.
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "malloc_trim"):
@@ -28,7 +28,7 @@ def release_memory() -> None:
 
 
 def _object_store(maps: str) -> list[tuple[int, int]]:
-    """Start and length of each shared mapping of Ray's object store, of which the kernel keeps the pages itself."""
+    """Return start and length of each shared mapping of Ray's object store; its content stays in the store."""
     found = []
     for line in maps.splitlines():
         if _OBJECT_STORE in line and line.split()[1].endswith("s"):
@@ -43,7 +43,7 @@ _STATUS = Path("/proc/self/status")
 def peak_rss_mb() -> float:
     """Return the peak resident memory of this process in MiB.
 
-    Linux says it of the program that runs; what `getrusage` says begins with the peak of the process that started it.
+    On Linux the value of /proc is used, because that of `getrusage` includes the peak of the parent process.
     """
     if _STATUS.exists() and (found := re.search(r"VmHWM:\s+(\d+) kB", _STATUS.read_text())):
         return int(found[1]) / 2**10

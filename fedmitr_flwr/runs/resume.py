@@ -1,4 +1,4 @@
-"""Going on with a run that was cut off: which settings it has, and which of them may still change."""
+"""Resume an interrupted run: read its settings, and check which of them may still change."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 from fedmitr_flwr.runs.directory import CHECKPOINTS, CONFIG, METRICS, STATUS, UPLOADS
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError
 
-# The stage whose result a group of settings decides; a group that is not here decides what is inverted.
+# The first stage whose result depends on a group of settings. For groups that are not listed it is inversion.
 _DECIDES = {
     **dict.fromkeys(("data", "partition", "model", "train"), "uploads"),
     **dict.fromkeys(("density", "relabel", "distill", "generator"), "distillation"),
@@ -21,13 +21,13 @@ _FINISHED_FILES = {
     "inversion": f"{CHECKPOINTS}/round-*/inversion-*.safetensors",
     "distillation": f"{CHECKPOINTS}/round-*/[dm]*",
 }
-# Where `fedmitr simulate` tells the ServerApp, which Flower tells nothing, how the run is simulated.
+# `fedmitr simulate` passes the simulation config in this variable, because Flower does not pass it to the ServerApp.
 FEDERATION_VARIABLE = "FEDMITR_FEDERATION"
 _FREE = {"train.time-limit-seconds"}
 
 
 def is_complete(run: Path) -> bool:
-    """Whether a run has nothing left to do."""
+    """Return whether a run is complete."""
     try:
         state = json.loads((run / STATUS).read_text("utf-8"))["state"]
     except (OSError, ValueError, KeyError):
@@ -36,7 +36,7 @@ def is_complete(run: Path) -> bool:
 
 
 def simulation_config(clients: int | None) -> dict[str, bool | int | float | str] | None:
-    """Return Flower's simulation config of this run as far as it is known; None in a deployment.
+    """Return the known part of Flower's simulation config of this run; None in a deployment.
 
     Parameters
     ----------
@@ -55,13 +55,15 @@ def stored_config(run: Path) -> dict[str, Any]:
     Raises
     ------
     SettingsError
-        If there is none: the run ended before any client was asked, or this is no run.
+        If the file is missing or unreadable, because the run ended before it asked a client or `run` is not a run.
     """
     try:
         config: dict[str, Any] = json.loads((run / CONFIG).read_text("utf-8"))
         config["settings"].items()
     except (OSError, ValueError, KeyError, AttributeError):
-        raise SettingsError(("run.resume", str(run), f"holds no run to go on with: no readable {CONFIG}")) from None
+        raise SettingsError(
+            ("run.resume", str(run), f"is not a run that can be resumed: it has no readable {CONFIG}")
+        ) from None
     return config
 
 
@@ -71,14 +73,14 @@ def resumed_settings(run: Path, changes: Mapping[str, RunConfigValue]) -> Settin
     Parameters
     ----------
     run
-        Its directory.
+        Directory of the run.
     changes
-        Keys to change.
+        Keys to change, with their new values.
 
     Raises
     ------
     SettingsError
-        Names each key whose change would contradict what is finished already.
+        If finished work depends on the old value of a changed key; the message names each such key.
     """
     stored = Settings.from_run_config(stored_config(run)["settings"])
     place: dict[str, RunConfigValue] = {
@@ -93,7 +95,7 @@ def resumed_settings(run: Path, changes: Mapping[str, RunConfigValue]) -> Settin
         stage = _decided_stage(key)
         if after[key] != before[key] and stage is not None and any(run.glob(_FINISHED_FILES[stage])):
             old = f'"{before[key]}"' if isinstance(before[key], str) else before[key]
-            allowed = f"cannot change any more: the run has finished {stage} with {old}; start a new run for it"
+            allowed = f"cannot change, because the run has finished {stage} with {old}; start a new run instead"
             problems.append((key, after[key], allowed))
     if problems:
         raise SettingsError(*problems)
@@ -101,10 +103,10 @@ def resumed_settings(run: Path, changes: Mapping[str, RunConfigValue]) -> Settin
 
 
 def changes_in(given: Settings, run: Path) -> dict[str, RunConfigValue]:
-    """Return what a run-config that names a run to resume asks to change in it.
+    """Return the keys that a run-config with `run.resume` changes in the resumed run.
 
-    Flower fills a run-config up with the app's defaults, so a key at its default is taken from the run, unless the
-    run-config is a complete one made for this run, as that of ``fedmitr resume``.
+    Flower adds the app's defaults to a run-config, so a key with its default value does not change the run. The
+    run-config of ``fedmitr resume`` is complete and names the run; all its keys apply.
     """
     values, defaults = given.flat(), Settings().flat()
     complete = given.run.name == run.name

@@ -1,4 +1,4 @@
-"""TensorBoard: losses, agreement, patches kept, accuracies and grids of synthetic images."""
+"""Write losses, agreement, numbers of kept patches, accuracies and image grids for TensorBoard."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def boards(settings: RunSettings, directory: Path) -> list[Listener]:
     Raises
     ------
     SettingsError
-        If the package is not installed.
+        If TensorBoard is not installed.
     """
     if not settings.tensorboard:
         return []
@@ -30,19 +30,19 @@ def boards(settings: RunSettings, directory: Path) -> list[Listener]:
 
 
 def check_tensorboard(settings: RunSettings) -> None:
-    """Raise a `SettingsError` if TensorBoard is wanted and not installed."""
+    """Raise a `SettingsError` if `run.tensorboard` is set and TensorBoard is not installed."""
     if settings.tensorboard and find_spec("tensorboard") is None:
-        allowed = "needs the package tensorboard: pip install tensorboard, or set it to false"
+        allowed = "needs the package tensorboard; install it with pip install tensorboard, or set the key to false"
         raise SettingsError(("run.tensorboard", True, allowed))
 
 
 class TensorBoard(Listener):
-    """Writes an event file that ``tensorboard --logdir RUN`` shows.
+    """Writes an event file for ``tensorboard --logdir RUN``.
 
     Parameters
     ----------
     folder
-        Made if it does not exist.
+        Folder of the event file; made if missing.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -52,7 +52,7 @@ class TensorBoard(Listener):
         self._accepted = 0
 
     def receive(self, event: Event) -> None:
-        """Write the numbers of progress and notes as scalars over the steps of their stage."""
+        """Write the numbers of an event as scalars: progress over the steps of its stage, clients by order."""
         values = event.values
         if event.kind == "client" and values.get("outcome") == "accepted":
             self._accepted += 1
@@ -70,7 +70,7 @@ class TensorBoard(Listener):
                 self._scalar(f"{event.stage}/{name}", value, 0)
 
     def snapshot(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Show images at each stop as a grid, stretched to the full range, and how many of their patches go on."""
+        """Write images as grids, each scaled to the full range, and at each stop the number of kept patches."""
         if name == "stop" and int(tensors["row"][0]) == 0:
             iteration = int(tensors["iteration"])
             self._scalar("invert/patches_kept", tensors["kept"].shape[1], iteration)
@@ -79,7 +79,7 @@ class TensorBoard(Listener):
             self._grid("invert/finished_by_class", tensors["images"], 0)
 
     def close(self) -> None:
-        """Write what is left and close the file."""
+        """Write the remaining values and close the file."""
         self._writer.close()
 
     def _scalar(self, tag: str, value: object, step: object) -> None:

@@ -1,4 +1,4 @@
-"""Weights on disk: safetensors files, written whole or not at all, and a checksum of their content."""
+"""Read and write safetensors files, and compute a checksum of their content."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from torch import Tensor
 from fedmitr_flwr.runs.atomic import atomic_path
 from fedmitr_flwr.runs.direct_io import open_uncached
 
-# Names of the safetensors format.
+# Names of dtypes in the safetensors format.
 _NAMES = {
     torch.float32: "F32",
     torch.float16: "F16",
@@ -28,15 +28,15 @@ _NAMES = {
 
 
 def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically, readable to whom the umask allows.
+    """Write a safetensors file atomically, with the file permissions of the umask.
 
-    Not by safetensors' own writers: they copy all tensors into one or two further buffers, where a server that takes
-    hundreds of uploads should hold each one once; they neither sync nor raise an OSError when the disk is full, and
-    let nobody but the owner read the file.
+    The writers of the safetensors package are not used for three reasons. They copy all tensors to one or two more
+    buffers, while a server with hundreds of uploads should hold each upload once. They do not sync, and do not raise an
+    OSError if the disk is full. They make the file readable only for its owner.
     """
     header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
     end = 0
-    # Wider types first, as the format's readers expect: each tensor then begins at a multiple of its item size.
+    # Readers expect each tensor to start at a multiple of its item size, so wider dtypes come first.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
     for key, value in ordered:
         start, end = end, end + value.numel() * value.element_size()
@@ -50,9 +50,16 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
 
 
 class StoredState(Mapping[str, Tensor]):
-    """Weights in a safetensors file, read tensor by tensor when they are asked for, floating-point ones as fp32.
+    """Weights in a safetensors file. Each access reads one tensor; floating-point tensors are returned as fp32.
 
-    So hundreds of client models need not be in memory beside the teachers that are made from them.
+    The weights of hundreds of clients therefore do not take memory in addition to the teachers made from them.
+
+    Parameters
+    ----------
+    path
+        The file.
+    names
+        Names of its tensors.
     """
 
     def __init__(self, path: Path, names: Sequence[str]) -> None:
@@ -67,7 +74,7 @@ class StoredState(Mapping[str, Tensor]):
         return value.float() if value.is_floating_point() else value
 
     def read(self) -> dict[str, Tensor]:
-        """All tensors, with the file opened once; fp32 ones may lie in the file's pages: don't write to them."""
+        """Return all tensors. Do not write to them: fp32 tensors may share memory with the mapped file."""
         with safe_open(self._path, "pt") as file:
             state = {name: file.get_tensor(name) for name in self._names}
         return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
@@ -80,10 +87,10 @@ class StoredState(Mapping[str, Tensor]):
 
 
 def checksum(state: Mapping[str, Tensor]) -> str:
-    """Return a checksum over names, dtypes, shapes and values, whatever the order of the keys.
+    """Return a checksum over names, dtypes, shapes and values; the order of the keys does not matter.
 
-    XXH3 with 128 bits, ten times faster than SHA-256. It finds every accident; it is no proof against somebody who can
-    write to the files, who could write another checksum too.
+    The checksum is the 128-bit XXH3, which is ten times faster than SHA-256. It detects accidental changes. It does not
+    protect against a person who can write to the files, because that person could change the checksum too.
     """
     digest = xxhash.xxh3_128()
     for key in sorted(state):
@@ -94,5 +101,5 @@ def checksum(state: Mapping[str, Tensor]) -> str:
 
 
 def _bytes(value: Tensor) -> memoryview:
-    """The values in memory order, without a copy where they lie that way already."""
+    """Return the values in memory order, without a copy if the tensor is contiguous on the CPU."""
     return value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data

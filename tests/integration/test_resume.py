@@ -94,7 +94,7 @@ def test_a_run_that_is_cut_off_again_and_again_loses_nothing(folder: Path, whole
     assert sum(asked(folder).values()) - begun == 4 - len(kept)
     changed = run(*go_on, "--set", "inversion.iterations=61")
     assert changed.returncode == 2
-    assert "inversion.iterations = 61: cannot change any more" in changed.stderr
+    assert "inversion.iterations = 61: cannot change, because" in changed.stderr
 
     batches = finished(directory, "inversion-*")
     process = start(*go_on, log=log)

@@ -44,9 +44,9 @@ def test_options_are_parsed_as_numbers_truths_and_words() -> None:
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("img_size=32", 'model.options = "img_size=32": img_size comes from the data'),
-        ("in_chans=1", "in_chans comes from the data"),
-        ("num_classes=10", "num_classes comes from the data"),
+        ("img_size=32", 'model.options = "img_size=32": img_size is set by the data'),
+        ("in_chans=1", "in_chans is set by the data"),
+        ("num_classes=10", "num_classes is set by the data"),
         ("dept=4", 'model.options = "dept=4": unknown option dept; did you mean depth?'),
         ("pretrained=true", "unknown option pretrained"),
         ("checkpoint_path=x", "unknown option checkpoint_path"),
@@ -105,15 +105,15 @@ def test_building_gives_the_same_weights_and_leaves_the_global_random_state_alon
     [
         ("vit_tiny_patch16_224", "", 28, "data.image-size = 28: must be divisible by the patch size 16"),
         ("vit_tiny_patch16_224", "patch_size=5", 28, "data.image-size = 28: must be divisible by the patch size 5"),
-        ("vit_tiny_patch16_24", "", 32, "timm knows; did you mean vit_tiny_patch16_224"),
+        ("vit_tiny_patch16_24", "", 32, "timm model; did you mean vit_tiny_patch16_224"),
         ("vit_tiny_patch16_224.nonsense", "", 32, "Invalid pretrained tag (nonsense)"),
-        ("hf-hub:timm/x", "", 32, 'model.name = "hf-hub:timm/x": must be a model name that timm knows'),
+        ("hf-hub:timm/x", "", 32, 'model.name = "hf-hub:timm/x": must be the name of a timm model'),
         ("vit_tiny_patch16_224", "embed_dim=64,num_heads=5", 32, "dim should be divisible by num_heads"),
-        ("vit_tiny_patch16_224", "depth=two", 32, 'model.options = "depth=two": vit_tiny_patch16_224 can\'t be built'),
+        ("vit_tiny_patch16_224", "depth=two", 32, 'model.options = "depth=two": vit_tiny_patch16_224 cannot be built'),
         ("vit_tiny_patch16_224", "class_token=false", 32, "Token pooling needs the class token"),
         ("vit_tiny_patch16_224", "global_pool=avg", 32, 'must classify from the [CLS] token (global_pool "token")'),
         ("swin_tiny_patch4_window7_224", "", 28, 'model.name = "swin_tiny_patch4_window7_224": must be a plain'),
-        ("resnet18", "", 32, 'model.name = "resnet18": must be a plain timm VisionTransformer; this is a ResNet'),
+        ("resnet18", "", 32, 'model.name = "resnet18": must be a plain timm VisionTransformer, but is a ResNet'),
     ],
 )
 def test_a_model_that_cannot_be_built_is_one_clear_error(name: str, options: str, size: int, message: str) -> None:
@@ -230,7 +230,7 @@ def test_a_head_that_does_not_fit_is_made_anew_and_the_rest_kept(
     found = initial_state(make_settings(f"file:{tmp_path}/weights.safetensors"), make_spec(classes=3))
     seeded = initial_state(make_settings(), make_spec(classes=3))
     assert all(torch.equal(found[key], seeded[key] if key.startswith("head.") else saved[key]) for key in found)
-    assert "made anew" in caplog.text
+    assert "is replaced by a new one" in caplog.text
 
 
 @pytest.mark.parametrize("names", [["class-1", "class-0", "class-2"], ["class-0", "class-1", "class-2"]])
@@ -261,7 +261,7 @@ def test_a_checkpoint_of_another_architecture_names_the_file_and_the_first_keys(
     with pytest.raises(SettingsError) as caught:
         initial_state(make_settings(f"file:{file}"), make_spec())
     message = str(caught.value)
-    assert message.startswith(f'model.init = "file:{file}": {file} doesn\'t fit the model')
+    assert message.startswith(f'model.init = "file:{file}": {file} does not fit the model')
     assert "cls_token: (1, 1, 64) in the file, (1, 1, 32) in the model" in message
     assert "more" in message
 
@@ -294,7 +294,7 @@ def test_a_checkpoint_with_infinite_values_is_refused(tmp_path: Path) -> None:
     [
         ("weights.pth", b"", "must name a .safetensors file"),
         ("absent.safetensors", None, "must name a .safetensors file"),
-        ("broken.safetensors", b"not safetensors at all", "can't be read as safetensors"),
+        ("broken.safetensors", b"not safetensors at all", "cannot be read as safetensors"),
         ("", None, "must name a .safetensors file"),
     ],
 )

@@ -246,9 +246,9 @@ def test_shapes_that_do_not_fit_are_refused_in_words() -> None:
         forward_patches(model, patches[:, :5], None)
     with pytest.raises(ValueError, match=r"index of shape \(3, 4\)"):
         forward_patches(model, patches[:, :5], torch.zeros(3, 4, dtype=torch.int64))
-    with pytest.raises(ValueError, match="can't be cut into patches of 5 x 5"):
+    with pytest.raises(ValueError, match="cannot be cut into patches of 5 x 5"):
         patchify(torch.zeros(1, 1, 28, 28), (5, 5))
-    with pytest.raises(ValueError, match="don't fill a grid"):
+    with pytest.raises(ValueError, match="do not fit a grid"):
         unpatchify(patches[:, :5], (4, 4), (7, 7))
 
 
@@ -260,16 +260,16 @@ def test_every_family_is_supported(family: str) -> None:
 @pytest.mark.parametrize(
     ("name", "options", "reason"),
     [
-        ("swin_tiny_patch4_window7_224", {}, "SwinTransformer: windowed attention"),
-        ("samvit_base_patch16", {}, "VisionTransformerSAM: windowed attention"),
+        ("swin_tiny_patch4_window7_224", {}, "SwinTransformer: its windowed attention"),
+        ("samvit_base_patch16", {}, "VisionTransformerSAM: its windowed attention"),
         ("vit_small_patch16_rope_224", {}, "Eva: attention with rotary"),
         ("beit_base_patch16_224", {}, "Beit: attention with rotary or relative positions"),
-        ("resnet18", {}, "must be a plain timm VisionTransformer; this is a ResNet"),
+        ("resnet18", {}, "must be a plain timm VisionTransformer, but is a ResNet"),
         ("vit_base_r50_s16_224", {}, "hybrid or convolutional HybridEmbed"),
         ("vit_betwixt_patch16_reg4_gap_256", {}, r"must have a \[CLS\] token"),
         ("vit_base_patch16_siglip_224", {}, r"must have a \[CLS\] token"),
-        ("vit_tiny_patch16_224", {"global_pool": "avg"}, r'from the \[CLS\] token .* reads the patch tokens \("avg"\)'),
-        ("vit_tiny_patch16_224", {"global_pool": "map"}, r'reads the patch tokens \("map"\)'),
+        ("vit_tiny_patch16_224", {"global_pool": "avg"}, r'from the \[CLS\] token .* uses the patch tokens \("avg"\)'),
+        ("vit_tiny_patch16_224", {"global_pool": "map"}, r'uses the patch tokens \("map"\)'),
         ("vit_tiny_patch16_224", {"global_pool": ""}, "no pooling"),
         ("vit_small_patch16_18x2_224", {}, "ParallelThingsBlock is not supported"),
         ("vit_tiny_patch16_224", {"attn_layer": "diff"}, "DiffAttention is not supported"),

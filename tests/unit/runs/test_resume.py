@@ -62,7 +62,7 @@ def test_a_change_is_refused_once_its_stage_has_finished_something(
     finish(run, *list(FILES)[: list(FILES).index(stage)])
     assert resumed_settings(run, {key: value}).flat()[key] == value
     finish(run, stage)
-    with pytest.raises(SettingsError, match=rf"{key} = .*cannot change any more: the run has finished {stage}"):
+    with pytest.raises(SettingsError, match=rf"{key} = .*cannot change, because the run has finished {stage}"):
         resumed_settings(run, {key: value})
 
 
@@ -73,7 +73,7 @@ def test_what_decides_no_result_may_always_change(run: Path, key: str) -> None:
 
 
 def test_a_folder_without_a_run_is_refused_with_its_name(tmp_path: Path) -> None:
-    with pytest.raises(SettingsError, match=r"run\.resume = .*holds no run to go on with"):
+    with pytest.raises(SettingsError, match=r"run\.resume = .*is not a run that can be resumed"):
         resumed_settings(tmp_path, {})
 
 

@@ -77,7 +77,7 @@ def test_foreign_files_survive_a_second_run(tmp_path: Path) -> None:
 def test_a_folder_with_such_files_that_no_run_made_is_refused(tmp_path: Path) -> None:
     (tmp_path / "project").mkdir()
     (tmp_path / "project" / "config.json").write_text("mine")
-    with pytest.raises(SettingsError, match=r'run.name = "project": .* holds config.json, but no run made it'):
+    with pytest.raises(SettingsError, match=r'run.name = "project": .* has a file config.json that no run wrote'):
         RunDirectory.create(str(tmp_path), "project")
     assert (tmp_path / "project" / "config.json").read_text() == "mine"
 
@@ -95,7 +95,7 @@ def test_a_refused_folder_is_not_left_locked(tmp_path: Path) -> None:
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "log.txt").write_text("mine")
     for _ in range(2):
-        with pytest.raises(SettingsError, match=r"holds log\.txt"):
+        with pytest.raises(SettingsError, match=r"has a file log\.txt"):
             RunDirectory.create(str(tmp_path), "a")
 
 
