@@ -1,6 +1,6 @@
 """A ServerApp of one's own that uses the FedMITR strategy; the clients are fedmitr-flwr's.
 
-    flwr run examples/own_flower_app --stream --run-config "output='/tmp/own'"
+    flwr run examples/own-flower-app --stream --run-config "output='/tmp/own'"
 
 What is yours here: the settings in code, what happens before and after, and where the model goes.
 """
@@ -38,5 +38,5 @@ def main(grid: Grid, context: Context) -> None:
         strategy.start(grid, fm.encode_state(fm.initial_state(settings, source.spec)), num_rounds=1)
         assert strategy.outcome is not None
         state = strategy.outcome.result.state
-        fm.save_timm(state, settings.model, source.spec, run.path / "model", {"made-by": "own_flower_app"})
+        fm.save_timm(state, settings.model, source.spec, run.path / "model", {"made-by": "own-flower-app"})
         print(Path(run.path))
