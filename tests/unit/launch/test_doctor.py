@@ -6,6 +6,7 @@ import json
 import socket
 import subprocess
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 import pytest
@@ -26,7 +27,7 @@ def test_a_healthy_machine_has_no_problem(tmp_path: Path) -> None:
     assert result.exit_code == 0, result.output
     assert {"python", "packages", "flwr command", "GPU", "memory", "ports", "leftover SuperLink"} <= findings.keys()
     assert findings["packages"]["level"] == "ok"
-    assert "flwr 1.41" in findings["packages"]["found"]
+    assert f"flwr {version('flwr')}" in findings["packages"]["found"]
 
 
 def test_a_missing_package_is_a_problem_and_exit_code_1(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

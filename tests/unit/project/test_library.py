@@ -74,7 +74,7 @@ def test_example_uses_the_strategy_in_an_app_of_one_s_own(tmp_path: Path) -> Non
 
     with PrivateFlower() as flower:
         environment = {**flower.environment, "PYTHONPATH": str(ROOT)}
-        command = ["flwr", "run", str(ROOT / "examples" / "own_flower_app"), "--stream"]
+        command = ["flwr", "run", str(ROOT / "examples" / "own-flower-app"), "--stream"]
         process = subprocess.run(
             [*command, "--run-config", f"output='{tmp_path}'", "--federation-config", "num-supernodes=2"],
             cwd=flower.cwd,

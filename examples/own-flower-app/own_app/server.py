@@ -1,6 +1,6 @@
 """Your own ServerApp with the FedMITR strategy and the clients of fedmitr-flwr.
 
-    flwr run examples/own_flower_app --stream --run-config "output='/tmp/own'"
+    flwr run examples/own-flower-app --stream --run-config "output='/tmp/own'"
 
 In your own ServerApp you set the settings in code, add steps before and after the exchange, and choose where the model
 is saved.
@@ -39,5 +39,5 @@ def main(grid: Grid, context: Context) -> None:
         strategy.start(grid, fm.encode_state(fm.initial_state(settings, source.spec)), num_rounds=1)
         assert strategy.outcome is not None
         state = strategy.outcome.result.state
-        fm.save_timm(state, settings.model, source.spec, run.path / "model", {"made-by": "own_flower_app"})
+        fm.save_timm(state, settings.model, source.spec, run.path / "model", {"made-by": "own-flower-app"})
         print(Path(run.path))
