@@ -1,12 +1,14 @@
-"""The choices of the settings whose values are names.
+"""The choices of the settings whose values are names, and what each name stands for.
 
 Four of the lists have a registry that maps each name to its implementation: `pipeline.methods.METHODS`,
-`stages.inversion.methods.INVERSION`, `ensemble.weighting.WEIGHTINGS` and `stages.random_images.FAMILIES`. Tests check
-that list and registry have the same names.
+`stages.inversion.methods.INVERSION`, `ensemble.weighting.WEIGHTINGS` and `stages.random_images.families.FAMILIES`.
+Their names have a description here, from which the settings page is made. Tests check that list, descriptions and
+registry have the same names.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Literal
 
 MethodName = Literal[
@@ -42,3 +44,57 @@ Precision = Literal["auto", "fp32", "bf16"]
 
 UploadDtype = Literal["fp32", "fp16", "bf16"]
 """Choices of `train.upload-dtype`."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """One name of a list, and what it stands for."""
+
+    name: str
+    description: str
+
+
+METHODS = (
+    Choice("fedmitr", description="inversion, density split, relabeling and distillation"),
+    Choice("fedavg", description="the average of the uploads, weighted by their number of images"),
+    Choice("head-aggregation", description="the average of the updates, with class-wise weights for the head"),
+    Choice("dense-inversion", description="inversion without stopping patches, and distillation with cross-entropy"),
+    Choice("dense-inversion-kl", description="the same without cross-entropy"),
+    Choice("hard-labels", description="FedMITR with the most probable class in place of each distribution"),
+    Choice("random-images", description="distillation on random images alone"),
+    Choice("dense", description="DENSE, an image generator in place of inversion"),
+    Choice("co-boosting", description="Co-Boosting, likewise"),
+)
+WEIGHTINGS = (
+    Choice("uniform", description="the same for all teachers"),
+    Choice("examples", description="the client's number of training images"),
+    Choice(
+        "histogram",
+        description="the client's number of images of the class (needs `train.share-label-histogram = true`)",
+    ),
+    Choice(
+        "competence",
+        description="that number as estimated from the update of the classifier head; needs only the upload",
+    ),
+)
+INVERSIONS = (
+    Choice(
+        "sparse",
+        description="each stop excludes the patches with the least attention from the rest of the inversion (SMI)",
+    ),
+    Choice(
+        "rebirth",
+        description="each stop takes out the patches with the most attention as a finished image and inverts the "
+        "remaining patches further (Patch Rebirth); n stops yield n + 1 images with equally many patches each",
+    ),
+)
+RANDOM_FAMILIES = (
+    Choice("fields", description="noise of random coarseness, contrast and mean, for any data"),
+    Choice("contours", description="bright random lines on a dark ground, for writing"),
+    Choice("shapes", description="coloured shapes on a plain ground, for pictures of objects"),
+)
+
+
+def described(purpose: str, choices: tuple[Choice, ...]) -> str:
+    """Return the description of a setting: its purpose, and what each of its choices stands for."""
+    return " ".join([purpose, *(f"`{choice.name}`: {choice.description}." for choice in choices)])

@@ -8,7 +8,7 @@ from typing import Literal, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from fedmitr_flwr.settings.choices import MethodName
+from fedmitr_flwr.settings.choices import METHODS, MethodName, described
 from fedmitr_flwr.settings.client_stages import DataSettings, ModelSettings, PartitionSettings, TrainSettings
 from fedmitr_flwr.settings.generator import GeneratorSettings
 from fedmitr_flwr.settings.run_config import RunConfigValue, SettingsError, Stage, kebab, problems_of, unknown_hint
@@ -24,14 +24,7 @@ from fedmitr_flwr.settings.server_stages import (
 class RunSettings(Stage):
     """Settings of the whole run: method, device, results, clients and time limits."""
 
-    method: MethodName = Field(
-        "fedmitr",
-        description="Method that turns the uploads into one model: `fedmitr`, or a baseline. `fedavg` and "
-        "`head-aggregation` average the uploads. `dense-inversion` inverts without stopping patches and distils with "
-        "cross-entropy, `dense-inversion-kl` without it. `hard-labels` is FedMITR with the most probable class in "
-        "place of each distribution. `random-images` distils on random images alone. `dense` (DENSE) and "
-        "`co-boosting` (Co-Boosting) train an image generator in place of inversion.",
-    )
+    method: MethodName = Field("fedmitr", description=described("Way from the uploads to one model.", METHODS))
     seed: int = Field(
         42, ge=0, le=2**31 - 1, description="Seed of all random draws but the partition and the data split."
     )

@@ -6,7 +6,18 @@ from typing import Literal, Self
 
 from pydantic import Field, model_validator
 
-from fedmitr_flwr.settings.choices import Augmentation, InversionName, Precision, RandomFamily, Start, Weighting
+from fedmitr_flwr.settings.choices import (
+    INVERSIONS,
+    RANDOM_FAMILIES,
+    WEIGHTINGS,
+    Augmentation,
+    InversionName,
+    Precision,
+    RandomFamily,
+    Start,
+    Weighting,
+    described,
+)
 from fedmitr_flwr.settings.run_config import FloatList, IntList, SettingsError, Stage
 
 
@@ -15,10 +26,7 @@ class EnsembleSettings(Stage):
 
     weighting: Weighting = Field(
         "competence",
-        description="Evidence from which a teacher's weight for a class is computed. `uniform`: the same for all "
-        "teachers. `examples`: the client's number of training images. `histogram`: its number of images of the class "
-        "(needs `train.share-label-histogram = true`). `competence`: that number as estimated from the update of the "
-        "classifier head; needs only the upload.",
+        description=described("What a teacher's weight for a class is computed from.", WEIGHTINGS),
     )
     power: float = Field(
         0.5,
@@ -42,12 +50,7 @@ class EnsembleSettings(Stage):
 class InversionSettings(Stage):
     """Stage 1, sparse model inversion (SMI, arXiv 2510.27186)."""
 
-    method: InversionName = Field(
-        "sparse",
-        description="`sparse`: each stop excludes the patches with the least attention from the rest of the inversion "
-        "(SMI). `rebirth`: each stop takes out the patches with the most attention as a finished image and inverts the "
-        "remaining patches further (Patch Rebirth); n stops yield n + 1 images with equally many patches each.",
-    )
+    method: InversionName = Field("sparse", description=described("Way of inverting.", INVERSIONS))
     images: int = Field(
         120, ge=1, le=10_000_000, description="Number of synthetic images, spread evenly over the classes."
     )
@@ -314,12 +317,7 @@ class DistillSettings(Stage):
         description="Number of mixed images for each synthetic image. A mixed image takes each of its patches from one "
         "of two synthetic images. It is labelled by the ensemble and has no pseudo-label y. 0: none.",
     )
-    noise_kind: RandomFamily = Field(
-        "contours",
-        description="Kind of the random images. `fields`: noise of random coarseness, contrast and mean, for any data. "
-        "`contours`: bright random lines on a dark ground, for writing. `shapes`: coloured shapes on a "
-        "plain ground, for pictures of objects.",
-    )
+    noise_kind: RandomFamily = Field("contours", description=described("Family of the random images.", RANDOM_FAMILIES))
     noise: float = Field(
         100.0,
         ge=0.0,

@@ -1,0 +1,52 @@
+"""What a forgotten step would break is found here: each name has its implementation and its description."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import get_args
+
+import pytest
+
+from fedmitr_flwr.ensemble.weighting import WEIGHTINGS
+from fedmitr_flwr.pipeline.methods import METHODS
+from fedmitr_flwr.results.metrics import METRICS
+from fedmitr_flwr.settings import InversionName, MethodName, RandomFamily, Settings, Weighting, choices
+from fedmitr_flwr.stages.inversion.methods import INVERSION
+from fedmitr_flwr.stages.random_images.families import FAMILIES
+from fedmitr_flwr.training.reported import REPORTED
+from tests.pages import ROOT
+
+LISTS = {
+    "run.method": (MethodName, METHODS, choices.METHODS),
+    "ensemble.weighting": (Weighting, WEIGHTINGS, choices.WEIGHTINGS),
+    "inversion.method": (InversionName, INVERSION, choices.INVERSIONS),
+    "distill.noise-kind": (RandomFamily, FAMILIES, choices.RANDOM_FAMILIES),
+}
+
+
+@pytest.mark.parametrize("key", LISTS)
+def test_names_implementations_and_descriptions_agree(key: str) -> None:
+    names, registry, described = LISTS[key]
+    assert get_args(names) == tuple(registry) == tuple(choice.name for choice in described)
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_a_method_says_what_the_server_did_and_fixes_settings_that_are_valid(name: str) -> None:
+    method = METHODS[name]
+    settings = method.resolve(Settings().replace(**{"run.method": name}))
+    assert method.resolve(settings) == settings
+    assert method.title
+    assert method.server_part(settings).startswith("It ")
+    assert method.server_part(settings).endswith(".")
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_page_on_comparing_explains_each_method(name: str) -> None:
+    assert f"`{name}`" in (ROOT / "docs" / "comparing.md").read_text("utf-8")
+
+
+@pytest.mark.parametrize("names", [[metric.name for metric in METRICS], [number.name for number in REPORTED]])
+def test_names_of_numbers_are_unique_identifiers(names: Iterable[str]) -> None:
+    names = list(names)
+    assert len(set(names)) == len(names)
+    assert all(name.isidentifier() for name in names)
