@@ -47,14 +47,14 @@ def class_weights(evidence: Tensor, power: float, trust: Tensor | None = None) -
 
 @dataclass(frozen=True)
 class Knowledge:
-    """What the server knows about K clients that weightings can use.
+    """Inputs of the weightings: what the server knows about K clients.
 
     Attributes
     ----------
     num_examples
         ``(K,)`` number of training images of each client.
     histograms
-        ``(K, C)`` of them in each class; None if some client withheld its histogram.
+        ``(K, C)`` number of training images of each class; None if any client did not share its histogram.
     head_updates
         ``(K, C, D)`` classifier weights minus those of the common initialisation.
     """
@@ -65,35 +65,35 @@ class Knowledge:
 
 
 def evidence(weighting: str, knowledge: Knowledge) -> Tensor:
-    """Return how much each client knows of each class, ``(K, C)``, by the chosen weighting.
+    """Return ``(K, C)`` evidence for how well each client knows each class, by the chosen weighting.
 
     Raises
     ------
     ValueError
-        If the weighting needs histograms that some client withheld.
+        If the weighting needs histograms and `knowledge` has none.
     """
     return WEIGHTINGS[weighting](knowledge)
 
 
 def uniform(knowledge: Knowledge) -> Tensor:
-    """All clients count the same for all classes, ``(K, C)``."""
+    """Return 1 for every client and class, ``(K, C)``."""
     return torch.ones(knowledge.head_updates.shape[:2])
 
 
 def examples(knowledge: Knowledge) -> Tensor:
-    """Each client counts by its number of images, the same for all classes, ``(K, C)``."""
+    """Return each client's number of images, the same for all classes, ``(K, C)``."""
     return knowledge.num_examples[:, None].expand(knowledge.head_updates.shape[:2])
 
 
 def histogram(knowledge: Knowledge) -> Tensor:
-    """Each client counts by the number of its images of the class, ``(K, C)``."""
+    """Return each client's number of images of each class, ``(K, C)``."""
     if knowledge.histograms is None:
         raise ValueError('ensemble.weighting = "histogram" needs the label histogram of every client')
     return knowledge.histograms
 
 
 def competence_of_head(knowledge: Knowledge) -> Tensor:
-    """Each client counts by its competence for the class, ``(K, C)``; see `competence`."""
+    """Return each client's estimated number of images of each class, ``(K, C)``; see `competence`."""
     return competence(knowledge.head_updates, knowledge.num_examples)
 
 
@@ -129,4 +129,4 @@ WEIGHTINGS: dict[str, Callable[[Knowledge], Tensor]] = {
     "histogram": histogram,
     "competence": competence_of_head,
 }
-"""By `ensemble.weighting`, in the order of `settings.choices.Weighting`: evidence ``(K, C)``, not negative."""
+"""The functions by `ensemble.weighting`, in the order of `settings.choices.Weighting`; they return values >= 0."""

@@ -1,7 +1,7 @@
-"""What the stages of a round have finished, on disk, so that a run that was cut off goes on from there.
+"""Checkpoints of the stages of a round, from which an interrupted run resumes.
 
-The stages know nothing of files: they are given `Checkpoints.batch` and `Progress`. A file is written whole or not at
-all, so whatever is there is finished.
+The stages themselves do not access files; the pipeline passes them `Checkpoints.batch` and `Progress`. Every file is
+written atomically, so a file that exists is complete.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Checkpoints:
     Parameters
     ----------
     directory
-        Where the files go; made when the first is written.
+        Directory of the files; it is made when the first file is written.
     seconds
-        Least time between two checkpoints of distillation; 0: one after each step.
+        Shortest time between two checkpoints of distillation; 0: one after each step.
     """
 
     def __init__(self, directory: Path, seconds: float) -> None:
@@ -41,7 +41,7 @@ class Checkpoints:
         self.seconds = seconds
 
     def batch(self, number: int, make: Callable[[], SyntheticImages], device: torch.device) -> SyntheticImages:
-        """Return the inversion batch of this number: from disk, or made now and kept."""
+        """Return the inversion batch of this number: from disk, or from `make`, and write it to disk."""
         path = self.directory / f"inversion-{number:06d}.safetensors"
         if path.exists():
             return SyntheticImages(**{name: value.to(device) for name, value in load_file(path).items()})
@@ -50,17 +50,17 @@ class Checkpoints:
         return images
 
     def model(self) -> dict[str, Tensor] | None:
-        """Return the finished global model of the round, or None."""
+        """Return the state dict of the round's finished global model, or None."""
         path = self.directory / "model.safetensors"
         return load_file(path) if path.exists() else None
 
     def save_model(self, state: Mapping[str, Tensor]) -> None:
-        """Keep the finished global model, and drop what distillation no longer needs."""
+        """Write the finished global model, and delete the checkpoint of distillation."""
         self._write(self.directory / "model.safetensors", state)
         (self.directory / "distill.safetensors").unlink(missing_ok=True)
 
     def progress(self) -> Progress:
-        """Return what keeps the state of distillation."""
+        """Return the checkpoint of distillation."""
         return Progress(self.directory / "distill.safetensors", self.seconds)
 
     def _write(self, path: Path, tensors: Mapping[str, Tensor]) -> None:
@@ -69,14 +69,14 @@ class Checkpoints:
 
 
 class Progress:
-    """The state of a training loop, kept from time to time.
+    """Checkpoint of a training loop, written at intervals.
 
     Parameters
     ----------
     path
-        The one file that it is in.
+        The file; each write replaces it.
     seconds
-        Least time between two writes.
+        Shortest time between two writes; 0: write at every call of `offer`.
     """
 
     def __init__(self, path: Path, seconds: float) -> None:
@@ -85,17 +85,17 @@ class Progress:
         self._written = time.monotonic()
 
     def load(self) -> dict[str, Any] | None:
-        """Return what was kept last, or None."""
+        """Return the state that was written last, or None."""
         if not self.path.exists():
             return None
         with safe_open(self.path, "pt") as file:
             tensors = [file.get_tensor(str(number)) for number in range(len(file.keys()))]
             state: dict[str, Any] = _joined(json.loads(file.metadata()["state"]), tensors)
-        log.info("├── distill: going on after step %d", state["step"])
+        log.info("├── distill: resuming after step %d", state["step"])
         return state
 
     def offer(self, make: Callable[[], Mapping[str, Any]]) -> None:
-        """Keep what `make` returns, when it is time for it."""
+        """Write the state that `make` returns, unless the last write was less than `seconds` ago."""
         if time.monotonic() - self._written < self.seconds:
             return
         tensors: list[Tensor] = []
@@ -106,7 +106,7 @@ class Progress:
 
 
 def _parted(value: Any, tensors: list[Tensor]) -> Any:
-    """What JSON can hold of nested state, without its tensors, which join the list; keys may be numbers."""
+    """Convert nested state into JSON values; tensors are appended to the list, and keys may be numbers."""
     if isinstance(value, Tensor):
         tensors.append(value)
         return {"tensor": len(tensors) - 1}
@@ -118,7 +118,7 @@ def _parted(value: Any, tensors: list[Tensor]) -> Any:
 
 
 def _joined(value: Any, tensors: list[Tensor]) -> Any:
-    """Nested state from what `_parted` returned; tuples have become lists."""
+    """Rebuild nested state from the values of `_parted`; tuples become lists."""
     if isinstance(value, list):
         return [_joined(part, tensors) for part in value]
     if isinstance(value, dict):

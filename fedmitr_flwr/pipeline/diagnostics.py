@@ -1,4 +1,4 @@
-"""What is known to go wrong with inverted images, as numbers and as sentences.
+"""Measure known failures of inverted images, and describe them as warnings.
 
 Letters: B images, K teachers, C classes, P patches of the full grid, L patches kept.
 """
@@ -16,33 +16,36 @@ from fedmitr_flwr.stages.inversion.methods import patches_left
 from fedmitr_flwr.stages.synthetic import SyntheticImages
 
 LOOKED_AT = 256
-"""Images looked at, at most: each costs K forward passes."""
+"""Largest number of images that are checked; each costs K forward passes."""
 EXCESS = 1.25
-"""From here on a stage is said to cost too much; a stop of 0.3 that changes nothing costs 1.43 times what it should."""
+"""A stage that costs more than this many times the expected cost gives a warning.
+
+A stop of 0.3 that removes no patch from the graph costs 1.43 times as much.
+"""
 
 
 @dataclass(frozen=True)
 class Diagnostics:
-    """Of a set of synthetic images.
+    """Measurements on a set of synthetic images.
 
     Attributes
     ----------
     black, saturated
         Fraction of the pixels at the lower and at the upper end of the valid range.
     ensemble_agrees
-        Fraction of the images whose most probable class under A is y.
+        Fraction of the images whose most probable class under A(x) is their label y.
     teachers_agree
-        The same for single teachers, mean weighted by their weights for y.
+        The same fraction for the single teachers, averaged by their weights for y.
     diversity
-        Mean distance between two images of a class over that between any two; 1: classes look alike or are as diverse
-        as the whole, 0: all images of a class are the same. 1 if no class has two images.
+        Mean distance between two images of the same class, divided by that between any two images. 1: images of a class
+        differ as much as images of different classes; 0: all images of a class are equal. 1 if no class has two images.
     kept, expected
-        Patches that were in the graph at the end, and that the schedule leaves.
+        Number of patches in the graph at the end, and the number that the schedule leaves.
     cost
-        Iteration cost at the end over that of dense inversion, by the number of tokens: what the schedule saves.
+        Number of tokens at the end divided by that of dense inversion: the relative cost of an iteration.
     flops_excess, memory_excess
-        Of an image and a teacher taken through the schedule again: what the worst stage computes, and what it asks
-        memory for, over what its patches should cost (`stage_costs.py`). 1: the stopped patches are out of the graph.
+        FLOPs and memory of the worst stage, divided by the values expected from its number of patches
+        (`stage_costs.py`), measured on one image and one teacher. 1: no stopped patch is in the graph.
     """
 
     black: float
@@ -57,44 +60,45 @@ class Diagnostics:
     memory_excess: float
 
     def as_dict(self) -> dict[str, float | int]:
-        """The content of ``diagnostics`` in ``metrics.json``."""
+        """Return the content of ``diagnostics`` in ``metrics.json``."""
         return {name: round(value, 4) for name, value in asdict(self).items()}
 
     def warnings(self) -> list[str]:
-        """One sentence for each known failure."""
+        """Return one warning for each failure that is found."""
         found = []
         if self.black > 0.9:
             found.append(
-                f"{_percent(self.black)} of the synthetic pixels are black: inversion found little to draw. Try "
-                "another inversion.start, a lower inversion.tv-weight or l2-weight, or more inversion.iterations."
+                f"{_percent(self.black)} of the synthetic pixels are black: the images have little content. Try "
+                "another inversion.start, a lower inversion.tv-weight or inversion.l2-weight, or more "
+                "inversion.iterations."
             )
         if self.saturated > 0.5:
             found.append(
-                f"{_percent(self.saturated)} of the synthetic pixels are saturated: the images are over-driven. A "
-                "lower inversion.learning-rate keeps them softer."
+                f"{_percent(self.saturated)} of the synthetic pixels are saturated, at the upper end of the valid "
+                "range. Try a lower inversion.learning-rate."
             )
         if self.ensemble_agrees < 0.8:
             found.append(
-                f"The ensemble takes only {_percent(self.ensemble_agrees)} of the images for what they were inverted "
-                "for: more inversion.iterations, or a higher inversion.learning-rate."
+                f"The ensemble assigns only {_percent(self.ensemble_agrees)} of the images to the class that they were "
+                "inverted for. Try more inversion.iterations, or a higher inversion.learning-rate."
             )
         if self.teachers_agree < 0.5:
             found.append(
-                f"The client models disagree: asked one by one, {_percent(self.teachers_agree)} of those with a say "
-                "in a class recognise its images. Their labels are a compromise."
+                f"The client models disagree: on average, weighted by class, a single client model assigns only "
+                f"{_percent(self.teachers_agree)} of the images to the class that they were inverted for."
             )
         if self.diversity < 0.5:
             found.append(
-                f"Images of one class are nearly the same (diversity {self.diversity:.2f}): more of them will teach "
-                "little. Vary inversion.start."
+                f"Images of one class are nearly the same (diversity {self.diversity:.2f}), so more images add little. "
+                "Try another inversion.start."
             )
         if self.kept != self.expected:
-            found.append(f"{self.kept} patches were in the graph at the end, the schedule leaves {self.expected}")
-        for excess, what in ((self.flops_excess, "computes"), (self.memory_excess, "asks memory for")):
+            found.append(f"{self.kept} patches were in the graph at the end; the schedule leaves {self.expected}.")
+        for excess, what in ((self.flops_excess, "FLOPs"), (self.memory_excess, "memory")):
             if excess > EXCESS:
                 found.append(
-                    f"A stage of inversion {what} {excess:.2f} times what its patches should cost: stopped patches are "
-                    "still in the graph, and stopping them saves less than it should."
+                    f"A stage of inversion needs {excess:.2f} times the {what} expected for its number of patches: "
+                    "stopped patches are still in the graph."
                 )
         return found
 
@@ -105,7 +109,7 @@ def _percent(rate: float) -> str:
 
 @torch.no_grad()
 def diagnose(task: InversionTask, synthetic: SyntheticImages) -> Diagnostics:
-    """Look at up to `LOOKED_AT` of the images, evenly spread."""
+    """Measure up to `LOOKED_AT` of the images, evenly spread over the set."""
     ensemble, grid = task.ensemble, task.grid
     B = len(synthetic.labels)
     rows = torch.linspace(0, B - 1, min(B, LOOKED_AT), device=synthetic.labels.device).round().long()
@@ -131,7 +135,7 @@ def diagnose(task: InversionTask, synthetic: SyntheticImages) -> Diagnostics:
 
 
 def diversity(images: Tensor, labels: Tensor) -> float:
-    """Mean distance between two images of a class over that between any two."""
+    """Return the mean distance between two images of a class, divided by that between any two images."""
     distance = torch.cdist(images.flatten(1), images.flatten(1), compute_mode="donot_use_mm_for_euclid_dist")
     pairs = ~torch.eye(len(images), dtype=torch.bool, device=images.device)
     same = pairs & (labels[:, None] == labels)

@@ -1,6 +1,8 @@
-"""What the pipeline tells an observer while its two long stages run.
+"""Reports to the observer while the two long stages, inversion and distillation, run.
 
-Each report reads a loss from the device, and the stage waits for it on a GPU: so there is one every few steps only.
+Each report reads a loss from the device, for which the stage waits on a GPU; therefore reports come only every few
+steps.
+
 Letters: B images, C classes.
 """
 
@@ -18,25 +20,25 @@ from fedmitr_flwr.stages.distillation.pool import Pool
 from fedmitr_flwr.stages.inversion.batch import Watch
 from fedmitr_flwr.stages.inversion.methods import runs
 
-REPORTS = 40  # of one inversion batch
-LATER_REPORTS = 5  # of one after the first ten: their curves look alike, and there may be thousands
-SHOWN_CLASSES = 20  # whose first image is shown at each stop
-FINISHED_SHOWN = 100
-DISTILL_REPORTS = 200
-PROBED_IMAGES = 64
+REPORTS = 40  # for each of the first ten inversion batches
+LATER_REPORTS = 5  # for each later one: the curves are similar, and there may be thousands of batches
+SHOWN_CLASSES = 20  # classes whose first image is shown at each stop
+FINISHED_SHOWN = 100  # finished images in the snapshot
+DISTILL_REPORTS = 200  # in the whole distillation, about
+PROBED_IMAGES = 64  # images on which student and ensemble are compared
 
 
 class InversionProgress:
-    """Reports loss and confidence of inversion, and shows the first image of each class at each stop.
+    """Report loss and confidence of inversion, and send the first image of each class at each stop.
 
     Parameters
     ----------
     observer
-        Hears of it.
+        Receives the reports.
     settings
-        Of the inversion.
+        Iterations, images and batch size.
     classes
-        Number of classes that take turns as labels.
+        Number of classes that the labels cycle through.
     """
 
     def __init__(self, observer: Observer, settings: InversionSettings, classes: int) -> None:
@@ -46,7 +48,7 @@ class InversionProgress:
         self.batches = -(-runs(settings) // settings.batch_size)
 
     def of_batch(self, number: int) -> Watch:
-        """Callbacks for the batch `number`, counted from 0."""
+        """Return the callbacks for a batch; `number` counts from 0."""
         iterations, total = self.settings.iterations, self.settings.iterations * self.batches
         every = max(1, iterations // (REPORTS if number < 10 else LATER_REPORTS))
         first = number * self.settings.batch_size
@@ -76,16 +78,18 @@ class InversionProgress:
 
 
 class DistillProgress:
-    """Callback of `distill.distill`: the loss terms, and now and then how often student and ensemble agree.
+    """Callback of `distill.distill`: report the loss terms and the agreement of student and ensemble.
+
+    The agreement is the fraction of up to 64 images, spread over the pool, for which both predict the same class.
 
     Parameters
     ----------
     observer
-        Hears of it; every tenth of the steps as a line of the log, more often if it has listeners.
+        Receives the reports: about ten log lines over the stage and, if it has listeners, `DISTILL_REPORTS` reports.
     steps
-        Of the whole stage.
+        Number of steps of the stage.
     student, pool
-        Agreement is taken on up to 64 images spread over the pool.
+        The model that is trained, and its images.
     """
 
     def __init__(self, observer: Observer, steps: int, student: VisionTransformer, pool: Pool) -> None:
@@ -93,7 +97,7 @@ class DistillProgress:
         self._logged, self._every = max(1, steps // 10), max(1, steps // DISTILL_REPORTS)
 
     def __call__(self, step: int, terms: LossTerms) -> None:
-        """Take one step's terms."""
+        """Report the terms of one step if a report is due; `step` counts from 0."""
         if (step + 1) % self._logged == 0:
             self.observer.event("distill", step=step + 1, **terms.values())
         due = (step + 1) % self._every == 0 or self._probes(step)

@@ -1,4 +1,4 @@
-"""Whether stopped patches really left the graph: what each stage of inversion computes and holds, counted.
+"""Count the FLOPs and memory of each stage of inversion, to find stopped patches that are still in the graph.
 
 Letters: L patches kept.
 """
@@ -23,18 +23,19 @@ from fedmitr_flwr.stages.inversion.schedule import most_attended
 
 @dataclass(frozen=True)
 class StageCost:
-    """One iteration of one image and one teacher between two stops.
+    """Cost of one iteration with one image and one teacher, in the stage between two stops.
 
     Attributes
     ----------
     expected, patches
-        L by the schedule, and what was in the graph.
+        L by the schedule, and the number of patches in the graph.
     flops
-        Floating-point operations counted while it ran.
+        Floating-point operations that were counted.
     held
-        Bytes of the buffers that its passes asked for; 0 of a teacher that runs by autograd.
+        Bytes of the buffers that the passes requested; 0 for a teacher that runs by autograd.
     flops_excess, held_excess
-        How much more that is, relative to the first stage, than L patches should cost; 1: exactly what they should.
+        Ratio of `flops` and `held` to those of the first stage, divided by the ratio expected for L patches; 1: as
+        expected.
     """
 
     expected: int
@@ -46,7 +47,7 @@ class StageCost:
 
 
 def stage_costs(task: InversionTask, image: Tensor, label: Tensor) -> list[StageCost]:
-    """Take an image through all stops of the schedule with the first teacher, one iteration a stage.
+    """Invert one image with the first teacher through all stops, with one iteration in each stage.
 
     Parameters
     ----------
@@ -64,7 +65,7 @@ def stage_costs(task: InversionTask, image: Tensor, label: Tensor) -> list[Stage
     seen = []
     for fraction in (*settings.fractions, 0.0):
         patches = batch.kept.shape[1]
-        alone.release()  # buffers only grow while a run goes on
+        alone.release()  # buffers never shrink, so each stage starts without any
         with FlopCounterMode(display=False) as counter:
             batch.step(choose=partial(schedule.most_attended, fraction=fraction) if fraction else None)
         seen.append((patches, counter.get_total_flops(), alone.activation_bytes))

@@ -46,12 +46,12 @@ class LowTargets:
 
 @dataclass(frozen=True)
 class RelabelledImages:
-    """What stages 1 to 3 make: synthetic images, the split of their patches, and the labels of their sparse patches.
+    """Result of stages 1 to 3: synthetic images, their density split, and the labels of their low-density patches.
 
     Attributes
     ----------
     synthetic
-        B images with their pseudo-labels y, which their dense patches keep.
+        B images with their pseudo-labels y, which also label their high-density patches.
     split
         Density split of the same images.
     low_targets

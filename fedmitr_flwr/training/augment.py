@@ -1,8 +1,7 @@
 """Random image augmentation on batches of normalised tensors, for clients and for distillation.
 
-One affine map for each image (shift, zoom, mirror) and a change of brightness and contrast, drawn
-from an explicit generator, so that a run repeats bit for bit. torchvision's transforms draw from
-the global generator and take one image at a time, hence these few lines.
+All random numbers come from an explicit generator, so that a run repeats bit for bit. torchvision's transforms draw
+from the global generator and process one image at a time.
 """
 
 from __future__ import annotations
@@ -22,16 +21,16 @@ def augment(images: Tensor, kind: Augmentation, generator: torch.Generator) -> T
     images
         ``(B, ch, S, S)`` float.
     kind
-        ``none``; ``shift``: by whole pixels, up to 1/14 of the side each way, borders repeated;
-        ``flip``: the same and mirrored left to right half of the time; ``strong``: zoom from 0.7 to 1.3,
-        shift up to 1/7, mirror, brightness and contrast by up to a fifth.
+        ``none``: unchanged. ``shift``: shift by whole pixels, up to 1/14 of the side in each direction, with border
+        pixels repeated. ``flip``: shift, and mirror left to right with probability 0.5. ``strong``: zoom by a factor
+        from 0.7 to 1.3, shift by up to 1/7 of the side, mirror, and change brightness and contrast by up to a fifth.
     generator
-        CPU generator that the draws come from.
+        CPU generator.
 
     Returns
     -------
     Tensor
-        ``(B, ch, S, S)``, dtype and device of `images`.
+        ``(B, ch, S, S)`` with the dtype and device of `images`.
     """
     if kind == "none":
         return images

@@ -1,9 +1,9 @@
-"""The common initialisation made from letters: a stand-in for ImageNet pretraining without the Hub.
+"""Common initialisation by training on rendered letters: a replacement for ImageNet pretraining that needs no download.
 
-Letters A to Z and a to z are rendered from the fonts that matplotlib ships (no digits, so nothing of
-MNIST is seen), and the run's own ViT learns to tell them apart. Its weights, less the classifier
-head, are where every client starts. The result is cached by content: the same model, image size,
-settings, fonts, number of threads and code give the same file.
+Upper-case and lower-case letters are rendered with the fonts of matplotlib. No digits are among them, so nothing of
+MNIST is seen. The run's ViT is trained to classify the letters; its weights without the classifier head are the common
+initialisation. The result is cached under a digest of the model, image size, settings, fonts, number of threads and
+code.
 """
 
 from __future__ import annotations
@@ -35,25 +35,25 @@ from fedmitr_flwr.training.optimizer import make_optimizer
 
 log = logging.getLogger("fedmitr.glyphs")
 
-# As in EMNIST "balanced": lower-case letters that look like their capitals are left out.
+# As in EMNIST "balanced", lower-case letters that look like their capitals are left out.
 LETTERS = string.ascii_uppercase + "abdefghnqrt"
 TEXT_FONTS = ("DejaVuSans*", "DejaVuSerif*", "STIXGeneral*", "cmb10*", "cmr10*", "cmss10*", "cmtt10*")
 
 
 def glyph_state(settings: Settings, spec: ImageSpec) -> dict[str, Tensor]:
-    """Return the initialisation that `model.init = glyphs` names, from the cache or made now.
+    """Return the initialisation for `model.init = glyphs`, from the cache if it is there.
 
     Parameters
     ----------
     settings
-        `model` and `run.seed` decide the result.
+        `model` and `run.seed` are used.
     spec
-        Image size, channels and classes. The head has C outputs, seeded anew.
+        Image size, channels and classes.
 
     Returns
     -------
     dict
-        State dict of the model, fp32 on the CPU.
+        State dict of the model, fp32 on the CPU. Its head has C outputs and random weights seeded by `run.seed`.
     """
     path = cache_path(settings, spec)
     model = build_model(settings.model, spec)
@@ -71,7 +71,7 @@ def glyph_state(settings: Settings, spec: ImageSpec) -> dict[str, Tensor]:
         student = build_model(settings.model, letters)
         seed_weights(student, settings.run.seed)
         accuracy = pretrain(student, letters, settings.model, settings.run.seed)
-        log.info("common initialisation: %.1f %% of the letters of the last epoch told apart", 100 * accuracy)
+        log.info("common initialisation: %.1f %% accuracy on the letters in the last epoch", 100 * accuracy)
         body = {name: value for name, value in student.state_dict().items() if not name.startswith("head")}
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, body)
@@ -79,13 +79,13 @@ def glyph_state(settings: Settings, spec: ImageSpec) -> dict[str, Tensor]:
 
 
 def cache_path(settings: Settings, spec: ImageSpec) -> Path:
-    """Where the initialisation is cached; the name is a digest of all that it depends on."""
+    """Return the path of the cached initialisation; its name is a digest of everything that the result depends on."""
     recipe = {
         "model": settings.model.model_dump(mode="json", exclude={"init"}),
         "seed": settings.run.seed,
         "spec": [spec.channels, spec.image_size, spec.mean, spec.std],
         "fonts": [[font.name, font.stat().st_size] for font in _fonts()],
-        "threads": torch.get_num_threads(),  # sums are taken in another order
+        "threads": torch.get_num_threads(),  # it changes the order of sums
         "code": hashlib.sha256(Path(__file__).read_bytes()).hexdigest(),
         "versions": [version("torch"), version("timm"), version("pillow")],
     }
@@ -101,7 +101,7 @@ def render_letters(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
     images
         ``(count, 1, size, size)`` uint8.
     labels
-        ``(count,)`` int64, index into `LETTERS`; each letter equally often.
+        ``(count,)`` int64, index into `LETTERS`; all letters equally often.
     """
     rng = np.random.default_rng(seed)
     fonts = [ImageFont.truetype(str(path), round(size * scale)) for path in _fonts() for scale in (0.8, 0.95, 1.1)]
@@ -118,10 +118,10 @@ def render_letters(count: int, size: int, seed: int) -> tuple[Tensor, Tensor]:
 
 
 def pretrain(model: VisionTransformer, spec: ImageSpec, settings: ModelSettings, seed: int) -> float:
-    """Train `model` in place to tell rendered letters apart; return the accuracy over the last epoch.
+    """Train `model` in place to classify rendered letters; return the accuracy over the last epoch.
 
-    Until the last epoch the model sees the half of an image's patches with most ink: paper teaches it little and
-    costs as much. The last epoch shows it whole images, which are what it will be used on.
+    Before the last epoch the model receives only the half of an image's patches that has the most ink, because empty
+    patches teach little and cost as much. In the last epoch it receives whole images, as in later use.
     """
     images, labels = render_letters(settings.glyph_images, spec.image_size, seed)
     draws = torch.Generator().manual_seed(seed)
@@ -149,13 +149,13 @@ def pretrain(model: VisionTransformer, spec: ImageSpec, settings: ModelSettings,
 
 
 def inked_patches(images: Tensor, patch: tuple[int, int]) -> Tensor:
-    """Positions of the half of the patches that have most ink, ``(B, P // 2)``, of white on black letters."""
+    """Return the positions of the half of the patches with the most ink, ``(B, P // 2)``, of white on black letters."""
     ink = patchify(images, patch).sum(2)
     return ink.topk(max(1, ink.shape[1] // 2), dim=1).indices.sort(1).values
 
 
 def tilt(images: Tensor, generator: torch.Generator) -> Tensor:
-    """Turn, slant and zoom each letter at random, as handwriting does; ``(B, 1, S, S)`` in 0..1."""
+    """Rotate, slant and scale each letter at random, as in handwriting; ``(B, 1, S, S)`` in 0..1."""
     B = len(images)
     angle, slant, wide, high = 2 * torch.rand(4, B, generator=generator) - 1
     angle, slant, wide, high = 0.2 * angle, 0.3 * slant, 1.0 + 0.2 * wide, 1.0 + 0.2 * high
@@ -168,7 +168,7 @@ def tilt(images: Tensor, generator: torch.Generator) -> Tensor:
 
 
 def paint(images: Tensor, channels: int, generator: torch.Generator) -> Tensor:
-    """Give grey letters to one-channel models; to others random ink on random paper."""
+    """Return ``(B, channels, S, S)``: unchanged for one channel, else letters of random colour on a random colour."""
     if channels == 1:
         return images
     ink, paper = torch.rand(2, len(images), channels, 1, 1, generator=generator).unbind(0)

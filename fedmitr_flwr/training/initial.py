@@ -21,12 +21,12 @@ log = logging.getLogger("fedmitr.models")
 
 
 def initial_state(settings: Settings, spec: ImageSpec) -> dict[str, Tensor]:
-    """Make the common initialisation that ``model.init`` names.
+    """Make the common initialisation by ``model.init``.
 
     Parameters
     ----------
     settings
-        ``model`` and ``run.seed``.
+        ``model`` and ``run.seed`` are used.
     spec
         Image size, channels, classes.
 
@@ -38,7 +38,7 @@ def initial_state(settings: Settings, spec: ImageSpec) -> dict[str, Tensor]:
     Raises
     ------
     SettingsError
-        As `build_model`; and naming ``model.init`` when weights can't be had or don't fit.
+        As `build_model`. It names ``model.init`` if the weights are not available or do not fit the model.
     """
     init = settings.model.init
     if init == "glyphs":
@@ -57,23 +57,23 @@ def initial_state(settings: Settings, spec: ImageSpec) -> dict[str, Tensor]:
 
 
 def _pretrained(settings: ModelSettings, spec: ImageSpec, seeded: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Take timm's weights; a head that timm had to make anew is taken from `seeded`."""
+    """Return timm's pretrained weights; a head of another number of classes is taken from `seeded`."""
     try:
         model = create_timm(settings.name, parse_options(settings.options), spec, pretrained=True)
     except OSError as error:
         fetch = f"python -c \"import timm; timm.create_model('{settings.name}', pretrained=True)\""
         allowed = (
-            f"the weights of {settings.name} are neither in the local cache nor to be had from the Hub ({error}). "
+            f"the weights of {settings.name} are neither in the local cache nor available from the Hub ({error}). "
             f"On a machine with a network run {fetch} and copy the folder HF_HOME, or use model.init = file:PATH"
         )
         raise SettingsError(("model.init", "pretrained", allowed)) from error
     except RuntimeError as error:
-        allowed = f"{settings.name} with model.options = {settings.options!r} can't take timm's weights: {error}"
+        allowed = f"timm's weights do not fit {settings.name} with model.options = {settings.options!r}: {error}"
         raise SettingsError(("model.init", "pretrained", allowed)) from error
     source = cast(dict[str, Any], model.pretrained_cfg)
     if (tuple(source["mean"]), tuple(source["std"])) != (tuple(spec.mean), tuple(spec.std)):
         seen = ", ".join(f"data.{key} = {','.join(map(str, source[key]))}" for key in ("mean", "std"))
-        log.warning("the pretrained weights were trained on images normalised with %s", seen)
+        log.warning("the pretrained weights expect images normalised with %s", seen)
     state = model.state_dict()
     if source["num_classes"] != spec.num_classes:
         state |= {key: value for key, value in seeded.items() if key.startswith("head")}
@@ -81,7 +81,7 @@ def _pretrained(settings: ModelSettings, spec: ImageSpec, seeded: Mapping[str, T
 
 
 def initial_or_stored(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the common initialisation of a run: the one its clients started from if there is one, else a new one."""
+    """Return the common initialisation of a run: from `path` if the file exists, else from `make`, and store it."""
     if path.exists():
         return load_file(path)
     state = make()

@@ -1,4 +1,4 @@
-"""Local training of one client, once: what the ClientApp does with its images."""
+"""Local training of one client on its images."""
 
 from __future__ import annotations
 
@@ -18,16 +18,16 @@ from fedmitr_flwr.training.optimizer import make_optimizer
 
 @dataclass(frozen=True)
 class LocalResult:
-    """What a client reports beside its weights.
+    """Numbers that a client reports with its weights.
 
     Attributes
     ----------
     loss, accuracy
-        Training loss (nats) and accuracy (0..1), mean over the last epoch's images as they were seen.
+        Training loss in nats and accuracy in 0..1: means over the steps of the last epoch, on augmented images.
     num_examples
         Number of local training images.
     histogram
-        Number of them in each of the C classes.
+        Number of training images in each of the C classes.
     """
 
     loss: float
@@ -58,17 +58,17 @@ def train_local(
     settings
         Epochs, optimiser, schedule, augmentation, loss.
     seed
-        Seed of the order, the augmentation and dropout; the same seed gives the same weights on CPU.
+        Seed of the order, the augmentation and dropout; on a CPU the same seed gives the same weights.
     device
-        Where to train; the model stays there.
+        Device to train on; the model stays there.
 
     Raises
     ------
     ValueError
-        If there are no images, or the loss is not finite (named with its step).
+        If there are no images, or the loss is not finite; the message names the step.
     """
     if len(images) == 0:
-        raise ValueError("cannot train on no images; a client without data reports so instead")
+        raise ValueError("local training needs at least one image, this client has none")
     histogram = images.histogram(spec.num_classes)
     targets, prior = class_targets(torch.from_numpy(histogram), settings)
     targets, prior = targets.to(device), prior.to(device)
@@ -108,18 +108,18 @@ def train_local(
 
 
 def total_steps(num_images: int, settings: TrainSettings) -> int:
-    """Optimiser steps of a client: its epochs, but within min-steps and max-steps."""
+    """Return the optimiser steps of a client: those of its epochs, within train.min-steps and train.max-steps."""
     epochs = settings.epochs * math.ceil(num_images / min(settings.batch_size, num_images))
     return min(max(epochs, settings.min_steps), settings.max_steps)
 
 
 def class_targets(histogram: Tensor, settings: TrainSettings) -> tuple[Tensor, Tensor]:
-    """Target distribution of each class and the log prior that is added to the logits.
+    """Return the target distribution of each class and the log prior that is added to the logits.
 
-    Balanced softmax (Ren et al., NeurIPS 2020, eq. 4) adds ``log n_c`` to the logit of class c in
-    training, so that the bare logits are free of the client's label skew. A class that the client
-    does not have gets no probability and so no gradient, and label smoothing spreads over the
-    classes that it has, where the usual form would push the absent ones.
+    Balanced softmax (Ren et al., NeurIPS 2020, eq. 4) adds ``log n_c`` to the logit of class c in training, so that the
+    logits without it are free of the client's label skew. A class that the client does not have gets no probability,
+    and therefore no gradient. Label smoothing spreads over the client's classes alone; over all classes it would raise
+    the logits of the absent ones.
 
     Returns
     -------

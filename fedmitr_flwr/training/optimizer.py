@@ -14,7 +14,7 @@ from fedmitr_flwr.settings import TrainSettings
 def make_optimizer(
     model: nn.Module, settings: TrainSettings, steps: int
 ) -> tuple[torch.optim.Optimizer, torch.optim.lr_scheduler.LRScheduler]:
-    """Optimiser with weight decay on matrices only, and its warm-up and cosine schedule."""
+    """Return the optimiser, with weight decay on matrices only, and its schedule over `steps` steps."""
     matrices = [p for p in model.parameters() if p.requires_grad and p.ndim > 1]
     others = [p for p in model.parameters() if p.requires_grad and p.ndim <= 1]
     groups = [{"params": matrices, "weight_decay": settings.weight_decay}, {"params": others, "weight_decay": 0.0}]
@@ -29,14 +29,14 @@ def make_optimizer(
 
 @dataclass(frozen=True)
 class WarmupCosine:
-    """Factor on the peak learning rate: a linear rise over `warmup` steps, then a cosine to zero (or constant)."""
+    """Factor on the peak learning rate: a linear rise over `warmup` steps, then a cosine to 0, or constant 1."""
 
     steps: int
     warmup: int
     cosine: bool = True
 
     def __call__(self, step: int) -> float:
-        """Return the factor at a step, counted from 0."""
+        """Return the factor at a step counted from 0."""
         if step < self.warmup:
             return (step + 1) / self.warmup
         if not self.cosine:

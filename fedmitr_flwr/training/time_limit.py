@@ -1,4 +1,4 @@
-"""A limit on how long a client may work, so that one that hangs costs nobody else."""
+"""Time limit for the work of a client, so that a client that hangs does not block its process."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ GRACE_SECONDS = 15.0
 
 @contextlib.contextmanager
 def time_limit(seconds: float, what: str) -> Iterator[None]:
-    """Raise in the block when it takes too long, and end the process when even that does not end it.
+    """Raise an error in the block after `seconds`, and end the process if the block still runs `GRACE_SECONDS` later.
 
-    The exception needs Python to run in the main thread. Code that hangs outside of Python, or a block in another
-    thread, is ended from a thread of the interpreter's own, with the exit code 1 and a traceback on stderr.
+    The error can only be raised while the main thread runs Python code. If the block hangs in other code, or runs in
+    another thread, only the end of the process applies: exit code 1, with a traceback on stderr.
 
     Parameters
     ----------
     seconds
-        The limit; the process is ended `GRACE_SECONDS` later.
+        The limit.
     what
-        Subject of the message.
+        Subject of the error message.
 
     Raises
     ------
@@ -52,7 +52,7 @@ def time_limit(seconds: float, what: str) -> Iterator[None]:
         finally:
             signal.setitimer(signal.ITIMER_REAL, 0)
             signal.signal(signal.SIGALRM, handler)
-            if before[0] > 0:  # somebody else's alarm goes on
+            if before[0] > 0:  # restore an alarm that was set before
                 signal.setitimer(signal.ITIMER_REAL, max(0.001, before[0] - (time.monotonic() - start)), before[1])
     finally:
         if file is not None:

@@ -114,7 +114,7 @@ def test_a_run_that_is_cut_off_again_and_again_loses_nothing(folder: Path, whole
     server_process(process, "flower-superlink").terminate()
     assert process.wait(timeout=400) == 0
     assert status(directory)["state"] == "completed"
-    assert "distill: going on after step" in log.read_text()
+    assert "distill: resuming after step" in log.read_text()
     assert log.read_text().splitlines()[-1] == str(directory)
     same_results(directory, whole)
     assert {path: path.stat().st_mtime_ns for path in kept} == kept

@@ -1,4 +1,4 @@
-"""What the CUDA graphs of an ensemble share."""
+"""State that the CUDA graphs of an ensemble share."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ from fedmitr_flwr.runs.tensors import StoredState
 
 State = Mapping[str, Tensor]
 Place = Literal["held", "bf16", "paged"]
-"""Where teachers are: in memory as they came and packed, in memory as bf16 alone, or on disk."""
+"""How teachers are held: in memory as fp32, original and packed; in memory as bf16 alone; or on disk."""
 
 STEP_BYTES = 16 << 20
 """Largest fp32 size in bytes of the weights, summed over the teachers of a step, that run as one batched product.
@@ -47,23 +47,24 @@ class MemoryLimits:
     teachers: int = 4096
 
     def place(self, teacher: VisionTransformer, count: int) -> Place:
-        """Return where `count` teachers like this fp32 one go: the most precise place that fits into the limit."""
+        """Return how `count` teachers of this fp32 one's architecture are held: as precise as fits in the limit."""
         packable = architecture_of(teacher) is not None
         places: tuple[Place, ...] = ("held", "bf16") if packable else ("held",)  # others are neither packed nor rounded
         return next((place for place in places if _all_bytes(teacher, count, place) <= self.teachers << 20), "paged")
 
     def size(self, teacher: VisionTransformer, count: int) -> int:
-        """Return how many bytes `count` teachers take at most where `place` puts them, work space of a pass included.
+        """Return the largest number of bytes that `count` teachers need, held as `place` says, during a pass.
 
-        Teachers that are not held packed are packed for one step of a pass at a time, at least one teacher and at most
-        `STEP_BYTES` of weights: what was read, the pack, and its transposed copy.
+        Teachers whose packed weights are not held are packed for one step of a pass at a time: at least one teacher,
+        else at most `STEP_BYTES` of weights. Such a step needs the pack and its transposed copy, and for paged teachers
+        the weights that were read.
         """
         place, each = self.place(teacher, count), 4 * _numbers(teacher)
         step = each if architecture_of(teacher) is None else each * max(1, min(STEP_BYTES // each, count))
         return _all_bytes(teacher, count, place) + {"held": 0, "bf16": 2 * step, "paged": 3 * step}[place]
 
     def within(self, room: int, teacher: VisionTransformer, count: int) -> MemoryLimits:
-        """Lower the limit of the teachers until they take at most `room` bytes; 0 if even paged ones take more."""
+        """Return limits under which the teachers need at most `room` bytes; 0 if even paged teachers need more."""
         limits = replace(self, teachers=min(self.teachers, max(0, room >> 20)))
         while limits.teachers and limits.size(teacher, count) > room:
             below = (_all_bytes(teacher, count, limits.place(teacher, count)) - 1) >> 20
@@ -155,8 +156,8 @@ def _numbers(teacher: VisionTransformer) -> int:
 
 
 def _all_bytes(teacher: VisionTransformer, count: int, place: Place) -> int:
-    """Bytes that the weights of all teachers take at a place."""
-    copies = 3 if teacher.embed_dim >= WIDE else 2  # as they came, packed, and transposed
+    """Return the bytes that the weights of all teachers need at a place."""
+    copies = 3 if teacher.embed_dim >= WIDE else 2  # original, packed, and transposed
     held = 4 * (1 if architecture_of(teacher) is None else copies)
     return {"held": held, "bf16": 2, "paged": 0}[place] * _numbers(teacher) * count
 

@@ -1,1 +1,1 @@
-"""An upload from Flower's record to a file: validated, written, read back."""
+"""Uploads: decode them from Flower records, validate them, write them to disk and read them back."""

@@ -1,9 +1,9 @@
-"""State dicts as Flower arrays and back, without trusting the bytes.
+"""Convert state dicts to Flower arrays and back, without trusting the received bytes.
 
-Flower's own ``Array.numpy()`` believes the header inside the bytes: one that declares terabytes makes
-NumPy allocate them, and bfloat16 does not work at all. Here bfloat16 travels as uint16 with
-its true type named beside it, and an array is decoded only when what it declares, what its bytes
-declare and how many bytes there are all agree with what is expected.
+Flower's ``Array.numpy()`` trusts the header inside the bytes: a header that declares terabytes makes NumPy allocate
+them. It does not support bfloat16 at all. Here bfloat16 is sent as uint16, and the config record names the number
+format. An array is decoded only if its declared shape and dtype, the header in its bytes and the number of bytes all
+agree with what is expected.
 """
 
 from __future__ import annotations
@@ -37,12 +37,12 @@ _NUMPY_TO_TORCH = {
 
 
 def encode_state(state: Mapping[str, Tensor], dtype: UploadDtype = "fp32") -> ArrayRecord:
-    """Turn a state dict into a Flower record, floating-point tensors in the given number format.
+    """Convert a state dict into a Flower record, with floating-point tensors in the given number format.
 
     Raises
     ------
     ValueError
-        If a finite value does not fit into the format: fp16 ends at 65504.
+        If a finite value exceeds the range of the format, which is 65504 for fp16.
     """
     arrays = {}
     for key, value in state.items():
@@ -58,24 +58,24 @@ def encode_state(state: Mapping[str, Tensor], dtype: UploadDtype = "fp32") -> Ar
 
 
 def decode_state(record: ArrayRecord, store: UploadStore, dtype: object) -> dict[str, Tensor]:
-    """Turn an uploaded record into tensors, checked against the store's layout before anything is allocated.
+    """Convert an uploaded record into tensors, after checking it against the layout of the store.
 
-    The record is emptied on the way. The tensors are views of its bytes, so that each upload is in memory once: they
-    are only to be read.
+    Nothing is allocated before the check. The tensors are views of the record's bytes and must not be written to, so
+    that each upload is in memory once. The record is empty afterwards.
 
     Parameters
     ----------
     record
-        Arrays as they came.
+        The received arrays.
     store
-        Knows the names, shapes and dtypes to expect.
+        Its layout gives the expected names, shapes and dtypes.
     dtype
-        The number format that the sender names: ``fp32``, ``fp16`` or ``bf16``.
+        Number format that the sender declares: ``fp32``, ``fp16`` or ``bf16``. Any other value is refused.
 
     Raises
     ------
     UploadRefused
-        If anything declared differs from what is expected, or the bytes from what is declared.
+        If the declared layout differs from the expected one, or the bytes differ from the declared layout.
     """
     if not isinstance(dtype, str) or dtype not in UPLOAD_DTYPES:
         raise UploadRefused(f"names the number format {str(dtype)[:40]!r}, expected one of {', '.join(UPLOAD_DTYPES)}")
@@ -86,16 +86,17 @@ def decode_state(record: ArrayRecord, store: UploadStore, dtype: object) -> dict
 
 
 def decode_trusted(record: ArrayRecord) -> dict[str, Tensor]:
-    """Turn arrays of our own making (the global model on its way to a client) into tensors, in fp32."""
+    """Convert trusted arrays, such as the initialisation that the server sends, into new tensors."""
     return {key: torch.from_numpy(array.numpy().copy()) for key, array in record.items()}
 
 
 def unguessable(config: Mapping[str, ConfigRecordValues]) -> ConfigRecord:
-    """Return a config record that makes the id of the message which carries it a secret of sender and receiver.
+    """Return a copy of the config with a random entry, so that other sites cannot guess the id of the message.
 
-    A message's id is the hash of its content, and a reply is taken for whose it says it is if it names the id of the
-    message to that node (the SuperLink compares a reply's sender with the receiver of what it answers, but not with
-    the key that signed it). Without something random in it, one site could work out the id of another's message.
+    The id of a Flower message is the hash of its content. A reply is attributed to a node if it names the id of the
+    message to that node: the SuperLink compares the sender of a reply with the receiver of the message, but not with
+    the key that signed the reply. Without a random entry a site could compute the id of another site's message and
+    answer in its name.
     """
     return ConfigRecord({**config, "nonce": secrets.token_hex(16)})
 
@@ -110,7 +111,7 @@ def _declared(key: str, array: Array, *, bf16: bool) -> TensorLayout:
 
 
 def _decode(key: str, array: Array, *, bf16: bool) -> Tensor:
-    """Decode one array in NumPy's npy format whose declared shape and dtype were found right."""
+    """Decode one array in NumPy's npy format; its declared shape and dtype have been checked before."""
     expected = np.dtype(array.dtype)
     plain = _plain_header(expected, tuple(array.shape))
     if array.data.startswith(plain):
@@ -130,7 +131,7 @@ def _decode(key: str, array: Array, *, bf16: bool) -> Tensor:
 
 @cache
 def _plain_header(dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> bytes:
-    """What NumPy itself writes before such an array: to compare is a hundred times faster than to parse."""
+    """Return the header that NumPy writes for such an array; comparing it is a hundred times faster than parsing."""
     stream = io.BytesIO()
     about = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": shape}
     np.lib.format.write_array_header_1_0(stream, about)
@@ -138,7 +139,7 @@ def _plain_header(dtype: np.dtype[np.generic], shape: tuple[int, ...]) -> bytes:
 
 
 def _npy_header(key: str, data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[np.generic], int]:
-    """Return shape, memory order, dtype and the offset of the values."""
+    """Parse an npy header: return shape, memory order, dtype and the offset of the values."""
     stream = io.BytesIO(data)
     try:
         version = np.lib.format.read_magic(stream)
@@ -148,6 +149,6 @@ def _npy_header(key: str, data: bytes) -> tuple[tuple[int, ...], bool, np.dtype[
         }[version]
         shape, fortran_order, dtype = read(stream, max_header_size=_MAX_NPY_HEADER)
     except Exception as error:
-        # The parser meets hostile text: whatever it raises, this upload is not readable, and no more than that.
+        # The header may be hostile: any error of the parser refuses this upload and nothing else.
         raise UploadRefused(f"{key} is not an npy array: {type(error).__name__}") from None
     return shape, fortran_order, dtype, stream.tell()

@@ -1,8 +1,8 @@
-"""Client uploads on disk: each validated, written atomically as safetensors, listed in a fixed order.
+"""Store of client uploads: validate each one, write it atomically as safetensors, list them in a fixed order.
 
-A one-shot exchange cannot be repeated, and an upload comes from a machine that is not ours. So nothing
-a client sends is trusted: an upload is accepted when it is exactly a set of weights for the common
-model with believable numbers beside it, and refused with the reason otherwise.
+A one-shot exchange cannot be repeated, and uploads come from machines outside our control, so no part of an upload is
+trusted. It is accepted if its tensors have exactly the names and shapes of the common model, its values are finite and
+its numbers are plausible. Otherwise it is refused with the reason.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ UPLOAD_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfl
 
 @dataclass(frozen=True)
 class TensorLayout:
-    """Shape and dtype of a tensor, as declared before its bytes are looked at."""
+    """Declared shape and dtype of a tensor."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
@@ -53,17 +53,17 @@ class StoredUpload:
     Attributes
     ----------
     client
-        Name that the client goes by in this run: its site or partition, not Flower's random node id.
+        Name of the client in this run: its site or partition, not Flower's random node id.
     num_examples
-        Number of its training images, at least 1.
+        Number of the client's training images, at least 1.
     histogram
-        Number of them in each of the C classes; None when it was not shared.
+        Number of training images in each of the C classes; None if the client did not share it.
     numbers
-        By name, what it reported beside them; see `reported.REPORTED`.
+        Further reported numbers by name; see `reported.REPORTED`.
     path
-        The safetensors file, in the number format that was uploaded.
+        The safetensors file, in the number format of the upload.
     checksum
-        Over names, dtypes, shapes and values of the tensors.
+        Checksum over names, dtypes, shapes and values of the tensors.
     """
 
     client: str
@@ -75,21 +75,22 @@ class StoredUpload:
 
 
 class UploadStore:
-    """The uploads of one round, in one directory.
+    """Uploads of one round in one directory.
 
     Parameters
     ----------
     directory
-        Where the files go; made if it is missing.
+        Directory of the files; it is made if it is missing.
     reference
-        State of the common initialisation: the names, shapes and dtypes that every upload must have.
-        Floating-point tensors may come as fp32, fp16 or bf16, all others exactly as they are here.
+        State dict of the common initialisation. Every upload must have its names and shapes. Floating-point tensors
+        may be fp32, fp16 or bf16; other dtypes must be equal.
     num_classes
         C, the length of a histogram.
     needs_histogram
-        Refuse uploads without a label histogram.
+        Whether to refuse uploads without a label histogram.
     max_update_norm
-        Refuse weights that lie further from the reference than this many times its L2 norm; 0: no limit.
+        Refuse weights whose L2 distance from the reference exceeds this many times the norm of the reference, or this
+        number if that norm is below 1; 0: no limit.
     """
 
     def __init__(
@@ -110,7 +111,7 @@ class UploadStore:
         self._floating = {key: value for key, value in reference.items() if value.is_floating_point()}
         self._start = math.sqrt(sum(float(vector_norm(value)) ** 2 for value in self._floating.values()))
         self._max_distance = max_update_norm * max(1.0, self._start)
-        # Every difference is taken in the same memory: fresh pages for 23 MB cost more than the arithmetic.
+        # Buffer for all differences: new memory pages for 23 MB cost more time than the subtraction.
         self._difference = torch.empty(max((value.numel() for value in self._floating.values()), default=0))
         self._uploads: dict[str, StoredUpload] = {}
         directory.mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,7 @@ class UploadStore:
         Raises
         ------
         UploadRefused
-            If it is not a printable name of 1 to 128 characters, or its upload was accepted already.
+            If the name is not 1 to 128 printable characters, or an upload with this name was accepted before.
         """
         name = check_name(client)
         if name in self._uploads:
@@ -129,12 +130,12 @@ class UploadStore:
         return name
 
     def check_layout(self, declared: Mapping[str, TensorLayout]) -> None:
-        """Compare declared names, shapes and dtypes with the reference; allocates nothing.
+        """Check declared names, shapes and dtypes against the reference, without allocating memory.
 
         Raises
         ------
         UploadRefused
-            Names the first tensors that are missing, unexpected, or of another shape or dtype.
+            If tensors are missing or unexpected (the message names up to three), or one has another shape or dtype.
         """
         if not declared:
             raise UploadRefused("holds no tensors")
@@ -142,7 +143,7 @@ class UploadStore:
         _refuse_names("unexpected", [key for key in declared if key not in self.layout])
         for key, expected in self.layout.items():
             found = declared[key]
-            # Equal, not merely broadcastable: (1, 64) in place of (64, 64) would average silently.
+            # Shapes must be equal: (1, 64) instead of (64, 64) would be broadcast in an average without an error.
             if found.shape != expected.shape:
                 raise UploadRefused(f"{key} has shape {brief(found.shape)}, expected {expected.shape}")
             allowed = set(UPLOAD_DTYPES.values()) if expected.dtype.is_floating_point else {expected.dtype}
@@ -165,16 +166,16 @@ class UploadStore:
         client
             The client's name.
         state
-            Its weights; not kept after the call.
+            The client's weights; no reference to them is kept.
         num_examples, numbers, histogram
-            What it says of them; of any type, since it comes from outside.
+            Reported numbers; of any type, because they are not trusted.
 
         Raises
         ------
         UploadRefused
-            With the reason; nothing is written then.
+            If a check fails; nothing is written.
         OSError
-            If the disk refuses; the list is as before.
+            If writing fails; the list is unchanged.
         """
         name = self.check_client(client)
         self.check_layout({key: TensorLayout(tuple(value.shape), value.dtype) for key, value in state.items()})
@@ -192,15 +193,14 @@ class UploadStore:
         return upload
 
     def recover(self) -> list[StoredUpload]:
-        """Take the uploads over that an earlier process accepted into this directory.
+        """Load the uploads that an earlier process accepted into this directory.
 
-        Files are believed when they are whole and still hold what was accepted; another is left out with a warning, so
-        that its client is asked again.
+        A file that is incomplete or has changed since is skipped with a warning; its client is asked again.
 
         Returns
         -------
         list[StoredUpload]
-            As `uploads`.
+            All uploads, in the order of `uploads`.
         """
         for path in sorted(self.directory.glob("*.safetensors")):
             try:
@@ -224,22 +224,22 @@ class UploadStore:
             about["checksum"],
         )
         if path.stem != file_stem(upload.client):
-            raise ValueError(f"it is named after another client than {upload.client}")
+            raise ValueError(f"its file name does not belong to its client {upload.client}")
         state = self.load(upload)
         self.check_layout({key: TensorLayout(tuple(value.shape), value.dtype) for key, value in state.items()})
         return upload
 
     def uploads(self) -> list[StoredUpload]:
-        """Return the accepted uploads by client name, numbers in it by value: the order of arrival has no say."""
+        """Return the accepted uploads sorted by client name, so that the order of arrival has no effect."""
         return sorted(self._uploads.values(), key=lambda upload: natural_key(upload.client))
 
     def load(self, upload: StoredUpload) -> dict[str, Tensor]:
-        """Read an upload's tensors back, floating-point ones as fp32.
+        """Read an upload's tensors, floating-point ones as fp32.
 
         Raises
         ------
         ValueError
-            If the file is not what was accepted.
+            If the file has changed since it was accepted.
         """
         state = load_file(upload.path)
         if checksum(state) != upload.checksum:
@@ -247,8 +247,8 @@ class UploadStore:
         return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
     def _check_values(self, state: Mapping[str, Tensor]) -> None:
-        """Refuse NaN, Inf, and weights too far from the common initialisation to come from training."""
-        # Short weights lie near the initialisation; their norm costs a quarter of a difference's and shows NaN and Inf.
+        """Refuse NaN, Inf, and weights further from the common initialisation than `max_update_norm` allows."""
+        # Fast check: |w| + |w0| bounds the distance, shows NaN and Inf, and costs a quarter of a norm of differences.
         size = math.sqrt(sum(float(vector_norm(state[key], dtype=torch.float32)) ** 2 for key in self._floating))
         if size + self._start <= (self._max_distance if self.max_update_norm else math.inf) and math.isfinite(size):
             return
@@ -256,7 +256,7 @@ class UploadStore:
         for key, expected in self._floating.items():
             difference = self._difference[: expected.numel()].view(expected.shape)
             norm = float(vector_norm(torch.sub(state[key], expected, out=difference)))
-            # The square of fp32's largest numbers is infinite in fp32 too: these are finite, and too large.
+            # The norm also overflows for finite values near fp32's maximum; those are refused as too distant below.
             if not math.isfinite(norm) and not torch.isfinite(state[key]).all():
                 raise UploadRefused(f"{key} holds NaN or Inf")
             update += norm**2
@@ -268,12 +268,12 @@ class UploadStore:
             )
 
     def open(self, upload: StoredUpload) -> StoredState:
-        """Return an upload's tensors as a mapping that reads them when asked for; the file is checked now.
+        """Return a mapping that reads each of the upload's tensors at access; the file is checked once, here.
 
         Raises
         ------
         ValueError
-            If the file is not what was accepted.
+            If the file has changed since it was accepted.
         """
         return StoredState(upload.path, tuple(self.load(upload)))
 

@@ -1,4 +1,4 @@
-"""What a client says about itself and its upload: of any type until it was checked, and refused with the reason."""
+"""Checks of the name and numbers that a client reports; the values may have any type before they are checked."""
 
 from __future__ import annotations
 
@@ -7,46 +7,47 @@ import math
 import re
 from collections.abc import Sequence
 
-# No honest site holds more images; it keeps sums of counts far inside int64 and float64.
+# Largest accepted number of images: above any real site, and sums of counts stay exact in int64 and float64.
 MAX_EXAMPLES = 10**9
 
 
-class UploadRefused(ValueError):  # noqa: N818 - a verdict on one upload, not an error of the run
-    """An upload that will not be used; the message is the reason."""
+class UploadRefused(ValueError):  # noqa: N818 - it concerns one upload and does not stop the run
+    """The upload is not used; the message is the reason."""
 
 
 def natural_key(text: str) -> tuple[tuple[tuple[int, int, str], ...], str]:
-    """Sort key under which ``partition-2`` comes before ``partition-10``."""
+    """Return a sort key that puts ``partition-2`` before ``partition-10``."""
     parts = re.findall(r"[0-9]+|[^0-9]+", text)
     numbered = tuple((0, int(part), "") if part[0] in "0123456789" else (1, 0, part) for part in parts)
     return numbered, text
 
 
 def file_stem(client: str) -> str:
-    """Turn a name into a file name that no other name gets.
+    """Convert a client name into a file name that is unique to it.
 
-    A name that had to change ends in an underscore and a hash; names that stay have no underscore.
+    Names of up to 64 lower-case letters, digits and hyphens stay unchanged. Others are simplified and end in an
+    underscore and a hash.
     """
     plain = re.sub(r"[^a-z0-9-]+", "-", client.lower()).strip("-")[:64]
     return plain if plain == client else f"{plain}_{hashlib.sha256(client.encode()).hexdigest()[:16]}"
 
 
 def check_name(client: object) -> str:
-    """Return a client's name: 1 to 128 printable characters."""
+    """Return the client's name if it is 1 to 128 printable characters; refuse it otherwise."""
     if not isinstance(client, str) or not 1 <= len(client) <= 128 or not client.isprintable():
         raise UploadRefused(f"client name {brief(client)} is not 1 to 128 printable characters")
     return client
 
 
 def check_count(what: str, value: object, least: int) -> int:
-    """Return a believable number of images."""
+    """Return the value if it is an integer from `least` to `MAX_EXAMPLES`; refuse it otherwise."""
     if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= MAX_EXAMPLES:
         raise UploadRefused(f"{what} {brief(value)} is not an integer between {least} and {MAX_EXAMPLES}")
     return value
 
 
 def check_number(what: str, value: object, least: float = -math.inf, most: float = math.inf) -> float:
-    """Return a finite number within a range."""
+    """Return the value as float if it is a finite number from `least` to `most`; refuse it otherwise."""
     if not isinstance(value, int | float) or isinstance(value, bool) or not math.isfinite(value):
         raise UploadRefused(f"{what} {brief(value)} is not a finite number")
     if not least <= value <= most:
@@ -55,10 +56,10 @@ def check_number(what: str, value: object, least: float = -math.inf, most: float
 
 
 def check_histogram(histogram: object, num_examples: int, num_classes: int, *, needed: bool) -> tuple[int, ...] | None:
-    """Return the counts of all classes, which add up to the number of examples; None if withheld and not needed."""
+    """Return the class counts if they sum to the number of examples; None if there are none and none are needed."""
     if histogram is None:
         if needed:
-            raise UploadRefused("has no label histogram, and this run needs one")
+            raise UploadRefused("has no label histogram, which this run needs")
         return None
     if not isinstance(histogram, Sequence) or isinstance(histogram, str) or len(histogram) != num_classes:
         raise UploadRefused(f"histogram {brief(histogram)} is not a list of {num_classes} counts")
@@ -69,6 +70,6 @@ def check_histogram(histogram: object, num_examples: int, num_classes: int, *, n
 
 
 def brief(value: object) -> str:
-    """Return a value as text that fits into a line of the log, whatever a client sent."""
+    """Return a value as text of at most 100 characters, so that it fits on a log line."""
     text = repr(value)
     return text if len(text) <= 100 else text[:97] + "..."

@@ -47,7 +47,7 @@ def invert(
     watch
         Callbacks.
     terms
-        Terms of the loss beside those that the settings ask for.
+        Further terms of the loss, beside those that the settings turn on.
 
     Raises
     ------

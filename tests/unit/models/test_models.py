@@ -335,7 +335,7 @@ def test_pretrained_weights_are_adapted_by_timm_and_get_a_seeded_head(
 
 def test_pretrained_weights_that_do_not_fit_the_options_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     hub_weights(monkeypatch, timm.create_model("vit_tiny_patch16_224", depth=1).state_dict())
-    with pytest.raises(SettingsError, match="can't take timm's weights"):
+    with pytest.raises(SettingsError, match="timm's weights do not fit"):
         initial_state(make_settings("pretrained", options="depth=1,embed_dim=96"), make_spec(64, 3))
 
 

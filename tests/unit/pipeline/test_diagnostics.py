@@ -51,7 +51,7 @@ def test_inverted_images_agree_with_their_labels_and_noise_does_not():
 def test_patches_left_in_the_graph_against_the_schedule_are_named():
     assert not any("graph" in line for line in look(kept=7).warnings())
     assert any(
-        "16 patches were in the graph at the end, the schedule leaves 7" in line for line in look(kept=16).warnings()
+        "16 patches were in the graph at the end; the schedule leaves 7" in line for line in look(kept=16).warnings()
     )
 
 
@@ -69,14 +69,14 @@ def test_stopped_patches_that_are_still_computed_are_named(monkeypatch):
     )
     found = look()
     assert found.flops_excess > 1.5
-    assert any("computes" in line and "still in the graph" in line for line in found.warnings())
+    assert any("times the FLOPs" in line and "still in the graph" in line for line in found.warnings())
 
 
 def test_memory_of_stopped_patches_that_is_still_held_is_named(monkeypatch):
     monkeypatch.setattr(Ensemble, "release", lambda self: None)
     found = look()
     assert found.flops_excess == pytest.approx(1)
-    assert any("asks memory for" in line for line in found.warnings())
+    assert any("times the memory" in line for line in found.warnings())
 
 
 def test_teachers_that_agree_with_nobody_are_named():
@@ -90,7 +90,7 @@ def test_teachers_that_agree_with_nobody_are_named():
     found = diagnose(InversionTask(same, tiny_grid(), SETTINGS), synthetic())
     assert found.teachers_agree == pytest.approx(1 / CLASSES)
     assert any("client models disagree" in line for line in found.warnings())
-    assert any("ensemble takes only" in line for line in found.warnings())
+    assert any("ensemble assigns only" in line for line in found.warnings())
 
 
 def test_diversity_is_zero_for_copies_and_one_for_unrelated_images():

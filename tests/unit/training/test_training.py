@@ -55,7 +55,7 @@ def test_one_class_and_one_image_are_enough():
 
 
 def test_no_images_are_refused():
-    with pytest.raises(ValueError, match="no images"):
+    with pytest.raises(ValueError, match="needs at least one image"):
         train([])
 
 
