@@ -94,6 +94,7 @@ class PrivateFlower:
             "FLWR_DISABLE_UPDATE_CHECK": "1",
             "FLWR_TELEMETRY_ENABLED": "0",
             "RAY_USAGE_STATS_ENABLED": "0",
+            **_without_proxy(),
         }
         if len(str(self.home)) <= _LONGEST_RAY_FOLDER:
             environment["RAY_TMPDIR"] = str(self.home)
@@ -174,6 +175,16 @@ class PrivateFlower:
         _reap_orphans()
         if left:
             raise RuntimeError(f"processes that don't end: {', '.join(str(process.pid) for process in left)}")
+
+
+def _without_proxy() -> dict[str, str]:
+    """Return the environment's exceptions from its proxy, with this machine added.
+
+    Flower asks its local SuperLink whether it is ready through the user's proxy, which cannot reach it.
+    """
+    given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
+    hosts = ",".join(filter(None, (given, "127.0.0.1", "localhost")))
+    return {"no_proxy": hosts, "NO_PROXY": hosts}
 
 
 def processes_of(home: Path) -> list[psutil.Process]:

@@ -89,6 +89,10 @@ def test_its_output_ends_with_the_accuracies_and_the_path(finished: tuple[subpro
     assert lines[-1] == str(finished[1])
 
 
+def test_it_uses_no_deprecated_feature_of_flower(finished: tuple[subprocess.CompletedProcess[str], Path]):
+    assert "DEPRECATED FEATURE" not in finished[0].stdout + (finished[1] / "log.txt").read_text()
+
+
 def test_a_run_without_answers_fails_and_says_so(tmp_path: Path):
     result = simulate(tmp_path, "--cpus", "1", "--set", "run.deadline-seconds=0.01", "--set", "run.name=silent")
     assert result.returncode == 1, result.stdout + result.stderr

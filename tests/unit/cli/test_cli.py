@@ -159,12 +159,14 @@ def test_flower_s_slow_start_is_tried_again_with_other_ports(simulate: Simulate,
 
 def test_the_run_gets_a_flower_of_its_own(simulate: Simulate, stage: Stage, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
+    monkeypatch.setenv("NO_PROXY", "intern.example.org")
     simulate("completed")
     told = stage.told()
     env = told["env"]
     assert env["FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION"] == "1"
     assert env["FLWR_TELEMETRY_ENABLED"] == "0"
     assert env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] not in ("39091", env["FLWR_LOCAL_CONTROL_API_PORT"])
+    assert env["no_proxy"] == env["NO_PROXY"] == "intern.example.org,127.0.0.1,localhost"
     assert "RAY_ADDRESS" not in env
     assert str(env["PATH"]).startswith(str(stage.bin))
     assert Path(str(told["cwd"])).parent == stage.home()
