@@ -164,7 +164,7 @@ class Collection:
             raise UploadRefused("has no arrays")
         return self.store.accept(
             client,
-            decode_state(arrays, self.store, config.get("dtype")),
+            decode_state(arrays, self.store.layout, config.get("dtype")),
             num_examples=num_examples,
             numbers={number.name: metrics.get(number.name) for number in REPORTED},
             # One that was not asked for is not kept, whatever the client thinks of it.
