@@ -1,4 +1,4 @@
-"""The model card beside a run's model: ``model/README.md`` with the metadata that the Hub reads."""
+"""Write the model card of a run's model: ``model/README.md``, with the metadata that the Hugging Face Hub reads."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ _FEDMITR = "FedMITR ([arXiv 2605.10748](https://arxiv.org/abs/2605.10748))"
 _METHODS: dict[Method, str] = {
     "fedmitr": _FEDMITR,
     "fedavg": "one-shot FedAvg",
-    "head-aggregation": "averaging with a class-wise head",
-    "dense-inversion": "dense inversion and distillation",
-    "dense-inversion-kl": "dense inversion and distillation by KL alone",
-    "hard-labels": f"{_FEDMITR}, but with hard labels",
+    "head-aggregation": "averaging with class-wise weights for the classifier head",
+    "dense-inversion": "dense model inversion and distillation",
+    "dense-inversion-kl": "dense model inversion and distillation with the KL loss alone",
+    "hard-labels": f"{_FEDMITR} with hard labels instead of soft labels",
     "random-images": "distillation on random images",
     "dense": "DENSE ([arXiv 2112.12371](https://arxiv.org/abs/2112.12371))",
     "co-boosting": "Co-Boosting ([arXiv 2402.15070](https://arxiv.org/abs/2402.15070))",
@@ -31,74 +31,81 @@ _METHODS: dict[Method, str] = {
 def write_model_card(
     folder: Path, settings: Settings, spec: ImageSpec, evaluation: Evaluation | None, clients: ClientCounts
 ) -> None:
-    """Write the card.
+    """Write the model card.
 
     Parameters
     ----------
     folder
-        ``model/`` of a run.
-    settings, spec, evaluation, clients
-        Of the run.
+        Folder ``model/`` of the run.
+    settings, spec
+        Settings and image specification of the run.
+    evaluation
+        Evaluation of the last round; None: the card says that no accuracy was measured.
+    clients
+        Client counts of the last round.
     """
     with atomic_path(folder / CARD) as temporary:
         temporary.write_text(model_card(settings, spec, evaluation, clients), "utf-8")
 
 
 def model_card(settings: Settings, spec: ImageSpec, evaluation: Evaluation | None, clients: ClientCounts) -> str:
-    """Return the card: how the model was made, what it reached, what it must not be taken for."""
+    """Return the text of the card: how the model was made, how to use it, its accuracy and its limits."""
     name = f"{settings.model.name} trained by one-shot federated learning on {settings.data.source}"
-    shared = "its label histogram too" if settings.train.share_label_histogram else "no label counts"
+    shared = "and the label histogram" if settings.train.share_label_histogram else "but no label counts"
     exchange = "once" if settings.run.rounds == 1 else f"{settings.run.rounds} times"
+    shape = f"B, {spec.channels}, {spec.image_size}, {spec.image_size}"
+    init, start = settings.model.init, "All clients started from the same initialisation"
     sections = [
         _front_matter(settings, evaluation, name),
         f"# {name}\n",
-        f"A Vision Transformer for {spec.num_classes} classes, made with fedmitr-flwr {__version__} by "
-        f"{_METHODS[settings.run.method]}.\n",
+        f"This is a Vision Transformer for {spec.num_classes} classes, made with fedmitr-flwr {__version__}. "
+        f"The method is {_METHODS[settings.run.method]}.\n",
         "## How it was made\n",
-        f"{clients.accepted} clients trained on their own images and uploaded their weights {exchange}. An upload "
-        f"holds weights, the number of images, local loss and accuracy, and {shared}. The server saw no client's "
-        f"image. {_server_part(settings)} Start of all clients: `model.init = {settings.model.init}`; seed "
-        f"{settings.run.seed}.\n",
+        f"Each of {clients.accepted} clients trained a model on its own images and uploaded its weights {exchange}. "
+        f"{start} (`model.init = {init}`). An upload contains the weights, the number of images, the training loss and "
+        f"the training accuracy, {shared}. The server received no image of a client. {_server_part(settings)} "
+        f"The seed of the run is {settings.run.seed}.\n",
         "## Use\n",
         '```python\nimport timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n```\n',
-        f"FOLDER is this folder. Input: `(B, {spec.channels}, {spec.image_size}, {spec.image_size})`, pixels in 0..1, "
-        f"normalised with mean {_numbers(spec.mean)} and standard deviation {_numbers(spec.std)}. Classes in order: "
-        f"{', '.join(spec.class_names)}.\n",
+        f"FOLDER is the folder that contains this file. The input has the shape `({shape})`. Its pixels are scaled to "
+        f"0..1 and normalised with mean {_numbers(spec.mean)} and standard deviation {_numbers(spec.std)}. The classes "
+        f"in the order of the outputs are {', '.join(spec.class_names)}.\n",
         "## Accuracy\n",
         _accuracy(settings, evaluation),
         "## Limits\n",
-        "- It knows the clients' images only through their models. Classes that few clients had are learnt worst.\n"
-        "- The accuracies are those of one run, one partition and one seed, on images like the clients'; elsewhere "
-        "nothing was measured.\n"
-        "- Weights are not anonymous: how a classifier head moved shows which classes a client had, and images can be "
-        "inverted from the clients' models that show what they respond to.\n"
-        "- No licence is stated: it depends on the clients' data and on the weights that the clients started from.\n",
+        "- The server made the model from the clients' models, without their images. The model is least accurate on "
+        "classes that few clients have.\n"
+        "- The accuracies are those of one run with one partition and one seed, on images from the same source as the "
+        "clients' images. The accuracy on other images was not measured.\n"
+        "- Model weights are not anonymous. The changes of a client's classifier head show which classes the client "
+        "has, and inversion of a client's model produces images that show what the model responds to.\n"
+        "- This card states no licence, because the licence depends on the clients' data and on the initial weights.\n",
     ]
     return "\n".join(sections)
 
 
 def _server_part(settings: Settings) -> str:
-    """Say what the server made of the uploads, by `run.method`."""
+    """Describe what the server did with the uploads, by `run.method`."""
     method, inversion = settings.run.method, settings.inversion
     if method == "fedavg":
-        return "It averaged the uploads by their number of images; nothing was distilled."
+        return "It averaged the uploaded weights by the clients' numbers of images. It distilled nothing."
     if method == "head-aggregation":
         return (
-            "It averaged the uploads' updates, and each class's row of the classifier head by who knows the class; "
-            "nothing was distilled."
+            "It averaged the uploaded weights. For each class, it averaged the row of the classifier head with the "
+            "clients' weights for this class. It distilled nothing."
         )
     if method == "random-images":
-        return "It let the ensemble of uploads label random images, and distilled the ensemble into this model on them."
+        return "It labelled random images with the ensemble of uploads and distilled the ensemble into this model."
     if method in ("dense", "co-boosting"):
         count = settings.generator.rounds * settings.generator.batch_size
         return (
-            "It trained a generator against the ensemble of uploads, and distilled the ensemble into this model on "
-            f"{count} generated images, in turn."
+            "It trained a generator with the ensemble of uploads and, in turn, distilled the ensemble into this model "
+            f"on {count} generated images."
         )
-    noise = f", and on {settings.distill.noise:g} random images for each of them" if settings.distill.noise > 0 else ""
+    noise = f" and on random images ({settings.distill.noise:g} for each of them)" if settings.distill.noise > 0 else ""
     return (
-        f"It inverted the ensemble of uploads into {inversion.images} synthetic images, and distilled the ensemble "
-        f"into this model on them{noise}."
+        f"It inverted the ensemble of uploads into {inversion.images} synthetic images and distilled the ensemble into "
+        f"this model on these images{noise}."
     )
 
 
@@ -132,12 +139,13 @@ def _dataset_type(settings: Settings) -> str:
 
 def _accuracy(settings: Settings, evaluation: Evaluation | None) -> str:
     if evaluation is None:
-        return "Not measured: the server held no images (`run.evaluate-on = none`).\n"
+        return "The accuracy was not measured (`run.evaluate-on = none`).\n"
     rates: Mapping[str, float] = evaluation.accuracy()
-    names = ("local models, mean", "one-shot FedAvg", "ensemble of all uploads", "**this model**")
+    names = ("mean of the local models", "one-shot FedAvg", "ensemble of all uploads", "**this model**")
     rows = "\n".join(f"| {name} | {100 * rate:.1f} % |" for name, rate in zip(names, rates.values(), strict=True))
     head = (
-        f"| on {evaluation.num_images:,} {settings.run.evaluate_on} images that no client trained on | |\n|---|---|\n"
+        f"| Model | Accuracy on {evaluation.num_images:,} {settings.run.evaluate_on} images that no client trained on "
+        "|\n|---|---|\n"
     )
     return f"{head}{rows}\n"
 
