@@ -1,4 +1,4 @@
-"""What a pipeline is given, and what it returns.
+"""Inputs and result of a pipeline, the function that turns uploads into a global model.
 
 Letters: K teachers, C classes.
 """
@@ -35,9 +35,9 @@ class Upload:
     state
         State dict of the client's model, fp32.
     num_examples
-        Number of images that it was trained on.
+        Number of images on which the model was trained.
     histogram
-        Number of them in each of the C classes; None if withheld.
+        Number of these images in each of the C classes; None if the client withheld it.
     """
 
     state: Mapping[str, Tensor]
@@ -47,14 +47,14 @@ class Upload:
 
 @dataclass(frozen=True)
 class PipelineInputs:
-    """What a pipeline is given.
+    """Inputs of a pipeline.
 
     Attributes
     ----------
     settings
-        All stages' settings.
+        Settings of all stages.
     spec
-        Classes, geometry and normalisation.
+        Classes, geometry and normalisation of the images.
     uploads
         K >= 1 uploads, in an order that does not depend on their arrival.
     initial
@@ -62,11 +62,11 @@ class PipelineInputs:
     seed
         Seed of noise, jitter, order and augmentation.
     device
-        Where the stages run.
+        Device on which the stages run.
     observer
-        Receives events and times.
+        Receives events and measures the time of each stage.
     checkpoints
-        Keeps what is finished; what it holds already is not made again.
+        Saves finished parts; parts that are already saved are not computed again. None: nothing is saved.
     """
 
     settings: Settings
@@ -95,16 +95,16 @@ class PipelineInputs:
 
 @dataclass(frozen=True)
 class StageContext:
-    """What the stages of one run have in common.
+    """Teachers, geometry and settings, which all stages of a run use.
 
     Attributes
     ----------
     ensemble
         The weighted teachers.
     grid
-        Geometry and valid range of the synthetic images.
+        Geometry and valid pixel range of the synthetic images.
     settings
-        All stages' settings.
+        Settings of all stages.
     """
 
     ensemble: Ensemble
@@ -113,26 +113,26 @@ class StageContext:
 
     @property
     def inversion(self) -> InversionTask:
-        """The same for stage 1."""
+        """The part of the context that stage 1 needs."""
         return InversionTask(self.ensemble, self.grid, self.settings.inversion)
 
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """What came out, and what evaluation and the report look at.
+    """Result of a pipeline: the global model, and what evaluation and report need.
 
     Attributes
     ----------
     state, fedavg
         State dicts of the global model and of the one-shot average, fp32 on the CPU.
     ensemble
-        The teachers with their weights.
+        The weighted teachers.
     synthetic, split
-        The synthetic images and the density split of their patches; None of a method that makes none.
+        Synthetic images and the density split of their patches; None if the method makes no such images.
     diagnostics
-        Of the synthetic images; None without them.
+        Diagnostics of inverted images; None if the method inverts none.
     seconds
-        Wall-clock seconds of ``invert``, ``relabel`` and ``distill``.
+        Wall-clock seconds of each of the stages ``invert``, ``relabel`` and ``distill`` that the method has.
     """
 
     state: dict[str, Tensor]
@@ -145,7 +145,7 @@ class PipelineResult:
 
 
 class Pipeline(Protocol):
-    """What turns uploads into a global model: `run_pipeline` or a baseline."""
+    """Signature of a function that turns uploads into a global model: `fedmitr.run_pipeline` or a baseline."""
 
     def __call__(self, inputs: PipelineInputs) -> PipelineResult:
-        """Run it; see `run_pipeline`."""
+        """Run the pipeline; see `fedmitr.run_pipeline`."""
