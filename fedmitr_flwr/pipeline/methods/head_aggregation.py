@@ -24,8 +24,8 @@ HEAD_AGGREGATION = Method(
     head_aggregation,
     "averaging with class-wise weights for the classifier head",
     lambda settings: (
-        "It averaged the uploaded weights. For each class, it averaged the row of the classifier head with the clients' "
-        "weights for this class. It distilled nothing."
+        "It averaged the uploaded weights. For each class, it averaged the row of the classifier head with the "
+        "clients' weights for this class. It distilled nothing."
     ),
     distils=False,
     inverts=False,
