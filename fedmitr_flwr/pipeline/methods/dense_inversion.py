@@ -20,12 +20,12 @@ _DENSE: dict[str, RunConfigValue] = {
     "distill.ce-on": "full",
 }
 
-DENSE_INVERSION = Method(run_pipeline, "dense inversion and distillation", inverted_images, _DENSE)
+DENSE_INVERSION = Method(run_pipeline, "dense model inversion and distillation", inverted_images, _DENSE)
 """Distils by KL to the ensemble and by cross-entropy with the pseudo-label."""
 
 DENSE_INVERSION_KL = Method(
     run_pipeline,
-    "dense inversion and distillation by KL alone",
+    "dense model inversion and distillation with the KL loss alone",
     inverted_images,
     {**_DENSE, "distill.ce-weight": 0.0},
 )

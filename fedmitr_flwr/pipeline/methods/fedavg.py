@@ -14,7 +14,7 @@ def one_shot_fedavg(inputs: PipelineInputs) -> PipelineResult:
 FEDAVG = Method(
     one_shot_fedavg,
     "one-shot FedAvg",
-    lambda settings: "It averaged the uploads by their number of images; nothing was distilled.",
+    lambda settings: "It averaged the uploaded weights by the clients' numbers of images. It distilled nothing.",
     distils=False,
     inverts=False,
 )

@@ -63,10 +63,10 @@ def run_pipeline(inputs: PipelineInputs) -> PipelineResult:
 
 def inverted_images(settings: Settings) -> str:
     """Say what a method that inverts did with the uploads."""
-    noise = f", and on {settings.distill.noise:g} random images for each of them" if settings.distill.noise > 0 else ""
+    noise = f" and on random images ({settings.distill.noise:g} for each of them)" if settings.distill.noise > 0 else ""
     return (
-        f"It inverted the ensemble of uploads into {settings.inversion.images} synthetic images, and distilled the "
-        f"ensemble into this model on them{noise}."
+        f"It inverted the ensemble of uploads into {settings.inversion.images} synthetic images and distilled the "
+        f"ensemble into this model on these images{noise}."
     )
 
 

@@ -252,6 +252,6 @@ def generated_images(settings: Settings) -> str:
     """Say what a method with a generator did with the uploads."""
     count = settings.generator.rounds * settings.generator.batch_size
     return (
-        "It trained a generator against the ensemble of uploads, and distilled the ensemble into this model on "
-        f"{count} generated images, in turn."
+        "It trained a generator with the ensemble of uploads and, in turn, distilled the ensemble into this model on "
+        f"{count} generated images."
     )

@@ -11,7 +11,7 @@ from fedmitr_flwr.pipeline.methods.fedmitr import CITATION, inverted_images, run
 
 HARD_LABELS = Method(
     run_pipeline,
-    f"{CITATION}, but with hard labels",
+    f"{CITATION} with hard labels instead of soft labels",
     inverted_images,
     {
         "distill.labels": "hard",

@@ -22,10 +22,10 @@ def head_aggregation(inputs: PipelineInputs) -> PipelineResult:
 
 HEAD_AGGREGATION = Method(
     head_aggregation,
-    "averaging with a class-wise head",
+    "averaging with class-wise weights for the classifier head",
     lambda settings: (
-        "It averaged the uploads' updates, with each class's row of the classifier head weighted by how much each "
-        "client knows of the class; nothing was distilled."
+        "It averaged the uploaded weights. For each class, it averaged the row of the classifier head with the "
+        "clients' weights for this class. It distilled nothing."
     ),
     distils=False,
     inverts=False,

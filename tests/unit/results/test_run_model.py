@@ -104,14 +104,14 @@ def test_evaluate_takes_another_source_with_the_same_classes(run: Path) -> None:
     ("arguments", "message"),
     [
         (["predict", "RUN", "none.png"], 'IMAGE = "none.png": No such file'),
-        (["predict", "RUN", "text.png"], 'IMAGE = "text.png": it is no image'),
-        (["predict", "nowhere", "text.png"], "is no run"),
+        (["predict", "RUN", "text.png"], 'IMAGE = "text.png": cannot be read as an image'),
+        (["predict", "nowhere", "text.png"], "is not a run"),
         (["evaluate", "RUN", "--data", "mnist"], '--data = "mnist": '),
-        (["evaluate", "RUN", "--data", "npz:other.npz"], '--data = "npz:other.npz": there is nothing of this name'),
-        (["evaluate", "RUN", "--data", "folder:none"], "there is nothing of this name"),
+        (["evaluate", "RUN", "--data", "npz:other.npz"], '--data = "npz:other.npz": does not exist'),
+        (["evaluate", "RUN", "--data", "folder:none"], "does not exist"),
         (["evaluate", "RUN", "--data", "folder:other"], "classes that the federation does not have: cat"),
-        (["export", "RUN", "--onnx", "no/such/folder.onnx"], "can't be written"),
-        (["export", "DAMAGED", "--onnx", "x.onnx"], "its model can't be loaded"),
+        (["export", "RUN", "--onnx", "no/such/folder.onnx"], "cannot be written"),
+        (["export", "DAMAGED", "--onnx", "x.onnx"], "its model cannot be loaded"),
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
