@@ -37,7 +37,7 @@ class Evaluation:
     num_images
         Number of images in the set.
     metrics
-        For ``fedavg``, ``ensemble`` and ``global`` the metrics of `metrics.METRICS` by name.
+        Values of the metrics in `metrics.METRICS` by name, for each of ``fedavg``, ``ensemble`` and ``global``.
     """
 
     local: tuple[float, ...]

@@ -85,7 +85,7 @@ def load_run(path: Path, *, finished: bool = True) -> FinishedRun:
     path = path.expanduser().resolve()
     status = _json(path, STATUS)
     if status is None:
-        allowed = f"is not a run (it has no {STATUS}); must be a folder that `fedmitr simulate` printed"
+        allowed = f"is not a run: it has no {STATUS}; must be a folder that `fedmitr simulate` printed"
         raise SettingsError(("RUN", str(path), allowed))
     state = status.get("state")
     if finished and state != "completed":

@@ -106,15 +106,14 @@ def _accuracy(settings: Settings, evaluation: Evaluation | None) -> str:
     if evaluation is None:
         return "The accuracy was not measured (`run.evaluate-on = none`).\n"
     names = {**MODELS, "global": "**this model**"}
-    rows = [f"| {names[key]} | {100 * rate:.1f} % |" for key, rate in evaluation.accuracy().items()]
+    images = f"{evaluation.num_images:,} {settings.run.evaluate_on} images"
+    lines = [f"All models were evaluated on the same {images}. No client trained on these images.", ""]
+    lines += ["| Model | Accuracy |", "|---|---|"]
+    lines += [f"| {names[key]} | {100 * rate:.1f} % |" for key, rate in evaluation.accuracy().items()]
     own = evaluation.metrics.get("global", {})
-    rows += [f"| {metric.title} of this model | {metric.text(own[metric.name])} |" for metric in METRICS if own]
-    head = (
-        f"| Model | Accuracy on {evaluation.num_images:,} {settings.run.evaluate_on} images that no client trained on "
-        "|\n|---|---|\n"
-    )
-    table = "\n".join(rows)
-    return f"{head}{table}\n"
+    others = ", ".join(f"{metric.title} {metric.text(own[metric.name])}" for metric in METRICS if own)
+    lines += ["", f"Other metrics of this model: {others}."] if others else []
+    return "\n".join([*lines, ""])
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -66,7 +66,7 @@ RANDOM_IMAGES = Method(
     ensemble_on_random_images,
     "distillation on random images",
     lambda settings: (
-        "It labelled random images with the ensemble of uploads and distilled the ensemble into this model."
+        "It labelled random images with the ensemble of uploads and distilled the ensemble into this model on them."
     ),
     inverts=False,
 )

@@ -131,7 +131,7 @@ def _accuracy(evaluation: Mapping[str, Any], names: list[str]) -> dict[str, obje
 
 
 def _metrics(found: Mapping[str, Mapping[str, float]]) -> dict[str, object] | None:
-    """Return the metrics beside accuracy as a table, models in columns; None of a run that has none."""
+    """Return a table of the other metrics with one column for each model; None if the run has no other metrics."""
     models = [key for key in MODELS if key in found]
     rows = [
         {
