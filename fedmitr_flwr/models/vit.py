@@ -206,6 +206,25 @@ def forward_images(
     return forward_patches(model, patches, index, attention=attention)
 
 
+def head_input(model: VisionTransformer, features: Tensor) -> Tensor:
+    """Return what the classifier head multiplies with its weights: the normalised [CLS] token.
+
+    Parameters
+    ----------
+    model
+        A model with one head, in evaluation mode.
+    features
+        (B, D) [CLS] tokens before the last norm, as in `TokenOutput.features`.
+
+    Returns
+    -------
+    Tensor
+        (B, D) tokens after ``norm`` and ``fc_norm``, whichever the model has. The logits are ``model.head`` of them.
+    """
+    rows: Tensor = model.forward_head(model.norm(features[:, None]), pre_logits=True)
+    return rows
+
+
 def forward_patches(
     model: VisionTransformer, patches: Tensor, index: Tensor | None, *, attention: bool = False
 ) -> TokenOutput:
