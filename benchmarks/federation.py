@@ -15,10 +15,12 @@ from pathlib import Path
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 from fedmitr_flwr.data import ImageSpec, Source, load_source, partition_indices
-from fedmitr_flwr.models import build, vit, weights
+from fedmitr_flwr.models import build, moments, vit, weights
 from fedmitr_flwr.models.build import build_model
+from fedmitr_flwr.models.moments import Moments, feature_moments
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, Upload
 from fedmitr_flwr.runs.observer import Observer
 from fedmitr_flwr.runs.tensors import checksum, write_tensors
@@ -57,7 +59,10 @@ class Federation:
 
 
 def train_federation(settings: Settings, num_clients: int, cache: Path) -> Federation:
-    """Train every client as the ClientApp does, or read its upload from the cache."""
+    """Train every client as the ClientApp does, or read its upload from the cache.
+
+    With `train.share-moments`, the moments of a client are in the file ``NUMBER.moments.safetensors``.
+    """
     source = load_source(settings.data)
     initial = initial_state(settings, source.spec)
     folder = cache / _digest(settings, initial, num_clients)
@@ -66,25 +71,32 @@ def train_federation(settings: Settings, num_clients: int, cache: Path) -> Feder
     for number, rows in enumerate(partition_indices(source.train, settings.partition, num_clients)):
         if len(rows) == 0:
             continue
-        path = folder / f"{number}.safetensors"
+        path, beside = folder / f"{number}.safetensors", folder / f"{number}.moments.safetensors"
         if not path.is_file():
             model = build_model(settings.model, source.spec)
             model.load_state_dict(initial)
             images = source.train.subset(rows)
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             seed = settings.run.seed + number
+            if settings.train.share_moments:
+                size = settings.train.batch_size
+                found = feature_moments(model, images, source.spec, batch_size=size, device=device)
+                write_tensors(beside, found.tensors())
             result = train_local(model, images, source.spec, settings.train, seed=seed, device=device)
             about = {"num_examples": str(result.num_examples), "histogram": json.dumps(result.histogram)}
             write_tensors(path, model.state_dict(), about)
         with safe_open(path, "pt") as file:
             about = file.metadata()
             state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - not a dict
-        clients.append(Upload(state, int(about["num_examples"]), tuple(json.loads(about["histogram"]))))
+        shared = Moments(**load_file(beside)) if settings.train.share_moments else None
+        histogram = tuple(json.loads(about["histogram"]))
+        clients.append(Upload(state, int(about["num_examples"]), histogram, moments=shared))
     return Federation(source, initial, clients)
 
 
 def _digest(settings: Settings, initial: Mapping[str, torch.Tensor], num_clients: int) -> str:
-    code = [Path(str(module.__file__)).read_text() for module in (augment, build, local, optimizer, vit, weights)]
+    modules = (augment, build, local, optimizer, vit, weights, *((moments,) if settings.train.share_moments else ()))
+    code = [Path(str(module.__file__)).read_text() for module in modules]
     seen = {key: value for key, value in settings.flat().items() if key.split(".")[0] in CLIENT_STAGES}
     machine = [torch.__version__, torch.get_num_threads()]
     recipe = json.dumps([seen, settings.run.seed, checksum(initial), num_clients, code, machine], sort_keys=True)

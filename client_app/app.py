@@ -74,5 +74,7 @@ def _train(content: RecordDict, context: Context, name: str) -> RecordDict:
         if upload.histogram is not None:
             metrics["histogram"] = list(upload.histogram)
         answer["arrays"] = encode_state(upload.state, dtype)
+        if upload.moments is not None:
+            answer["moments"] = encode_state(upload.moments.tensors())
     answer["metrics"] = metrics
     return answer

@@ -19,6 +19,7 @@ from flwr.serverapp import Grid
 from fedmitr_flwr.federation.code_digest import short
 from fedmitr_flwr.federation.quorum import ClientCounts
 from fedmitr_flwr.federation.roster import Roster
+from fedmitr_flwr.federation.uploads.moments import decode_moments
 from fedmitr_flwr.federation.uploads.records import decode_state, unguessable
 from fedmitr_flwr.federation.uploads.store import StoredUpload, UploadStore
 from fedmitr_flwr.federation.uploads.validation import UploadRefused, check_name
@@ -162,6 +163,8 @@ class Collection:
             if num_examples == 0:
                 return None
             raise UploadRefused("has no arrays")
+        layout = self.store.moments_layout
+        moments = content.array_records.get("moments") if layout else None  # as for the histogram
         return self.store.accept(
             client,
             decode_state(arrays, self.store.layout, config.get("dtype")),
@@ -169,6 +172,7 @@ class Collection:
             numbers={number.name: metrics.get(number.name) for number in REPORTED},
             # One that was not asked for is not kept, whatever the client thinks of it.
             histogram=metrics.get("histogram") if self.histograms else None,
+            moments=decode_moments(moments, layout) if layout and moments is not None else None,
         )
 
 

@@ -27,6 +27,7 @@ from fedmitr_flwr.ensemble.engine.passes import activation_bytes
 from fedmitr_flwr.ensemble.engine.teachers import MemoryLimits
 from fedmitr_flwr.ensemble.ensemble import LABEL_ROWS
 from fedmitr_flwr.models.build import build_model
+from fedmitr_flwr.models.moments import Moments
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.pipeline.methods import method_of
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError
@@ -45,6 +46,8 @@ _INITIAL_COPIES = 6
 _UPLOADS_AT_ONCE = 8
 # Memory for an image while the pool is made: ten planes of its size to draw random images, three copies in the pool.
 _POOL_PLANES, _POOL_COPIES = 10, 3
+# Full matrices in fp64 while a head is computed from moments, as a multiple of a triangle in fp32: six, with a margin.
+_MOMENT_MATRICES = 32
 # Number of floats that autograd keeps for each token in each block, as a multiple of the embedding width.
 _AUTOGRAD_FLOATS = 40
 
@@ -133,13 +136,16 @@ def plan_memory(settings: Settings, spec: ImageSpec, clients: int, device: torch
     """
     model = build_model(settings.model, spec)
     weights = 4 * sum(value.numel() for value in model.state_dict().values())
-    collection = _mb((_INITIAL_COPIES + _UPLOADS_AT_ONCE) * weights)
+    moments = _moments_bytes(settings, model, spec)
+    collection = _mb((_INITIAL_COPIES + _UPLOADS_AT_ONCE) * weights + _UPLOADS_AT_ONCE * moments)
     asked = settings.inversion
     if device.type != "cpu":
         return MemoryPlan(collection, 0, 0, 0, asked.teacher_memory_mb, asked.activation_memory_mb)
     # Averaging reads one tensor of all uploads at a time, in fp32, and sums them in fp64.
     largest = 4 * max(value.numel() for value in model.state_dict().values())
-    distillation = _distillation_mb(settings, model, spec, weights, clients) + _mb((clients + 2) * largest)
+    # The moments of all uploads stay in memory; pooling them holds a few matrices of D x D in fp64.
+    kept = _mb((clients + 2) * largest + (clients + _MOMENT_MATRICES) * moments)
+    distillation = _distillation_mb(settings, model, spec, weights, clients) + kept
     every, fewest = _activations_mb(settings, model, spec, clients)
     # Hard images are inverted while the pool is in memory.
     beside = distillation if settings.distill.adversarial_rounds > 0 else 0
@@ -201,8 +207,15 @@ def _mb(size: float) -> int:
 
 
 def upload_bytes(settings: Settings, spec: ImageSpec) -> int:
-    """Return the size of one upload's weights in bytes."""
-    return _parameters(settings, spec) * (4 if settings.train.upload_dtype == "fp32" else 2)
+    """Return the size of one upload in bytes: its weights, and its moments if the run asks for them."""
+    weights = _parameters(settings, spec) * (4 if settings.train.upload_dtype == "fp32" else 2)
+    return weights + _moments_bytes(settings, build_model(settings.model, spec), spec)
+
+
+def _moments_bytes(settings: Settings, model: VisionTransformer, spec: ImageSpec) -> int:
+    if not settings.train.share_moments:
+        return 0
+    return Moments.blank(spec.num_classes, model.num_features).size()
 
 
 def disk_bytes(settings: Settings, spec: ImageSpec, clients: int) -> int:

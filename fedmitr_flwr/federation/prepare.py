@@ -13,6 +13,7 @@ import torch
 from fedmitr_flwr.data import ImageSet, ImageSpec, load_source, load_spec, partition_indices
 from fedmitr_flwr.federation.code_digest import code_digest
 from fedmitr_flwr.models.build import build_model
+from fedmitr_flwr.models.moments import check_one_head
 from fedmitr_flwr.runs.atomic import Json
 from fedmitr_flwr.settings import Settings, SettingsError
 from fedmitr_flwr.version import __version__
@@ -65,7 +66,9 @@ def prepare(settings: Settings, num_partitions: int | None) -> Federation:
         held_out = source.test if settings.run.evaluate_on == "test" else source.validation
         if num_partitions is not None:
             partition_indices(source.train, settings.partition, num_partitions)
-    build_model(settings.model, spec)
+    model = build_model(settings.model, spec)
+    if settings.train.share_moments:
+        check_one_head(model, settings.model.name)
     return Federation(spec, held_out, device)
 
 

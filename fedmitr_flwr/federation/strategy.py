@@ -121,7 +121,8 @@ class FedMITR(Strategy):
         stops = ", ".join(map(str, inversion.stops)) or "none (dense)"
         log.info("\t├──> Method: %s", run.method)
         log.info("\t├──> Quorum: %d uploads, %.0f %% of the asked clients", run.min_clients, 100 * run.min_fraction)
-        log.info("\t├──> Clients: %s weights, histograms %s", train.upload_dtype, _yes(train.share_label_histogram))
+        shared = (_yes(train.share_label_histogram), _yes(train.share_moments))
+        log.info("\t├──> Clients: %s weights, histograms %s, moments %s", train.upload_dtype, *shared)
         log.info("\t├──> Ensemble: weights by %s", self.settings.ensemble.weighting)
         log.info("\t├──> Inversion: %d images, %d iterations", inversion.images, inversion.iterations)
         log.info("\t│\t└── Patches are stopped at iterations: %s", stops)
@@ -228,7 +229,10 @@ class FedMITR(Strategy):
         uploads = store.uploads()
         if self._closed is None:
             close_collection(self.run.uploads(server_round) / COLLECTED, counts, uploads)
-        opened = [Upload(store.open(upload), upload.num_examples, upload.histogram) for upload in uploads]
+        opened = [
+            Upload(store.open(upload), upload.num_examples, upload.histogram, moments=store.moments(upload))
+            for upload in uploads
+        ]
         seed = self.settings.run.seed + server_round - 1
         checkpoints = Checkpoints(self.run.checkpoints(server_round), self.settings.run.checkpoint_seconds)
         inputs = PipelineInputs(
@@ -267,6 +271,7 @@ class FedMITR(Strategy):
             self.spec.num_classes,
             needs_histogram=self.settings.train.share_label_histogram,
             max_update_norm=self.settings.run.max_update_norm,
+            needs_moments=self.settings.train.share_moments,
         )
         store.recover()
         return store

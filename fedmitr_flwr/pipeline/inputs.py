@@ -16,6 +16,7 @@ from torch import Tensor
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.ensemble.averaging import fedavg
 from fedmitr_flwr.ensemble.ensemble import Ensemble
+from fedmitr_flwr.models.moments import Moments
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.pipeline.checkpoints import Checkpoints
 from fedmitr_flwr.pipeline.diagnostics import Diagnostics
@@ -38,11 +39,14 @@ class Upload:
         Number of images on which the model was trained.
     histogram
         Number of these images in each of the C classes; None if the client withheld it.
+    moments
+        Moments of the features of these images under the common initialisation; None if the run does not ask for them.
     """
 
     state: Mapping[str, Tensor]
     num_examples: int
     histogram: tuple[int, ...] | None
+    moments: Moments | None = None
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,7 @@ def model_card(settings: Settings, spec: ImageSpec, evaluation: Evaluation | Non
     method = method_of(settings)
     name = f"{settings.model.name} trained by one-shot federated learning on {settings.data.source}"
     reported = ", ".join(number.title for number in REPORTED)
-    shared = "and the label histogram" if settings.train.share_label_histogram else "but no label counts"
+    shared = _shared(settings)
     exchange = "once" if settings.run.rounds == 1 else f"{settings.run.rounds} times"
     shape = f"B, {spec.channels}, {spec.image_size}, {spec.image_size}"
     init, start = settings.model.init, "All clients started from the same initialisation"
@@ -70,10 +70,25 @@ def model_card(settings: Settings, spec: ImageSpec, evaluation: Evaluation | Non
         "- The accuracies are those of one run with one partition and one seed, on images from the same source as the "
         "clients' images. The accuracy on other images was not measured.\n"
         "- Model weights are not anonymous. The changes of a client's classifier head show which classes the client "
-        "has, and inversion of a client's model produces images that show what the model responds to.\n"
+        "has, and inversion of a client's model produces images that show what the model responds to."
+        f"{_MOMENTS_SHOW if settings.train.share_moments else ''}\n"
         "- This card states no licence, because the licence depends on the clients' data and on the initial weights.\n",
     ]
     return "\n".join(sections)
+
+
+_MOMENTS_SHOW = (
+    " The feature moments contain the exact number of a client's images of each class and their mean feature; the "
+    "moments of a class with one image contain the feature of that image."
+)
+
+
+def _shared(settings: Settings) -> str:
+    """Return what an upload contains beside weights and reported numbers."""
+    histogram, moments = settings.train.share_label_histogram, settings.train.share_moments
+    if not moments:
+        return "and the label histogram" if histogram else "but no label counts"
+    return ("the label histogram, " if histogram else "") + "and feature moments with the counts of each class"
 
 
 def _front_matter(settings: Settings, evaluation: Evaluation | None, name: str) -> str:

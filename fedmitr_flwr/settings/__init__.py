@@ -16,6 +16,7 @@ from fedmitr_flwr.settings.choices import (
 )
 from fedmitr_flwr.settings.client_stages import DataSettings, ModelSettings, PartitionSettings, TrainSettings
 from fedmitr_flwr.settings.generator import GeneratorSettings
+from fedmitr_flwr.settings.moments import MomentsSettings
 from fedmitr_flwr.settings.run import RunSettings, Settings, flat_fields
 from fedmitr_flwr.settings.run_config import RunConfigValue, SettingsError
 from fedmitr_flwr.settings.server_stages import (
@@ -37,6 +38,7 @@ __all__ = [
     "InversionSettings",
     "MethodName",
     "ModelSettings",
+    "MomentsSettings",
     "PartitionSettings",
     "Precision",
     "RandomFamily",

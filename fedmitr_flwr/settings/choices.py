@@ -15,6 +15,8 @@ MethodName = Literal[
     "fedmitr",
     "fedavg",
     "head-aggregation",
+    "lda",
+    "ridge",
     "dense-inversion",
     "dense-inversion-kl",
     "hard-labels",
@@ -23,6 +25,9 @@ MethodName = Literal[
     "co-boosting",
 ]
 """Choices of `run.method`."""
+
+MOMENT_METHODS: tuple[MethodName, ...] = ("lda", "ridge")
+"""The methods that need `train.share-moments`."""
 
 Weighting = Literal["uniform", "examples", "histogram", "competence"]
 """Choices of `ensemble.weighting`."""
@@ -58,6 +63,15 @@ METHODS = (
     Choice("fedmitr", description="inversion, density split, relabeling and distillation"),
     Choice("fedavg", description="the average of the uploads, weighted by their number of images"),
     Choice("head-aggregation", description="the average of the updates, with class-wise weights for the head"),
+    Choice(
+        "lda",
+        description="the common initialisation with a linear discriminant of the clients' feature moments as its head "
+        "(needs `train.share-moments = true`)",
+    ),
+    Choice(
+        "ridge",
+        description="the same with a head from regularised least squares (needs `train.share-moments = true`)",
+    ),
     Choice("dense-inversion", description="inversion without stopping patches, and distillation with cross-entropy"),
     Choice("dense-inversion-kl", description="the same without cross-entropy"),
     Choice("hard-labels", description="FedMITR with the most probable class in place of each distribution"),

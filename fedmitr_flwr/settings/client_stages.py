@@ -179,6 +179,13 @@ class TrainSettings(Stage):
         False,
         description="Upload the client's number of images of each class. Required by `ensemble.weighting = histogram`.",
     )
+    share_moments: bool = Field(
+        False,
+        description="Upload feature moments: the client's number of images of each class, the sum of their features, "
+        "and one matrix with the sum of the products of all features. A feature is what the classifier head of the "
+        "common initialisation reads from an image. Required by `run.method = lda` and `ridge`. They reveal more than "
+        "weights do; see the page on the method.",
+    )
     time_limit_seconds: float = Field(
         0.0,
         ge=0.0,

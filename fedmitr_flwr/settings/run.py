@@ -8,9 +8,10 @@ from typing import Literal, Self
 from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from fedmitr_flwr.settings.choices import METHODS, MethodName, described
+from fedmitr_flwr.settings.choices import METHODS, MOMENT_METHODS, MethodName, described
 from fedmitr_flwr.settings.client_stages import DataSettings, ModelSettings, PartitionSettings, TrainSettings
 from fedmitr_flwr.settings.generator import GeneratorSettings
+from fedmitr_flwr.settings.moments import MomentsSettings
 from fedmitr_flwr.settings.run_config import RunConfigValue, SettingsError, Stage, kebab, problems_of, unknown_hint
 from fedmitr_flwr.settings.server_stages import (
     DensitySettings,
@@ -141,6 +142,7 @@ class Settings(Stage):
     model: ModelSettings = ModelSettings()
     train: TrainSettings = TrainSettings()
     ensemble: EnsembleSettings = EnsembleSettings()
+    moments: MomentsSettings = MomentsSettings()
     inversion: InversionSettings = InversionSettings()
     density: DensitySettings = DensitySettings()
     relabel: RelabelSettings = RelabelSettings()
@@ -153,6 +155,9 @@ class Settings(Stage):
         if self.ensemble.weighting == "histogram" and not self.train.share_label_histogram:
             allowed = 'needs train.share-label-histogram = true; without it use "competence", "examples" or "uniform"'
             problems.append(("ensemble.weighting", "histogram", allowed))
+        if self.run.method in MOMENT_METHODS and not self.train.share_moments:
+            allowed = "needs train.share-moments = true, so that the clients upload feature moments"
+            problems.append(("run.method", self.run.method, allowed))
         if bool(self.data.mean) != bool(self.data.std) or len(self.data.mean) != len(self.data.std):
             allowed = f"must have as many entries as data.mean ({len(self.data.mean)})"
             problems.append(("data.std", self.data.std, allowed))

@@ -10,6 +10,7 @@ import torch
 
 from fedmitr_flwr.data import client_images
 from fedmitr_flwr.models.build import build_model
+from fedmitr_flwr.models.moments import feature_moments
 from fedmitr_flwr.settings import RunConfigValue
 from fedmitr_flwr.settings.seeds import client_seed
 from fedmitr_flwr.training.local import train_local
@@ -68,7 +69,7 @@ def train_client(task: ClientTask, node_config: Mapping[str, RunConfigValue], na
     Raises
     ------
     SettingsError
-        If the data or the model cannot be loaded.
+        If the data or the model cannot be loaded, or the model has two heads and `train.share-moments` is set.
     RuntimeError
         If `task.initial` does not fit the model.
     """
@@ -79,8 +80,11 @@ def train_client(task: ClientTask, node_config: Mapping[str, RunConfigValue], na
     model.load_state_dict(task.initial)
     seed = training_seed(node_config, name, task.settings.run.seed, task.round_number)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    result = train_local(model, images, spec, task.settings.train, seed=seed, device=device)
+    settings, moments = task.settings.train, None
+    if settings.share_moments:  # before training, while the model holds the common weights
+        moments = feature_moments(model, images, spec, batch_size=settings.batch_size, device=device)
+    result = train_local(model, images, spec, settings, seed=seed, device=device)
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
-    trained = ClientUpload(state, result.num_examples, result.histogram, result.loss, result.accuracy)
+    trained = ClientUpload(state, result.num_examples, result.histogram, result.loss, result.accuracy, moments=moments)
     upload = prepare_upload(trained, task, seed)
     return replace(upload, numbers={number.name: number.compute(upload, task) for number in REPORTED})

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fedmitr_flwr.data import ImageSpec
+from fedmitr_flwr.models.moments import Moments
 from fedmitr_flwr.settings import Settings
 
 
@@ -49,6 +50,9 @@ class ClientUpload:
         Training loss in nats and accuracy in 0..1: means over the last epoch.
     numbers
         The numbers of `reported.REPORTED`, by name; empty until they are computed.
+    moments
+        Moments of the features of these images under the weights from which training started; None unless
+        `train.share-moments` is set.
     """
 
     state: Mapping[str, Tensor]
@@ -57,3 +61,4 @@ class ClientUpload:
     loss: float
     accuracy: float
     numbers: Mapping[str, float] = field(default_factory=dict)
+    moments: Moments | None = None

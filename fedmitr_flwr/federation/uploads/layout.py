@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +11,7 @@ from torch import Tensor
 from fedmitr_flwr.federation.uploads.validation import UploadRefused, brief
 
 UPLOAD_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+_ANY_FORMAT = frozenset(UPLOAD_DTYPES.values())
 
 
 @dataclass(frozen=True)
@@ -29,19 +30,22 @@ class Layout:
     ----------
     tensors
         By name.
+    formats
+        The dtypes in which floating-point tensors may be declared.
     """
 
     tensors: Mapping[str, TensorLayout]
+    formats: frozenset[torch.dtype] = _ANY_FORMAT
 
     @classmethod
-    def of(cls, state: Mapping[str, Tensor]) -> Layout:
+    def of(cls, state: Mapping[str, Tensor], formats: frozenset[torch.dtype] = _ANY_FORMAT) -> Layout:
         """Return the layout of a state dict."""
-        return cls({key: TensorLayout(tuple(value.shape), value.dtype) for key, value in state.items()})
+        return cls({key: TensorLayout(tuple(value.shape), value.dtype) for key, value in state.items()}, formats)
 
     def check(self, declared: Layout) -> None:
         """Compare a declared layout with this one, without allocating memory.
 
-        Floating-point tensors may be declared as fp32, fp16 or bf16, all others exactly as they are here.
+        Floating-point tensors may be declared in any of `formats`, all others exactly as they are here.
 
         Raises
         ------
@@ -57,7 +61,7 @@ class Layout:
             # Shapes must be equal: (1, 64) instead of (64, 64) would be broadcast in an average without an error.
             if found.shape != expected.shape:
                 raise UploadRefused(f"{key} has shape {brief(found.shape)}, expected {expected.shape}")
-            allowed = set(UPLOAD_DTYPES.values()) if expected.dtype.is_floating_point else {expected.dtype}
+            allowed = self.formats if expected.dtype.is_floating_point else {expected.dtype}
             if found.dtype not in allowed:
                 raise UploadRefused(f"{key} has dtype {found.dtype}, expected {_dtype_names(allowed)}")
 
@@ -68,5 +72,5 @@ def _refuse_names(kind: str, names: list[str]) -> None:
         raise UploadRefused(f"{len(names)} {kind} tensor{'s' if len(names) > 1 else ''}: {shown}")
 
 
-def _dtype_names(dtypes: set[torch.dtype]) -> str:
+def _dtype_names(dtypes: Set[torch.dtype]) -> str:
     return " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

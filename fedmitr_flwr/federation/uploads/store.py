@@ -21,6 +21,7 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from fedmitr_flwr.federation.uploads.layout import Layout
+from fedmitr_flwr.federation.uploads.moments import check_moments, longest_feature, moments_layout
 from fedmitr_flwr.federation.uploads.validation import (
     UploadRefused,
     check_count,
@@ -30,10 +31,14 @@ from fedmitr_flwr.federation.uploads.validation import (
     file_stem,
     natural_key,
 )
+from fedmitr_flwr.models.moments import Moments
 from fedmitr_flwr.runs.tensors import StoredState, checksum, write_tensors
 from fedmitr_flwr.training.reported import REPORTED
 
 log = logging.getLogger("fedmitr.collection")
+
+# End of the name of a file with moments. The names of files with weights have no dot before ".safetensors".
+_MOMENTS = ".moments.safetensors"
 
 
 @dataclass(frozen=True)
@@ -54,6 +59,9 @@ class StoredUpload:
         The safetensors file, in the number format of the upload.
     checksum
         Checksum over names, dtypes, shapes and values of the tensors.
+    moments
+        The same for the client's feature moments, which are in a file of their own beside `path`; None if the run does
+        not ask for moments.
     """
 
     client: str
@@ -62,6 +70,7 @@ class StoredUpload:
     numbers: Mapping[str, float]
     path: Path
     checksum: str
+    moments: str | None = None
 
 
 class UploadStore:
@@ -81,6 +90,8 @@ class UploadStore:
     max_update_norm
         Refuse weights whose L2 distance from the reference exceeds this many times the norm of the reference, or this
         number if that norm is below 1; 0: no limit.
+    needs_moments
+        Whether to refuse uploads without feature moments. If False, no moments are stored.
     """
 
     def __init__(
@@ -91,6 +102,7 @@ class UploadStore:
         *,
         needs_histogram: bool = False,
         max_update_norm: float = 0.0,
+        needs_moments: bool = False,
     ) -> None:
         self.directory = directory
         self.reference = reference
@@ -98,6 +110,7 @@ class UploadStore:
         self.num_classes = num_classes
         self.needs_histogram = needs_histogram
         self.layout = Layout.of(reference)
+        self.moments_layout = moments_layout(reference) if needs_moments else None
         self._floating = {key: value for key, value in reference.items() if value.is_floating_point()}
         self._start = math.sqrt(sum(float(vector_norm(value)) ** 2 for value in self._floating.values()))
         self._max_distance = max_update_norm * max(1.0, self._start)
@@ -127,6 +140,7 @@ class UploadStore:
         num_examples: object,
         numbers: Mapping[str, object],
         histogram: object = None,
+        moments: Moments | None = None,
     ) -> StoredUpload:
         """Validate one upload, write it to disk and add it to the list.
 
@@ -138,6 +152,9 @@ class UploadStore:
             The client's weights; no reference to them is kept.
         num_examples, numbers, histogram
             Reported numbers; of any type, because they are not trusted.
+        moments
+            The client's feature moments, of the shapes and dtypes of `moments_layout`; their values are not trusted.
+            They are dropped if the run does not ask for moments.
 
         Raises
         ------
@@ -154,10 +171,12 @@ class UploadStore:
             number.name: check_number(number.name, numbers.get(number.name), number.least, number.most)
             for number in REPORTED
         }
+        moments = self._checked_moments(moments, count, counts)
         self._check_values(state)
         path = self.directory / f"{file_stem(name)}.safetensors"
-        upload = StoredUpload(name, count, counts, checked, path, checksum(state))
-        self._write(upload, state)
+        sealed = None if moments is None else checksum(moments.tensors())
+        upload = StoredUpload(name, count, counts, checked, path, checksum(state), sealed)
+        self._write(upload, state, moments)
         self._uploads[name] = upload
         return upload
 
@@ -172,6 +191,8 @@ class UploadStore:
             All uploads, in the order of `uploads`.
         """
         for path in sorted(self.directory.glob("*.safetensors")):
+            if path.name.endswith(_MOMENTS):
+                continue
             try:
                 upload = self._read(path)
             except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
@@ -191,11 +212,17 @@ class UploadStore:
             {number.name: float(about[number.name]) for number in REPORTED},
             path,
             about["checksum"],
+            about.get("moments") if self.moments_layout else None,
         )
         if path.stem != file_stem(upload.client):
             raise ValueError(f"its file name does not belong to its client {upload.client}")
         state = self.load(upload)
         self.layout.check(Layout.of(state))
+        if self.moments_layout:
+            moments = self.moments(upload)
+            if moments is None:
+                raise ValueError("it has no feature moments, which this run needs")
+            self.moments_layout.check(Layout.of(moments.tensors()))
         return upload
 
     def uploads(self) -> list[StoredUpload]:
@@ -214,6 +241,35 @@ class UploadStore:
         if checksum(state) != upload.checksum:
             raise ValueError(f"{upload.path} has changed since the upload of {upload.client} was accepted")
         return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
+
+    def moments(self, upload: StoredUpload) -> Moments | None:
+        """Read an upload's feature moments; None if the run does not ask for them.
+
+        Raises
+        ------
+        ValueError
+            If the file has changed since it was accepted.
+        OSError
+            If the file is missing.
+        """
+        if upload.moments is None:
+            return None
+        path = _beside(upload.path)
+        found = load_file(path)
+        if checksum(found) != upload.moments:
+            raise ValueError(f"{path} has changed since the upload of {upload.client} was accepted")
+        return Moments(**found)
+
+    def _checked_moments(
+        self, moments: Moments | None, count: int, histogram: tuple[int, ...] | None
+    ) -> Moments | None:
+        """Return valid moments; None if the run does not ask for them."""
+        if self.moments_layout is None:
+            return None
+        if moments is None:
+            raise UploadRefused("has no feature moments, which this run needs")
+        check_moments(moments, count, histogram, longest_feature(self.reference))
+        return moments
 
     def _check_values(self, state: Mapping[str, Tensor]) -> None:
         """Refuse NaN, Inf, and weights further from the common initialisation than `max_update_norm` allows."""
@@ -246,7 +302,8 @@ class UploadStore:
         """
         return StoredState(upload.path, tuple(self.load(upload)))
 
-    def _write(self, upload: StoredUpload, state: Mapping[str, Tensor]) -> None:
+    def _write(self, upload: StoredUpload, state: Mapping[str, Tensor], moments: Moments | None) -> None:
+        """Write the moments first: an upload counts once its file of weights is there."""
         metadata = {
             "client": upload.client,
             "num-examples": str(upload.num_examples),
@@ -254,4 +311,12 @@ class UploadStore:
             **{name: repr(value) for name, value in upload.numbers.items()},
             "checksum": upload.checksum,
         }
+        if moments is not None and upload.moments is not None:
+            metadata["moments"] = upload.moments
+            write_tensors(_beside(upload.path), moments.tensors(), {"client": upload.client})
         write_tensors(upload.path, state, metadata)
+
+
+def _beside(path: Path) -> Path:
+    """Return the file of moments that belongs to a file of weights."""
+    return path.with_name(path.stem + _MOMENTS)

@@ -7,6 +7,7 @@ methods can be compared with the same extras.
 
 from __future__ import annotations
 
+from fedmitr_flwr.pipeline.methods.closed_form import LDA, RIDGE
 from fedmitr_flwr.pipeline.methods.co_boosting import CO_BOOSTING
 from fedmitr_flwr.pipeline.methods.common import Method
 from fedmitr_flwr.pipeline.methods.dense import DENSE
@@ -22,6 +23,8 @@ METHODS: dict[str, Method] = {
     "fedmitr": FEDMITR,
     "fedavg": FEDAVG,
     "head-aggregation": HEAD_AGGREGATION,
+    "lda": LDA,
+    "ridge": RIDGE,
     "dense-inversion": DENSE_INVERSION,
     "dense-inversion-kl": DENSE_INVERSION_KL,
     "hard-labels": HARD_LABELS,

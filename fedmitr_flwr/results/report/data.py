@@ -61,6 +61,7 @@ def write_report_data(
     evidence = shots.get("ensemble", [{}])[-1].get("evidence")
     data: dict[str, Json] = {
         "format": FORMAT,
+        "server_part": method_of(settings).server_part(settings),
         "class_names": list(spec.class_names),
         "image": {"channels": spec.channels, "size": spec.image_size, "grid": list(grid.shape)},
         "evaluation": _evaluation(evaluation, settings.run.evaluate_on),

@@ -26,6 +26,7 @@ not cover other seeds, partitions or clients.</footer>
 RUN = """
 <h1>{{ run.path.name }}</h1>
 <p class="verdict">{{ verdict|replace(" %", "\u00a0%") }}</p>
+{% if server_part %}<p class="note">{{ server_part }}</p>{% endif %}
 <ul class="facts">{% for name, value in facts %}<li>{{ name }} <b>{{ value }}</b></li>{% endfor %}</ul>
 {% if warnings %}<ul class="warnings">{% for text in warnings %}<li>{{ text }}</li>{% endfor %}</ul>{% endif %}
 

@@ -64,6 +64,7 @@ def run_page(run: FinishedRun) -> str:
         f"{run.path.name} – fedmitr-flwr",
         run=run,
         verdict=words.verdict(counts, evaluation, int(settings.get("run.rounds", 1))),
+        server_part=_server_part(run),
         facts=_facts(run),
         warnings=words.cautions(counts, evaluation, names, per_class) + list(run.report.get("warnings", [])),
         accuracy=_accuracy(evaluation, names) if evaluation else None,
@@ -73,6 +74,12 @@ def run_page(run: FinishedRun) -> str:
         cost=cost_section(run),
         tables=_tables(run),
     )
+
+
+def _server_part(run: FinishedRun) -> str:
+    """Return what the server did with the uploads, as sentences; empty for a run of a version that did not store it."""
+    stored = str(run.report.get("server_part", ""))
+    return "The server " + stored.removeprefix("It ") if stored else ""
 
 
 def accuracy_bars(evaluation: Mapping[str, Any]) -> list[charts.Bar]:

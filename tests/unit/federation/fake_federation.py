@@ -20,6 +20,7 @@ from fedmitr_flwr.federation import quorum
 from fedmitr_flwr.federation.exchange import windowed_grid
 from fedmitr_flwr.federation.strategy import FedMITR
 from fedmitr_flwr.federation.uploads.records import decode_trusted, encode_state
+from fedmitr_flwr.models.moments import Moments
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult, Upload
 from fedmitr_flwr.runs.directory import RunDirectory
 from fedmitr_flwr.runs.observer import Observer
@@ -115,7 +116,14 @@ def fake_training(task: ClientTask, node_config: Mapping[str, RunConfigValue], n
         return None
     state = {key: value + partition + 1 for key, value in task.initial.items()}
     shared = (partition, 0, 1) if task.settings.train.share_label_histogram else None
-    return ClientUpload(state, partition + 1, shared, 0.5, 0.75, {"loss": 0.5, "accuracy": 0.75})
+    moments = fake_moments(partition) if task.settings.train.share_moments else None
+    return ClientUpload(state, partition + 1, shared, 0.5, 0.75, {"loss": 0.5, "accuracy": 0.75}, moments)
+
+
+def fake_moments(partition: int) -> Moments:
+    """Moments of as many random features as the partition has images."""
+    features = torch.randn(partition + 1, 4, generator=torch.Generator().manual_seed(partition))
+    return Moments.of_features(features, torch.tensor([0] * partition + [2]), 3)
 
 
 class FakePipeline:

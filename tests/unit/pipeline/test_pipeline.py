@@ -5,6 +5,7 @@ import torch
 from fedmitr_flwr.data import load_source
 from fedmitr_flwr.ensemble.averaging import fedavg
 from fedmitr_flwr.models.build import build_model
+from fedmitr_flwr.models.moments import feature_moments
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.models.vit import forward_images
 from fedmitr_flwr.pipeline.checkpoints import Checkpoints, Progress
@@ -26,6 +27,7 @@ SETTINGS = Settings.from_run_config(
         "train.min-steps": 60,
         "train.learning-rate": 3e-3,
         "train.share-label-histogram": True,
+        "train.share-moments": True,
         "ensemble.weighting": "histogram",
         "inversion.images": 25,
         "inversion.batch-size": 10,
@@ -55,8 +57,9 @@ def clients():
         model = build_model(SETTINGS.model, SOURCE.spec)
         model.load_state_dict(initial_state(SETTINGS, SOURCE.spec))
         images = SOURCE.train.subset(rows)
+        moments = feature_moments(model, images, SOURCE.spec, batch_size=32, device=CPU)
         result = train_local(model, images, SOURCE.spec, SETTINGS.train, seed=seed, device=CPU)
-        uploads.append(Upload(model.state_dict(), result.num_examples, result.histogram))
+        uploads.append(Upload(model.state_dict(), result.num_examples, result.histogram, moments=moments))
     return uploads
 
 

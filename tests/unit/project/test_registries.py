@@ -33,11 +33,15 @@ def test_names_implementations_and_descriptions_agree(key: str) -> None:
 @pytest.mark.parametrize("name", METHODS)
 def test_a_method_says_what_the_server_did_and_fixes_settings_that_are_valid(name: str) -> None:
     method = METHODS[name]
-    settings = method.resolve(Settings().replace(**{"run.method": name}))
+    settings = method.resolve(Settings().replace(**{"run.method": name, "train.share-moments": True}))
     assert method.resolve(settings) == settings
     assert method.title
     assert method.server_part(settings).startswith("It ")
     assert method.server_part(settings).endswith(".")
+
+
+def test_methods_that_need_moments_are_methods() -> None:
+    assert set(choices.MOMENT_METHODS) <= METHODS.keys()
 
 
 @pytest.mark.parametrize("name", METHODS)

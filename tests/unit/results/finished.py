@@ -12,6 +12,7 @@ from fedmitr_flwr.data import load_source
 from fedmitr_flwr.federation.prepare import Federation, describe_run
 from fedmitr_flwr.federation.quorum import ClientCounts
 from fedmitr_flwr.models.build import build_model
+from fedmitr_flwr.models.moments import feature_moments
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, Upload
 from fedmitr_flwr.pipeline.methods import METHODS
 from fedmitr_flwr.results.write import write_results
@@ -20,6 +21,7 @@ from fedmitr_flwr.runs.jsonl import JsonLines
 from fedmitr_flwr.runs.observer import Observer
 from fedmitr_flwr.runs.snapshots import Keeper
 from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.settings.choices import MOMENT_METHODS
 from fedmitr_flwr.training.initial import initial_state
 from fedmitr_flwr.training.local import train_local
 
@@ -49,7 +51,8 @@ SETTINGS = Settings.from_run_config(
 
 def make_run(folder: Path, name: str, *, listening: bool = True, **changes: str | int | float | bool) -> Path:
     """Run two clients through the pipeline and write all results; a third one's upload was refused."""
-    settings = SETTINGS.replace(**{"run.output": str(folder), "run.name": name, **changes})
+    moments = {"train.share-moments": changes.get("run.method") in MOMENT_METHODS}
+    settings = SETTINGS.replace(**{"run.output": str(folder), "run.name": name, **moments, **changes})
     source = load_source(settings.data)
     device = torch.device("cpu")
     held_out = None if settings.run.evaluate_on == "none" else source.test
@@ -65,8 +68,11 @@ def make_run(folder: Path, name: str, *, listening: bool = True, **changes: str 
             rows = np.flatnonzero(np.isin(source.train.labels, list(classes)))[:200]
             model = build_model(settings.model, source.spec)
             model.load_state_dict(initial)
-            result = train_local(model, source.train.subset(rows), source.spec, settings.train, seed=0, device=device)
-            clients.append(Upload(model.state_dict(), result.num_examples, None))
+            images, shared = source.train.subset(rows), None
+            if settings.train.share_moments:
+                shared = feature_moments(model, images, source.spec, batch_size=32, device=device)
+            result = train_local(model, images, source.spec, settings.train, seed=0, device=device)
+            clients.append(Upload(model.state_dict(), result.num_examples, None, moments=shared))
             observer.client(
                 "accepted", client=f"<b>site {number}</b>", num_examples=result.num_examples, accuracy=result.accuracy
             )

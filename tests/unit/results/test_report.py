@@ -117,6 +117,8 @@ def test_watching_changes_no_number(run: Path, tmp_path: Path) -> None:
     ("method", "stages", "made"),
     [
         ("fedavg", set(), "It averaged the uploaded weights by the clients' numbers of images. It distilled nothing."),
+        ("lda", set(), "It added up the clients' feature moments"),
+        ("ridge", set(), "a least-squares classifier with regularisation 0.1 from them"),
         ("random-images", {"distill"}, "labelled random images"),
         ("dense", set(), "24 generated images"),
         ("dense-inversion", {"invert", "invert_dense", "relabel", "distill"}, "inverted the ensemble"),
@@ -135,7 +137,10 @@ def test_report_and_card_of_a_baseline_tell_what_it_did_and_nothing_more(
     assert "Without stopping patches" not in text
     assert ("Synthetic images" in text) == ("invert" in stages or method == "dense")
     assert made in card
+    assert made.replace("It ", "The server ", 1) in text
     assert "FedMITR" not in card
+    assert ("feature moments with the counts of each class" in card) == (method in ("lda", "ridge"))
+    assert ("the feature of that image" in card) == (method in ("lda", "ridge"))
 
 
 def test_memory_is_drawn_by_stage(run: Path) -> None:

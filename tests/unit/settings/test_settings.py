@@ -93,6 +93,8 @@ def test_a_wrong_key_or_value_is_named_with_what_is_allowed(config: dict[str, Ru
         ({"inversion.fractions": "0.3,0.3,0.3,1.0"}, "every entry must be above 0 and below 1"),
         ({"inversion.stops": "", "inversion.fractions": ""}, 'density.rule = "survival": needs inversion.stops'),
         ({"ensemble.weighting": "histogram"}, 'ensemble.weighting = "histogram": needs train.share-label-histogram'),
+        ({"run.method": "lda"}, 'run.method = "lda": needs train.share-moments = true'),
+        ({"run.method": "ridge"}, 'run.method = "ridge": needs train.share-moments = true'),
         ({"data.mean": "0.5,0.5", "data.std": "0.5"}, "data.std = "),
         ({"data.mean": "0.5", "data.std": "0.0"}, "data.std = "),
         ({"distill.kl-weight": 0.0, "distill.ce-weight": 0.0, "distill.low-weight": 0.0}, "must not all be 0"),
