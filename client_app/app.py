@@ -69,12 +69,13 @@ def _train(content: RecordDict, context: Context, name: str) -> RecordDict:
         log.info("%s has no data", name)
     else:
         metrics["num-examples"] = upload.num_examples
-        for name, value in upload.numbers.items():
-            metrics[name] = value
+        for key, value in upload.numbers.items():
+            metrics[key] = value
         if upload.histogram is not None:
             metrics["histogram"] = list(upload.histogram)
         answer["arrays"] = encode_state(upload.state, dtype)
         if upload.moments is not None:
+            log.info("%s shares feature moments (train.share-moments)", name)
             answer["moments"] = encode_state(upload.moments.tensors())
     answer["metrics"] = metrics
     return answer

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from fedmitr_flwr.federation.strategy import FedMITR
     from fedmitr_flwr.federation.uploads.records import encode_state
     from fedmitr_flwr.models.build import build_model
+    from fedmitr_flwr.models.moments import Moments, feature_moments
     from fedmitr_flwr.models.timm_checkpoint import save_timm
     from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult, Upload
     from fedmitr_flwr.pipeline.methods.fedmitr import run_pipeline
@@ -41,6 +42,8 @@ _HOMES = {
     "save_timm": "models.timm_checkpoint",
     "SyntheticImages": "stages.synthetic",
     "build_model": "models.build",
+    "Moments": "models.moments",
+    "feature_moments": "models.moments",
     "initial_state": "training.initial",
     "Event": "runs.observer",
     "Listener": "runs.observer",
@@ -74,6 +77,7 @@ __all__ = [
     "ImageSpec",
     "InversionSettings",
     "Listener",
+    "Moments",
     "Observer",
     "PipelineInputs",
     "PipelineResult",
@@ -89,6 +93,7 @@ __all__ = [
     "console_log",
     "encode_state",
     "evaluate",
+    "feature_moments",
     "initial_state",
     "invert_model",
     "load_run",
