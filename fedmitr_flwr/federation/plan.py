@@ -29,6 +29,7 @@ from fedmitr_flwr.models.build import build_model
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.pipeline.methods import method_of
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError
+from fedmitr_flwr.settings.home import expand
 
 PROCESS_MB = 1000
 """Python with Flower, Ray, torch, timm and what evaluates and draws, without any model: measured, rounded up."""
@@ -230,7 +231,7 @@ def check_disk(settings: Settings, spec: ImageSpec, clients: int) -> None:
         If it does not fit, with both figures.
     """
     run = settings.run
-    place = Path(run.output).expanduser().absolute()
+    place = expand(run.output, "run.output").absolute()
     there = 0
     if run.resume:
         there = sum(file.stat().st_size for file in Path(run.resume).rglob("*") if file.is_file())

@@ -17,6 +17,7 @@ from torch import Tensor
 from fedmitr_flwr.runs.directory import CONFIG, EVENTS, METRICS, REPORT_DATA, REPORT_PICTURES, STATUS
 from fedmitr_flwr.runs.jsonl import read_events
 from fedmitr_flwr.settings import Settings, SettingsError
+from fedmitr_flwr.settings.home import expand
 from fedmitr_flwr.version import __version__
 
 
@@ -82,7 +83,7 @@ def load_run(path: Path, *, finished: bool = True) -> FinishedRun:
     SettingsError
         If it is no run, has not completed, or is from a version whose report this one cannot read.
     """
-    path = path.expanduser().resolve()
+    path = expand(path, "RUN").resolve()
     status = _json(path, STATUS)
     if status is None:
         allowed = f"is no run: there is no {STATUS} in it; name a folder that `fedmitr simulate` printed"

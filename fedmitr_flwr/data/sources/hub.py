@@ -7,7 +7,6 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -21,6 +20,7 @@ from fedmitr_flwr.data.sources.decode import DECODE_ERRORS, fit_image
 from fedmitr_flwr.data.sources.labels import ALLOWED, LabelColumn, LabelError, match_splits, read_arrow
 from fedmitr_flwr.data.sources.raw import TEST, TRAIN, VALIDATION, Header, Origin, RawSource
 from fedmitr_flwr.settings import DataSettings, SettingsError
+from fedmitr_flwr.settings.home import expand
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -147,7 +147,7 @@ def _joined(
 def _open(name: str, origin: Origin) -> dict[str, Dataset]:
     import datasets
 
-    path = Path(name).expanduser()
+    path = expand(name, origin.key)
     local = path.is_dir()
     if not local and name.startswith(("/", ".", "~")):
         raise origin.error(f"the folder {path} does not exist")
