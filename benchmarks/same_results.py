@@ -143,7 +143,7 @@ def differences(stored: Row, found: Row, origin: str = "stored") -> list[str]:
 
 
 def remember(data: str, code: str, lines: int, *, both: bool) -> None:
-    """Store that today's code gives the results of `code` for a data set, and whether both codes ran on this machine."""
+    """Store that today's code gives the results of `code` for a data set, and whether both codes ran here."""
     if fingerprint() == code:
         return
     known = json.loads(SAME.read_text("utf-8")) if SAME.is_file() else {}
