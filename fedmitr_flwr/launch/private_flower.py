@@ -81,7 +81,11 @@ class PrivateFlower:
         shutil.rmtree(self.home, ignore_errors=True)
 
     def renew(self) -> None:
-        """Choose free ports and set up the environment of all commands anew."""
+        """Choose free ports, set up the environment of all commands, and remove what an earlier SuperLink left.
+
+        A SuperLink that is killed while it makes its database leaves one that no other can open.
+        """
+        shutil.rmtree(self.home / "local-superlink", ignore_errors=True)
         http, control = _free_ports(2)
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
         environment |= {

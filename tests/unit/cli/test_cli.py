@@ -44,6 +44,9 @@ record.write_text(json.dumps(dict(argv=sys.argv[1:], config=config, federation=f
 tries = Path({record!r} + ".tries")
 tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
 if scenario == "slow-start" and len(tries.read_text()) < 3:
+    half_made = Path(os.environ["FLWR_HOME"], "local-superlink", "state.db")
+    half_made.parent.mkdir()  # fails where an earlier try has left its database
+    half_made.touch()
     print("Error: Failed to start local SuperLink within 15s.")
     sys.exit(1)
 if scenario == "refused":
@@ -152,7 +155,7 @@ def test_what_an_earlier_run_of_the_same_name_left_does_not_count(simulate: Simu
     assert str(tmp_path / "outputs") not in result.stdout
 
 
-def test_flower_s_slow_start_is_tried_again_with_other_ports(simulate: Simulate, stage: Stage):
+def test_flower_s_slow_start_is_tried_again_with_other_ports_and_without_its_database(simulate: Simulate, stage: Stage):
     assert simulate("slow-start").exit_code == 0
     assert (stage.folder / "record.json.tries").read_text() == "xxx"
 
