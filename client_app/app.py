@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import traceback
+from contextlib import nullcontext
 
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -13,6 +14,7 @@ from flwr.common.constant import ErrorCode
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.federation.code_digest import check_digest
 from fedmitr_flwr.federation.uploads.records import decode_trusted, encode_state
+from fedmitr_flwr.runs.log import console_log
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.training.client import client_name, train_client
 from fedmitr_flwr.training.time_limit import time_limit
@@ -32,7 +34,9 @@ def train(message: Message, context: Context) -> Message:
     """
     name = client_name(context.node_config, context.node_id)
     try:
-        return Message(_train(message.content, context, name), reply_to=message)
+        # A site's log says which of its images are used. Simulated clients leave that to the server's log.
+        with console_log() if "data-path" in context.node_config else nullcontext():
+            return Message(_train(message.content, context, name), reply_to=message)
     except Exception as error:
         headline = f"{name}: {type(error).__name__}: {error}"
         log.error(headline)

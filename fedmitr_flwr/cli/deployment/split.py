@@ -10,6 +10,7 @@ import typer
 from fedmitr_flwr.cli.common import AppOption, ConfArgument, SetOption, bad_input
 from fedmitr_flwr.launch import settings_files
 from fedmitr_flwr.launch.site_data import write_parts
+from fedmitr_flwr.runs.log import console_log
 
 
 def split(
@@ -30,5 +31,7 @@ def split(
     """
     with bad_input():
         settings = settings_files.run_settings(settings_files.app_directory(app_dir), conf, overrides or [])
-        for path, images, classes in write_parts(settings, clients, directory):
-            typer.echo(f"{path}: {images} images of {classes} classes")
+        with console_log():
+            parts = write_parts(settings, clients, directory)
+    for path, images, classes in parts:
+        typer.echo(f"{path}: {images} images of {classes} classes")

@@ -72,6 +72,8 @@ class RawSource:
         ``(N,)`` int8: TRAIN, VALIDATION or TEST as given by the source; all TRAIN if it has no split.
     columns
         Further columns, each ``(N,)``.
+    left_out
+        What the source holds and a run does not use, each a phrase for the log, such as ``3 files that end in .gif``.
     """
 
     header: Header
@@ -79,3 +81,4 @@ class RawSource:
     labels: Labels
     split: NDArray[np.int8]
     columns: Mapping[str, Column] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()
