@@ -60,11 +60,13 @@ def invert(
 
         from fedmitr_flwr.cli.invert_files import load_timm, save_images
         from fedmitr_flwr.federation.prepare import choose_device
+        from fedmitr_flwr.runs.log import console_log
         from fedmitr_flwr.stages.inversion.batch import InversionDivergedError
         from fedmitr_flwr.stages.inversion.single import invert_model, spec_of
 
         where = choose_device(device)
-        model = load_timm(name, options, checkpoint)
+        with console_log():
+            model = load_timm(name, options, checkpoint)
         folder = _folder(output)
 
         def report(iteration: int, loss: torch.Tensor) -> None:

@@ -81,7 +81,8 @@ def match_classes(labels: Labels, header: Header, class_names: tuple[str, ...]) 
     """Translate a site's labels to those of the federation, by name if the site's classes have names.
 
     Two names are the same class if they are the same in Unicode's composed form (NFC), without blanks at their ends and
-    without characters that no font shows. Upper and lower case differ.
+    without characters that no font shows. Upper and lower case differ. Label numbers without names are matched by name
+    if the federation's classes are numbers too. Otherwise they are positions in its classes.
 
     Parameters
     ----------
@@ -104,10 +105,13 @@ def match_classes(labels: Labels, header: Header, class_names: tuple[str, ...]) 
     """
     used = np.unique(labels).tolist()
     origin: Origin = header.origin
-    if not header.named:
-        if used and used[-1] >= len(class_names):
-            raise origin.error(f"has images with label {used[-1]}, but the federation has {len(class_names)} classes")
-        return labels
+    # Numbers are positions in the federation's classes, unless these are numbers too, such as 1, 2 and 3.
+    if not header.named and not any(name.isdecimal() for name in class_names):
+        numbers = [int(name) for name in header.class_names]
+        highest = numbers[used[-1]] if used else -1
+        if highest >= len(class_names):
+            raise origin.error(f"has images with label {highest}, but the federation has {len(class_names)} classes")
+        return np.array([min(number, len(class_names)) for number in numbers] or [0], np.int64)[labels]
     new_label = positions(header.class_names, class_names)
     unknown = [header.class_names[label] for label in used if new_label[label] < 0]
     if unknown:

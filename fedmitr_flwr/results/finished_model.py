@@ -88,7 +88,7 @@ def load_run_model(run: FinishedRun) -> RunModel:
 def read_images(paths: Sequence[Path], spec: ImageSpec) -> Tensor:
     """Read image files as input of the model: upright, the central square, resized, grey or colour.
 
-    For images of more than 8 bits, the value that counts as white is determined from all files together, as in training.
+    For images of more than 8 bits, the value of white is determined from all files together, as in training.
 
     Returns
     -------
@@ -98,7 +98,8 @@ def read_images(paths: Sequence[Path], spec: ImageSpec) -> Tensor:
     Raises
     ------
     SettingsError
-        If a file cannot be read as an image, the model takes neither 1 nor 3 channels, or the value of white is unknown.
+        If a file cannot be read as an image, the model takes neither 1 nor 3 channels, or the value of white is not
+        known.
     """
     first = Origin("IMAGE", shown(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""))
     if spec.channels not in (1, 3):
@@ -120,8 +121,8 @@ def evaluation_images(run: FinishedRun, spec: ImageSpec, data: str | None, split
     Parameters
     ----------
     data
-        ``folder:PATH`` or ``npz:PATH``: all labelled images at this path; classes are matched by name, and a folder must
-        not have several splits. Any other value of `data.source`: the part `split` of that source, which must have the
+        ``folder:PATH`` or ``npz:PATH``: all labelled images at this path; classes are matched by name, and a folder
+        must not have several splits. Any other value of `data.source`: the part `split` of that source, which must have the
         model's classes. None: the part `split` of the run's own source.
     split
         ``test`` or ``validation``.

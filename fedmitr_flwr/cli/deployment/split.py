@@ -25,7 +25,7 @@ def split(
     The source is the setting data.source. Site K gets DIR/site-K/images.npz with the training images that client K has
     in a simulation under the same settings and seed; name this file in the site's node config as data-path. Test and
     validation images are left out. Existing files are never overwritten. The command prints for each file its number
-    of images and of classes.
+    of images and of classes, and on stderr what the source has and what of it is not used.
 
     Exit code: 0 written, 2 invalid input.
     """
@@ -33,5 +33,5 @@ def split(
         settings = settings_files.run_settings(settings_files.app_directory(app_dir), conf, overrides or [])
         with console_log():
             parts = write_parts(settings, clients, directory)
-    for path, images, classes in parts:
-        typer.echo(f"{path}: {images} images of {classes} classes")
+        for path, images, classes in parts:
+            typer.echo(f"{path}: {images} images of {classes} classes")
