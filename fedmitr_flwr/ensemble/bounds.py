@@ -112,7 +112,8 @@ class BoundedState(Mapping[str, Tensor]):
         if scale == 1.0:
             return value
         start = self._initial[name]
-        return start + scale * (value.float() - start)
+        bounded: Tensor = start + scale * (value.float() - start)
+        return bounded
 
     def __iter__(self) -> Iterator[str]:
         return iter(self._state)

@@ -120,8 +120,8 @@ class RunSettings(Stage):
     )
     update_limit_action: Literal["clip", "refuse"] = Field(
         "clip",
-        description="What the server does with an update above `run.update-limit`. `clip`: it shortens the update to the "
-        "limit. `refuse`: it leaves the upload out of the model.",
+        description="What the server does with an update above `run.update-limit`. `clip`: it shortens the update to "
+        "the limit. `refuse`: it leaves the upload out of the model.",
     )
     memory_mb: int = Field(
         0,
