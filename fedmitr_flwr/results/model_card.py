@@ -12,6 +12,7 @@ from fedmitr_flwr.results.evaluate import Evaluation
 from fedmitr_flwr.results.metrics import METRICS, MODELS
 from fedmitr_flwr.runs.atomic import atomic_path
 from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.training.reported import REPORTED
 from fedmitr_flwr.version import __version__
 
 CARD = "README.md"
@@ -41,6 +42,7 @@ def model_card(settings: Settings, spec: ImageSpec, evaluation: Evaluation | Non
     """Return the text of the card: how the model was made, how to use it, its accuracy and its limits."""
     method = method_of(settings)
     name = f"{settings.model.name} trained by one-shot federated learning on {settings.data.source}"
+    reported = ", ".join(number.title for number in REPORTED)
     shared = "and the label histogram" if settings.train.share_label_histogram else "but no label counts"
     exchange = "once" if settings.run.rounds == 1 else f"{settings.run.rounds} times"
     shape = f"B, {spec.channels}, {spec.image_size}, {spec.image_size}"
@@ -52,8 +54,8 @@ def model_card(settings: Settings, spec: ImageSpec, evaluation: Evaluation | Non
         f"The method is {method.title}.\n",
         "## How it was made\n",
         f"Each of {clients.accepted} clients trained a model on its own images and uploaded its weights {exchange}. "
-        f"{start} (`model.init = {init}`). An upload contains the weights, the number of images, the training loss and "
-        f"the training accuracy, {shared}. The server received no image of a client. {method.server_part(settings)} "
+        f"{start} (`model.init = {init}`). An upload contains the weights, the number of images, {reported}, "
+        f"{shared}. The server received no image of a client. {method.server_part(settings)} "
         f"The seed of the run is {settings.run.seed}.\n",
         "## Use\n",
         '```python\nimport timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n```\n',

@@ -31,9 +31,11 @@ RUN = """
 
 {% if accuracy %}
 <section><h2>Accuracy</h2>
-<p class="note">All models were evaluated on the same {{ accuracy.count }} {{ accuracy.split }} images. No client trained on
-these images. The mark is the accuracy and the bar its 95 % interval.{% if accuracy.local_range %} For the local models,
-the mark is the mean and the bar is the range from the least to the most accurate one.{% endif %}</p>
+<p class="note">The local models are the uploaded models of the clients. One-shot FedAvg averages their weights, and the
+ensemble combines their predictions. The global model is the result of the run. All models were evaluated on the same
+{{ accuracy.count }} {{ accuracy.split }} images. No client trained on these images. The mark is the accuracy and the bar
+its 95 % interval.{% if accuracy.local_range %} For the local models, the mark is the mean and the bar is the range from the
+least to the most accurate one.{% endif %}</p>
 <div class="panel">{{ accuracy.chart }}</div>
 {% if accuracy.metrics %}<div class="panel"><div class="wide"><table class="compare">
 <tr><th>Other metrics</th>{% for model in accuracy.metrics.models %}<th class="n">{{ model }}</th>{% endfor %}</tr>
