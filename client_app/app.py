@@ -1,4 +1,4 @@
-"""The ClientApp: train once on local images, upload the weights."""
+"""The ClientApp: trains once on local images and uploads the weights."""
 
 from __future__ import annotations
 
@@ -25,10 +25,10 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Answer a train message with weights, with zero examples, or with what went wrong.
+    """Return the reply to a train message: weights, a count of zero examples, or an error.
 
-    An exception becomes an error reply here rather than in Flower, which knows neither the client's
-    name nor how to put the reason first.
+    An exception becomes an error reply here and not in Flower. Flower's own reply would lack the client's name and
+    begin with the type of the exception.
     """
     name = client_name(context.node_config, context.node_id)
     try:
@@ -42,14 +42,14 @@ def train(message: Message, context: Context) -> Message:
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Say which client this is, so that a run that goes on asks only those whose upload is missing."""
+    """Return this client's name, so that a resumed run asks only the clients whose upload is missing."""
     name = client_name(context.node_config, context.node_id)
     return Message(RecordDict({"config": ConfigRecord({"client": name})}), reply_to=message)
 
 
 def _train(content: RecordDict, context: Context, name: str) -> RecordDict:
     config = content.config_records["config"]
-    digest = check_digest(str(config["digest"]))  # first of all: other code may read the rest differently
+    digest = check_digest(str(config["digest"]))  # first, because other code may read the rest differently
     settings = Settings.from_run_config(json.loads(str(config["settings"])))
     task = ClientTask(
         settings=settings,

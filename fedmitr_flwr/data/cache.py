@@ -1,4 +1,4 @@
-"""A cache in the user's home directory; several processes may write to it at the same time."""
+"""A cache in the user's home directory, to which several processes may write at the same time."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command ``fedmitr evaluate``."""
+"""The command ``fedmitr evaluate``: measure a run's global model on labelled images."""
 
 from __future__ import annotations
 

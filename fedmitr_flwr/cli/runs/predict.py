@@ -1,4 +1,4 @@
-"""The command ``fedmitr predict``."""
+"""The command ``fedmitr predict``: classify images with a run's global model."""
 
 from __future__ import annotations
 
