@@ -122,8 +122,8 @@ def evaluation_images(run: FinishedRun, spec: ImageSpec, data: str | None, split
     ----------
     data
         ``folder:PATH`` or ``npz:PATH``: all labelled images at this path; classes are matched by name, and a folder
-        must not have several splits. Any other value of `data.source`: the part `split` of that source, which must have the
-        model's classes. None: the part `split` of the run's own source.
+        must not have several splits. Any other value of `data.source`: the part `split` of that source, which must
+        have the model's classes. None: the part `split` of the run's own source.
     split
         ``test`` or ``validation``.
 
