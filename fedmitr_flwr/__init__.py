@@ -1,7 +1,7 @@
 """One-shot federated learning for Vision Transformers (FedMITR) as a Flower app.
 
-The names in ``__all__`` are the library's public interface. They are imported when they are first used: PyTorch and
-Flower take seconds, and most commands do without them.
+The names in ``__all__`` are the public interface of the library. Each is imported at its first use, because importing
+PyTorch and Flower takes seconds and most commands do not need them.
 """
 
 from __future__ import annotations

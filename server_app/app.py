@@ -1,4 +1,4 @@
-"""The ServerApp: settings, strategy, evaluation, results."""
+"""The ServerApp: reads the settings, runs the strategy, evaluates the model and writes the results."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run FedMITR from settings to results; any error fails the run."""
+    """Run FedMITR from settings to results. Any error fails the run."""
     with console_log():
         with failures_logged():
             settings = Settings.from_run_config(context.run_config)
@@ -67,7 +67,7 @@ def main(grid: Grid, context: Context) -> None:
 
 @contextmanager
 def _workers(grid: Grid) -> Iterator[None]:
-    """Mend a simulation's workers, and leave none at work that Flower would wait for."""
+    """Replace dead workers of a simulation inside the block, and end all workers after it (see `workers`)."""
     if not isinstance(grid, InMemoryGrid):
         yield
         return
@@ -105,7 +105,7 @@ def _run(grid: Grid, settings: Settings, planned: Settings, federation: Federati
 
 
 def _simulated_clients(grid: Grid, settings: Settings) -> int | None:
-    """Count the clients that will share out the source's images; None when sites bring their own."""
+    """Return the number of simulated clients, or None in a deployment, where each site has its own images."""
     if not isinstance(grid, InMemoryGrid):
         return None
     return len(wait_for_nodes(grid.get_node_ids, settings.run))

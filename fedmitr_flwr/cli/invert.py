@@ -1,4 +1,4 @@
-"""The command ``fedmitr invert``."""
+"""The command ``fedmitr invert``: invert a timm ViT into images, without a federation."""
 
 from __future__ import annotations
 

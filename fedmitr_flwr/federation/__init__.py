@@ -1,1 +1,1 @@
-"""Flower: the strategy, uploads and their checks, the exchange of messages, and what is checked before a run."""
+"""The Flower strategy, checks before a run, the exchange of messages, and the validation of uploads."""

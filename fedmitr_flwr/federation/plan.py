@@ -1,9 +1,10 @@
-"""What a run is going to need of the server's disk and memory, checked before any client is asked.
+"""Plan the memory and disk space of the server, before any client is asked.
 
-Memory has a budget (`run.memory-mb`). The process of the ServerApp holds, beside its libraries, a few uploads while it
-collects, and after that the teachers
-together with the activations of inversion or the images of distillation. Teachers and activations can do with less, at
-a price in precision or time; what is left is what the settings ask for, and a run that cannot fit is refused.
+`run.memory-mb` limits the memory of the ServerApp's process. Besides its libraries, the process holds a few uploads
+while it collects them. Afterwards it holds the teachers, together with the activations of inversion or with the pool
+of distillation. Teachers and activations can be held in less memory, at a cost in precision or time; all else is
+determined by the settings. The plan chooses limits for teachers and activations so that the run fits. If there are no
+such limits, the run is refused.
 
 Letters: B images, K teachers, N images of the pool.
 """
@@ -32,36 +33,39 @@ from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError
 from fedmitr_flwr.settings.home import expand
 
 PROCESS_MB = 1000
-"""Python with Flower, Ray, torch, timm and what evaluates and draws, without any model: measured, rounded up."""
+"""MiB of Python with Flower, Ray, torch, timm and the packages for evaluation and figures, without any model.
+
+Measured, and rounded up.
+"""
 
 log = logging.getLogger("fedmitr.run")
 
-# The common initialisation as tensors, as arrays, in the messages, as the store's reference and its scratch.
+# Copies of the common initialisation: tensors, arrays, messages, and the reference and work space of the upload store.
 _INITIAL_COPIES = 6
-# One upload is written while the next comes; from the network four come at a time, as bytes and as arrays.
+# One upload is written while the next arrives. Over a network four arrive at a time, each as bytes and as arrays.
 _UPLOADS_AT_ONCE = 8
-# What an image takes while the pool is made: drawings need ten planes of its size, the pool three copies.
+# Memory for an image while the pool is made: ten planes of its size to draw random images, three copies in the pool.
 _POOL_PLANES, _POOL_COPIES = 10, 3
-# Floats that autograd keeps of one token in one block, in units of the embedding.
+# Number of floats that autograd keeps for each token in each block, as a multiple of the embedding width.
 _AUTOGRAD_FLOATS = 40
 
 
 @dataclass(frozen=True)
 class MemoryPlan:
-    """What the process holds at most, in MiB, by what is held.
+    """Upper bounds on the memory of the ServerApp's process, in MiB, by purpose.
 
     Attributes
     ----------
     collection
-        Uploads on their way to the disk, and the initialisation.
+        Uploads that arrive or are being written, and copies of the initialisation.
     teachers
-        Of the ensemble, under `teacher_limit`.
+        Teachers of the ensemble, with `teacher_limit`.
     activations
-        Between the forward and the backward pass of inversion, under `activation_limit`.
+        Activations and work space of inversion, with `activation_limit`.
     distillation
-        Pool and student, and the activations again where hard images are inverted beside them.
+        Pool and student; with hard images, also the activations of their inversion.
     teacher_limit, activation_limit
-        For `inversion.teacher-memory-mb` and `inversion.activation-memory-mb`.
+        Limits for `inversion.teacher-memory-mb` and `inversion.activation-memory-mb`.
     """
 
     collection: int
@@ -73,26 +77,27 @@ class MemoryPlan:
 
     @property
     def peak(self) -> int:
-        """Of the whole process, its libraries included."""
+        """Peak memory of the whole process in MiB, including its libraries."""
         return PROCESS_MB + max(self.collection, self.teachers + max(self.activations, self.distillation))
 
 
 def within_memory(settings: Settings, spec: ImageSpec, clients: int, device: torch.device) -> Settings:
-    """Return the settings with limits under which the run keeps `run.memory-mb`; without a budget as they are.
+    """Return the settings with memory limits that keep the run within `run.memory-mb`; unchanged if that is 0.
 
     Parameters
     ----------
     settings, spec
-        Of the run.
+        Settings of the run, and the specification of its images.
     clients
         Number of clients that may upload.
     device
-        Of the stages. What lies in a GPU's memory does not count.
+        Device of the stages. The memory of a GPU is not counted.
 
     Raises
     ------
     SettingsError
-        If it can't be kept: says what is needed, of what, and which settings decide it.
+        If no limits keep the run within `run.memory-mb`. The message gives the memory needed for each purpose and the
+        settings that determine it.
     """
     budget = settings.run.memory_mb
     if budget == 0:
@@ -100,14 +105,15 @@ def within_memory(settings: Settings, spec: ImageSpec, clients: int, device: tor
     plan = plan_memory(settings, spec, clients, device)
     if plan.peak > budget:
         allowed = (
-            f"the server needs about {plan.peak:,} MiB with {clients} clients: {PROCESS_MB} for its libraries; "
-            f"then {plan.collection} for uploads under way, or {plan.teachers} for the teachers with "
-            f"{plan.activations} for their activations (inversion.batch-size) or {plan.distillation} for distillation "
-            "(inversion.images times distill.views + mix + noise, distill.adversarial-images, distill.batch-size; "
+            f"the server needs about {plan.peak:,} MiB with {clients} clients: {PROCESS_MB} for its libraries plus the "
+            f"largest of these: {plan.collection} for arriving uploads; {plan.teachers} for the teachers and "
+            f"{plan.activations} for activations (depends on inversion.batch-size); {plan.teachers} for the teachers "
+            f"and {plan.distillation} for distillation (depends on distill.batch-size and on inversion.images times "
+            "distill.views + mix + noise; on distill.adversarial-images with adversarial-rounds; and on "
             "distill.feature-weight and teacher-weight unless both are 0)"
         )
         raise SettingsError(("run.memory-mb", budget, allowed))
-    log.info("Memory: about %d MiB planned of %d", plan.peak, budget)
+    log.info("Memory: about %d MiB planned, run.memory-mb = %d", plan.peak, budget)
     limits: dict[str, RunConfigValue] = {
         "inversion.teacher-memory-mb": plan.teacher_limit,
         "inversion.activation-memory-mb": plan.activation_limit,
@@ -116,7 +122,10 @@ def within_memory(settings: Settings, spec: ImageSpec, clients: int, device: tor
 
 
 def plan_memory(settings: Settings, spec: ImageSpec, clients: int, device: torch.device) -> MemoryPlan:
-    """Divide `run.memory-mb` up: teachers as precise as fit (else they stay on disk), and the rest to activations.
+    """Divide `run.memory-mb` between teachers and activations.
+
+    The teachers come first: in fp32 if they fit, otherwise in bf16, otherwise read from disk at each use. The
+    activations get the rest.
 
     Parameters
     ----------
@@ -129,17 +138,17 @@ def plan_memory(settings: Settings, spec: ImageSpec, clients: int, device: torch
     asked = settings.inversion
     if device.type != "cpu":
         return MemoryPlan(collection, 0, 0, 0, asked.teacher_memory_mb, asked.activation_memory_mb)
-    # Averaging reads one tensor of all uploads at a time, in fp32 and with a sum in fp64.
+    # Averaging reads one tensor of all uploads at a time, in fp32, and sums them in fp64.
     largest = 4 * max(value.numel() for value in model.state_dict().values())
     distillation = _distillation_mb(settings, model, spec, weights, clients) + _mb((clients + 2) * largest)
     every, fewest = _activations_mb(settings, model, spec, clients)
-    # Hard images are inverted beside the pool.
+    # Hard images are inverted while the pool is in memory.
     beside = distillation if settings.distill.adversarial_rounds > 0 else 0
     room = settings.run.memory_mb - PROCESS_MB - max(fewest + beside, distillation)
     limits = MemoryLimits(teachers=asked.teacher_memory_mb).within(room << 20, model, clients)
     teachers = _mb(limits.size(model, clients))
     room = settings.run.memory_mb - PROCESS_MB - teachers
-    # What passes work in comes on top of what they keep.
+    # The passes need work space in addition to the activations that they keep.
     activation_limit = min(asked.activation_memory_mb, max(0, room - fewest - beside))
     activations = fewest + every if every <= activation_limit else fewest
     distillation += activations if beside else 0
@@ -147,7 +156,7 @@ def plan_memory(settings: Settings, spec: ImageSpec, clients: int, device: torch
 
 
 def _activations_mb(settings: Settings, model: VisionTransformer, spec: ImageSpec, clients: int) -> tuple[int, int]:
-    """What all teachers keep together; and what passes work in, with the activations of one step."""
+    """Return MiB of the activations that all teachers keep, and of work space with the activations of one step."""
     if not method_of(settings).inverts:
         return 0, _mb(_step_bytes(model, 1, max(1, LABEL_ROWS // _tokens(model, spec)), spec))
     B = min(settings.inversion.batch_size, settings.inversion.images)
@@ -157,7 +166,7 @@ def _activations_mb(settings: Settings, model: VisionTransformer, spec: ImageSpe
 
 
 def _step_bytes(model: VisionTransformer, teachers: int, images: int, spec: ImageSpec) -> int:
-    if architecture_of(model) is None:  # autograd keeps what it likes of one teacher at a time
+    if architecture_of(model) is None:  # not packed: autograd runs one teacher at a time and keeps its activations
         return _autograd_bytes(model, images, spec)
     return activation_bytes(model, teachers, images, PatchGrid.of(model, spec).num_patches, torch.float32)
 
@@ -175,11 +184,11 @@ def _distillation_mb(settings: Settings, model: VisionTransformer, spec: ImageSp
     hard = distill.adversarial_rounds * distill.adversarial_images * distill.views
     images = settings.inversion.images * (distill.views + distill.mix + distill.noise) + hard
     pool = images * plane * max(_POOL_COPIES * spec.channels, _POOL_PLANES)
-    # Weights, gradient and two moments; the last three with the weights once more in a checkpoint on its way.
+    # Weights, gradient and two moments, and as much again for a checkpoint that is being written.
     student = 8 * weights
     training = pool * _POOL_COPIES / _POOL_PLANES + 2 * _autograd_bytes(model, distill.batch_size, spec)
     branches = 0.0
-    if distill.learns_teachers:  # tokens in bf16, twice while their parts are joined; maps as the student's weights
+    if distill.learns_teachers:  # tokens in bf16, twice while they are joined; maps with copies as of the student
         branches = 4 * images * clients * model.embed_dim + 32 * clients * model.embed_dim**2
     return _mb(max(pool, training) + student + branches)
 
@@ -193,24 +202,24 @@ def _mb(size: float) -> int:
 
 
 def upload_bytes(settings: Settings, spec: ImageSpec) -> int:
-    """Size of one upload's weights."""
+    """Return the size of one upload's weights in bytes."""
     return _parameters(settings, spec) * (4 if settings.train.upload_dtype == "fp32" else 2)
 
 
 def disk_bytes(settings: Settings, spec: ImageSpec, clients: int) -> int:
-    """What a run writes, at most: everything that may lie on the disk at one time.
+    """Return an upper bound on the bytes of a run's files that are on disk at the same time.
 
     Parameters
     ----------
     settings, spec
-        Of the run.
+        Settings of the run, and the specification of its images.
     clients
         Number of clients that may upload.
     """
     rounds = settings.run.rounds
-    # Initialisation, and for each round the model; at the end the exported one and two states of model and optimiser.
+    # The initialisation, a model for each round, the exported model, and two checkpoints of model and optimiser.
     models = 4 * _parameters(settings, spec) * (1 + rounds + 1 + 2 * 3)
-    if settings.distill.learns_teachers:  # their maps, with the optimiser's moments, and heads are in both states
+    if settings.distill.learns_teachers:  # both checkpoints hold the maps with their moments, and the teachers' heads
         width, classes = build_model(settings.model, spec).embed_dim, spec.num_classes
         models += 2 * 4 * clients * (3 * width * (width + 1) + classes * (width + 1) + 2)
     images = 4 * settings.inversion.images * spec.channels * spec.image_size**2
@@ -218,7 +227,7 @@ def disk_bytes(settings: Settings, spec: ImageSpec, clients: int) -> int:
 
 
 def check_disk(settings: Settings, spec: ImageSpec, clients: int) -> None:
-    """Compare what a run is going to write with the space there is.
+    """Check that the disk has enough free space for the files of a run.
 
     Parameters
     ----------
@@ -228,7 +237,7 @@ def check_disk(settings: Settings, spec: ImageSpec, clients: int) -> None:
     Raises
     ------
     SettingsError
-        If it does not fit, with both figures.
+        If it has not. The message gives the free and the needed space.
     """
     run = settings.run
     place = expand(run.output, "run.output").absolute()
@@ -242,7 +251,7 @@ def check_disk(settings: Settings, spec: ImageSpec, clients: int) -> None:
     if missing > free:
         allowed = (
             f"{place} has {free / 1e6:,.0f} MB free, the run needs about {missing / 1e6:,.0f} MB: "
-            f"{clients} uploads of {upload_bytes(settings, spec) / 1e6:,.1f} MB and its own checkpoints"
+            f"{clients} uploads of {upload_bytes(settings, spec) / 1e6:,.1f} MB, checkpoints and results"
         )
         raise SettingsError(("run.output", run.output, allowed))
 

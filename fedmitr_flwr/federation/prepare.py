@@ -1,4 +1,4 @@
-"""A run on the server's side, apart from Flower: checks before it, results after it."""
+"""Check data, model and device before a run, and describe the run for ``config.json``."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ _PACKAGES = ("flwr", "torch", "torchvision", "timm", "ray", "numpy", "flwr-datas
 
 @dataclass(frozen=True)
 class Federation:
-    """What is known before any client is asked.
+    """What `prepare` finds before any client is asked.
 
     Attributes
     ----------
     spec
-        Classes, geometry and normalisation.
+        Classes, geometry and normalisation of the images.
     held_out
-        Images to evaluate on; None for `run.evaluate-on = none`.
+        Images on which the server evaluates; None for `run.evaluate-on = none`.
     device
-        Where the server's stages run.
+        Device on which the server's stages run.
     found
         What the server's data source has and what is not used, for the log; empty if the source is not loaded.
     """
@@ -45,19 +45,19 @@ class Federation:
 
 
 def prepare(settings: Settings, num_partitions: int | None) -> Federation:
-    """Check everything that can be checked before a client starts.
+    """Check the settings against data, model and machine, before any client is asked.
 
     Parameters
     ----------
     settings
-        Valid in themselves; here they meet data, model and machine.
+        Settings that are valid by themselves.
     num_partitions
-        Number of simulated clients; None in a deployment, where sites have their own data.
+        Number of simulated clients; None in a deployment, where the sites have their own data.
 
     Raises
     ------
     SettingsError
-        If source, model, partition or device cannot work, with key, value and what is allowed.
+        If source, model, partition or device cannot be used. The message names the key, the value and what is allowed.
     """
     device = choose_device(settings.run.device)
     if settings.run.evaluate_on == "none":
@@ -73,23 +73,24 @@ def prepare(settings: Settings, num_partitions: int | None) -> Federation:
 
 
 def choose_device(name: str) -> torch.device:
-    """Return the device that `run.device` names; ``auto`` is a GPU when there is one.
+    """Return the device that `run.device` names; ``auto`` is a GPU if there is one, otherwise the CPU.
 
     Raises
     ------
     SettingsError
-        If this machine does not have it.
+        If this machine does not have the device.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
     device = torch.device(name)
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise SettingsError(("run.device", name, f'this machine has {torch.cuda.device_count()} GPUs; "cpu" or "auto"'))
+        allowed = f'this machine has {torch.cuda.device_count()} GPUs; "auto" and "cpu" are possible on every machine'
+        raise SettingsError(("run.device", name, allowed))
     return device
 
 
 def describe_run(settings: Settings, federation: Federation) -> dict[str, Json]:
-    """Return the content of ``config.json``: what it takes to run this again."""
+    """Return the content of ``config.json``: all that is needed to repeat the run."""
     return {
         "settings": dict(settings.flat()),
         "class_names": list(federation.spec.class_names),

@@ -1,4 +1,4 @@
-"""FedMITR as a Flower strategy: Flower's four methods around uploads and pipeline.
+"""FedMITR as a Flower strategy: collect the uploads of a round and run the pipeline on them.
 
 Letters: K clients that uploaded, C classes.
 """
@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from fedmitr_flwr.data import ImageSpec
+from fedmitr_flwr.ensemble.bounds import bounded_counts
 from fedmitr_flwr.federation.code_digest import code_digest, short
 from fedmitr_flwr.federation.collection import Collection, close_collection, closed_collection, nodes_without
 from fedmitr_flwr.federation.exchange.windowed_grid import WindowedGrid
@@ -27,7 +28,7 @@ from fedmitr_flwr.federation.uploads.records import decode_trusted, encode_state
 from fedmitr_flwr.federation.uploads.store import StoredUpload, UploadStore
 from fedmitr_flwr.pipeline.checkpoints import Checkpoints
 from fedmitr_flwr.pipeline.inputs import Pipeline, PipelineInputs, PipelineResult, Upload
-from fedmitr_flwr.pipeline.methods.fedmitr import run_pipeline
+from fedmitr_flwr.pipeline.methods.fedmitr import FEDMITR
 from fedmitr_flwr.runs.directory import COLLECTED, RunDirectory
 from fedmitr_flwr.runs.observer import Observer
 from fedmitr_flwr.settings import Settings
@@ -35,22 +36,22 @@ from fedmitr_flwr.training.reported import REPORTED
 
 log = logging.getLogger("fedmitr.strategy")
 
-# Seconds that a train message outlives the deadline: when its time is over, Flower drops it and the reply to it.
+# Seconds by which a train message outlives the deadline. Flower drops an expired message together with its reply.
 _TTL_MARGIN = 3600.0
 
 
 @dataclass(frozen=True)
 class RoundOutcome:
-    """What a round left behind.
+    """Outcome of one round.
 
     Attributes
     ----------
     result
-        Of the pipeline.
+        Result of the pipeline.
     uploads
-        The K accepted uploads, in the order in which the pipeline saw them.
+        The K accepted uploads, in the order in which the pipeline got them.
     clients
-        What became of the clients that were asked.
+        Numbers of clients by outcome.
     """
 
     result: PipelineResult
@@ -61,31 +62,32 @@ class RoundOutcome:
 class FedMITR(Strategy):
     """One-shot federated learning for Vision Transformers (FedMITR, arXiv 2605.10748).
 
-    Asks every connected client to train once, keeps the uploads that pass validation, and turns them into one
-    global model without any data. With more rounds the global model is the next round's initialisation.
+    The strategy asks every connected client to train once, keeps the uploads that pass validation, and turns them into
+    one global model without any data. With several rounds, the global model of a round is the initialisation of the
+    next.
 
     Parameters
     ----------
     settings
-        All settings of the run; the clients get them with the train message.
+        All settings of the run. The clients get them with the train message.
     spec
-        Classes, geometry and normalisation.
+        Classes, geometry and normalisation of the images.
     run
-        Where uploads are kept.
+        Directory of the run, in which uploads and checkpoints are stored.
     device
-        Where the pipeline runs.
+        Device on which the pipeline runs.
     observer
-        Receives the pipeline's events.
+        Receives the events of collection and pipeline.
     pipeline
-        What turns uploads into a model.
+        Function that turns uploads into a global model.
 
     Attributes
     ----------
     outcome
-        Of the last finished round; None before.
+        Outcome of the last finished round; None before the first.
     seconds
-        Wall-clock seconds over all rounds: ``clients`` (from asking to the last reply) and ``collect``
-        (validating and writing uploads).
+        Wall-clock seconds, summed over all rounds. ``collect``: validating and writing uploads. ``clients``: the rest
+        of the time from the request to the last reply.
     """
 
     def __init__(
@@ -96,7 +98,7 @@ class FedMITR(Strategy):
         *,
         device: torch.device,
         observer: Observer,
-        pipeline: Pipeline = run_pipeline,
+        pipeline: Pipeline = FEDMITR,
     ) -> None:
         self.settings = settings
         self.spec = spec
@@ -119,11 +121,11 @@ class FedMITR(Strategy):
         run, train, inversion = self.settings.run, self.settings.train, self.settings.inversion
         stops = ", ".join(map(str, inversion.stops)) or "none (dense)"
         log.info("\t├──> Method: %s", run.method)
-        log.info("\t├──> Quorum: %d uploads, %.0f %% of the asked", run.min_clients, 100 * run.min_fraction)
+        log.info("\t├──> Quorum: %d uploads, %.0f %% of the asked clients", run.min_clients, 100 * run.min_fraction)
         log.info("\t├──> Clients: %s weights, histograms %s", train.upload_dtype, _yes(train.share_label_histogram))
         log.info("\t├──> Ensemble: weights by %s", self.settings.ensemble.weighting)
         log.info("\t├──> Inversion: %d images, %d iterations", inversion.images, inversion.iterations)
-        log.info("\t│\t└── Patches stop at: %s", stops)
+        log.info("\t│\t└── Patches are stopped at iterations: %s", stops)
         log.info("\t├──> Distillation: %d steps on %s", self.settings.distill.steps, self.device)
         log.info("\t└──> Code: %s", short(self.digest))
 
@@ -137,12 +139,12 @@ class FedMITR(Strategy):
         evaluate_config: ConfigRecord | None = None,
         evaluate_fn: Callable[[int, ArrayRecord], MetricRecord | None] | None = None,
     ) -> Result:
-        """Run the rounds as Flower does, with one reply in memory at a time.
+        """Run all rounds as Flower's ``Strategy.start`` does, but receive the replies one by one (`WindowedGrid`).
 
         Parameters
         ----------
         timeout
-            Seconds for the clients of a round; default `run.deadline-seconds`.
+            Seconds to wait for the clients of a round; None: `run.deadline-seconds`.
         """
         run = self.settings.run
         if not isinstance(grid, WindowedGrid):
@@ -153,7 +155,9 @@ class FedMITR(Strategy):
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask every connected node to train, once there are `run.min-clients` of them.
+        """Ask all connected nodes to train, once at least `run.min-clients` of them are connected.
+
+        In a resumed run, clients whose upload is already stored are not asked again.
 
         Raises
         ------
@@ -166,11 +170,11 @@ class FedMITR(Strategy):
         self._store = self._open_store(server_round)
         self._closed = closed_collection(self.run.uploads(server_round) / COLLECTED, self._store.uploads())
         if self._closed is not None:
-            log.info("configure_train: all uploads of round %d are there", server_round)
+            log.info("configure_train: all uploads of round %d are already stored", server_round)
             return []
         nodes = wait_for_nodes(grid.get_node_ids, run)
         if have := {upload.client for upload in self._store.uploads()}:
-            log.info("configure_train: %d uploads are there already", len(have))
+            log.info("configure_train: %d uploads are already stored", len(have))
             nodes = nodes_without(have, nodes, grid, run.wait_nodes_seconds + 0.5 * len(nodes))
         shared = {
             **config,
@@ -197,33 +201,37 @@ class FedMITR(Strategy):
         return messages
 
     def aggregate_train(self, server_round: int, replies: Iterable[Message]) -> tuple[ArrayRecord, MetricRecord]:
-        """Keep the good uploads and turn them into the global model.
+        """Store the valid uploads and turn them into the global model.
 
         Parameters
         ----------
         server_round
-            Counted from 1.
+            Number of the round, counted from 1.
         replies
-            Consumed one by one: each upload is validated, written to disk and dropped before the next is taken.
+            Replies of the clients, consumed one by one. Each upload is validated, written to disk and removed from
+            memory.
 
         Returns
         -------
         arrays
             The global model, fp32.
         metrics
-            Counts of clients, and their mean local loss and accuracy weighted by examples.
+            Numbers of clients by outcome, and the means of the numbers that clients report (`training.reported`),
+            weighted by numbers of examples.
 
         Raises
         ------
         QuorumError
-            If fewer uploads are usable than `run.min-clients` and `run.min-fraction` ask for.
+            If there are fewer valid uploads than `run.min-clients` and `run.min-fraction` require.
         """
         store, counts = self.collect(server_round, replies)
         check_quorum(counts, self.settings.run)
         uploads = store.uploads()
         if self._closed is None:
             close_collection(self.run.uploads(server_round) / COLLECTED, counts, uploads)
-        opened = [Upload(store.open(upload), upload.num_examples, upload.histogram) for upload in uploads]
+        opened = [
+            Upload(store.open(upload), upload.num_examples, upload.histogram, upload.client) for upload in uploads
+        ]
         seed = self.settings.run.seed + server_round - 1
         checkpoints = Checkpoints(self.run.checkpoints(server_round), self.settings.run.checkpoint_seconds)
         inputs = PipelineInputs(
@@ -234,7 +242,7 @@ class FedMITR(Strategy):
         return encode_state(result.state), _metrics(uploads, counts)
 
     def collect(self, server_round: int, replies: Iterable[Message]) -> tuple[UploadStore, ClientCounts]:
-        """Keep the good uploads of a round; see `collection.Collection`."""
+        """Store the valid uploads of a round; see `collection.Collection`."""
         store = self._store
         assert store is not None  # Flower calls configure_train first
         if self._closed is not None:
@@ -255,7 +263,7 @@ class FedMITR(Strategy):
         return store, counts
 
     def _open_store(self, server_round: int) -> UploadStore:
-        """Open the round's directory of uploads, with those that an earlier process of the run took."""
+        """Open the round's directory of uploads, with the uploads that an earlier process of the run stored."""
         store = UploadStore(
             self.run.uploads(server_round),
             self._initial,
@@ -269,21 +277,22 @@ class FedMITR(Strategy):
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
-        """Ask nobody: the server evaluates on its own held-out images."""
+        """Return no messages, because the server evaluates on its own held-out images."""
         return []
 
     def aggregate_evaluate(self, server_round: int, replies: Iterable[Message]) -> None:
-        """Nobody was asked."""
+        """Do nothing, because no client was asked to evaluate."""
 
 
 def _metrics(uploads: Sequence[StoredUpload], counts: ClientCounts) -> MetricRecord:
-    total = sum(upload.num_examples for upload in uploads)
-    means = {
-        f"local-{number.name}": sum(upload.numbers[number.name] * upload.num_examples for upload in uploads) / total
-        for number in REPORTED
-    }
+    counts_of = bounded_counts(torch.tensor([upload.num_examples for upload in uploads]))
+    shares = (counts_of / counts_of.sum()).tolist()
+    means = {}
+    for number in REPORTED:
+        values = [upload.numbers[number.name] for upload in uploads]
+        means[f"local-{number.name}"] = sum(value * share for value, share in zip(values, shares, strict=True))
     counted = {f"clients-{name}": number for name, number in counts.as_dict().items()}
-    return MetricRecord({**counted, "num-examples": total, **means})
+    return MetricRecord({**counted, "num-examples": round(float(counts_of.sum())), **means})
 
 
 def _yes(value: bool) -> str:

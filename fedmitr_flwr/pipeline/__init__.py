@@ -1,1 +1,1 @@
-"""The stages in order, and what is watched and kept on the way."""
+"""Run the stages in order, report their progress, and save what they have finished."""

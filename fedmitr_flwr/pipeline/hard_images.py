@@ -1,14 +1,15 @@
-"""Hard images: while the student learns, images are inverted on which it and the ensemble disagree.
+"""Hard images: images on which student and ensemble disagree, inverted during distillation.
 
-After Adaptive DeepInversion (Yin et al. 2020, arXiv 1912.08795, section 3.3): the loss of inversion gets a competition
-term, here ``- a JS(A(x), s(x))`` with the Jensen-Shannon divergence, which lies between 0 and log 2, so that it can't
-outweigh the cross-entropy without end. An image has to look like y to the ensemble, and like something else to the
-student as it is then. `distill.adversarial-rounds` rounds are spread evenly over the steps; what each makes goes
-through the density split and relabeling like all others, and stays in the pool to the end.
+This follows Adaptive DeepInversion (Yin et al. 2020, arXiv 1912.08795, section 3.3). A competition term is added to the
+loss of inversion, here ``- a JS(A(x), s(x))`` with the Jensen-Shannon divergence. The divergence lies between 0 and
+log 2, so the gain of the term is bounded, while the cross-entropy is not. The loss favours images that the ensemble
+assigns to class y and the current student does not. `distill.adversarial-rounds` rounds are spread evenly over the
+steps of distillation. The images of a round go through density split and relabeling like all other images and stay in
+the pool to the end.
 
-Departures: the paper inverts in alternation with whole distillations, here hard images join one that is under way. All
-are new ones, from noise; none made before is refined. They get augmented views (`distill.views`), but no mixed or
-random images beside them.
+Departures: the paper alternates inversion with complete distillations; here hard images are added while a single
+distillation runs. The images of each round start from noise; no image of an earlier round is refined. Hard images get
+augmented views (`distill.views`), but no mixed or random images are added for them.
 
 Letters: B images, C classes.
 """
@@ -30,24 +31,24 @@ from fedmitr_flwr.stages.synthetic import SyntheticImages
 
 
 class HardImages:
-    """Holds the rounds: the `grow` of `distill.distill`.
+    """The rounds of hard images; an instance is passed to `distill.distill` as `grow`.
 
     Parameters
     ----------
     context
         Teachers, geometry and settings.
     student
-        The model that is being distilled.
+        The model that distillation trains.
     classes
-        ``(C',)`` int64, which take turns as labels.
+        ``(C',)`` int64 classes, which take turns as labels.
     pool
-        What the student learns from before the first round.
+        The pool before the first round.
     seed
-        Of the run.
+        Seed of the run.
     generator
         CPU generator of augmentation.
     observer
-        Is told what each round made.
+        Receives an event after each round.
     """
 
     def __init__(
@@ -67,7 +68,7 @@ class HardImages:
         self._rounds = round_steps(distill.adversarial_rounds, distill.steps)
 
     def __call__(self, step: int) -> Pool | None:
-        """Run the round that is due before a step, and return the pool with its images; None if no round is due."""
+        """Run the round that is due before `step` and return the extended pool; None if no round is due."""
         if step not in self._rounds:
             return None
         self._student.eval()
@@ -90,7 +91,7 @@ class HardImages:
         return self._pool
 
     def _invert(self, number: int) -> SyntheticImages:
-        """Invert the images of a round. Its batches have numbers, and so seeds, that no other batch of the run has."""
+        """Invert the images of one round, in batches whose numbers, and so seeds, no other batch of the run has."""
         settings, distill = self._context.settings.inversion, self._context.settings.distill
         count = -(-distill.adversarial_images // images_per_run(settings))
         turn = number * count + torch.arange(count, device=self._classes.device)
@@ -106,5 +107,5 @@ class HardImages:
 
 
 def round_steps(rounds: int, steps: int) -> list[int]:
-    """Steps before which the rounds are held: as many before the first as between two and after the last."""
+    """Return the steps before which the rounds run; they divide all steps into `rounds` + 1 equal parts."""
     return [steps * number // (rounds + 1) for number in range(1, rounds + 1)]

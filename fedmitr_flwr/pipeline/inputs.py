@@ -1,4 +1,4 @@
-"""What a pipeline is given, and what it returns.
+"""Inputs and result of a pipeline, the function that turns uploads into a global model.
 
 Letters: K teachers, C classes.
 """
@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.ensemble.averaging import fedavg
+from fedmitr_flwr.ensemble.bounds import bounded_counts
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.pipeline.checkpoints import Checkpoints
@@ -35,26 +36,29 @@ class Upload:
     state
         State dict of the client's model, fp32.
     num_examples
-        Number of images that it was trained on.
+        Number of images on which the model was trained.
     histogram
-        Number of them in each of the C classes; None if withheld.
+        Number of these images in each of the C classes; None if the client withheld it.
+    name
+        Name of the client, for messages.
     """
 
     state: Mapping[str, Tensor]
     num_examples: int
     histogram: tuple[int, ...] | None
+    name: str = ""
 
 
 @dataclass(frozen=True)
 class PipelineInputs:
-    """What a pipeline is given.
+    """Inputs of a pipeline.
 
     Attributes
     ----------
     settings
-        All stages' settings.
+        Settings of all stages.
     spec
-        Classes, geometry and normalisation.
+        Classes, geometry and normalisation of the images.
     uploads
         K >= 1 uploads, in an order that does not depend on their arrival.
     initial
@@ -62,11 +66,11 @@ class PipelineInputs:
     seed
         Seed of noise, jitter, order and augmentation.
     device
-        Where the stages run.
+        Device on which the stages run.
     observer
-        Receives events and times.
+        Receives events and measures the time of each stage.
     checkpoints
-        Keeps what is finished; what it holds already is not made again.
+        Saves finished parts; parts that are already saved are not computed again. None: nothing is saved.
     """
 
     settings: Settings
@@ -80,8 +84,21 @@ class PipelineInputs:
 
     @property
     def num_examples(self) -> Tensor:
-        """``(K,)`` int64 number of examples of each client."""
-        return torch.tensor([upload.num_examples for upload in self.uploads])
+        """``(K,)`` fp64 number of examples of each client, bounded by the others' (`bounds.bounded_counts`)."""
+        return bounded_counts(torch.tensor([upload.num_examples for upload in self.uploads]))
+
+    @property
+    def histograms(self) -> Tensor | None:
+        """``(K, C)`` fp64 examples of each class, bounded likewise; None if some client withheld its histogram."""
+        shared = [upload.histogram for upload in self.uploads if upload.histogram is not None]
+        if len(shared) < len(self.uploads):
+            return None
+        counts = torch.tensor(shared, dtype=torch.float64)
+        return counts * (self.num_examples / counts.sum(1).clamp_min(1.0))[:, None].clamp(max=1.0)
+
+    def named(self, place: int) -> str:
+        """Return the name of a client, or its number."""
+        return self.uploads[place].name or f"client {place + 1}"
 
     @property
     def states(self) -> list[Mapping[str, Tensor]]:
@@ -95,16 +112,16 @@ class PipelineInputs:
 
 @dataclass(frozen=True)
 class StageContext:
-    """What the stages of one run have in common.
+    """Teachers, geometry and settings, which all stages of a run use.
 
     Attributes
     ----------
     ensemble
         The weighted teachers.
     grid
-        Geometry and valid range of the synthetic images.
+        Geometry and valid pixel range of the synthetic images.
     settings
-        All stages' settings.
+        Settings of all stages.
     """
 
     ensemble: Ensemble
@@ -113,26 +130,28 @@ class StageContext:
 
     @property
     def inversion(self) -> InversionTask:
-        """The same for stage 1."""
+        """The part of the context that stage 1 needs."""
         return InversionTask(self.ensemble, self.grid, self.settings.inversion)
 
 
 @dataclass(frozen=True)
 class PipelineResult:
-    """What came out, and what evaluation and the report look at.
+    """Result of a pipeline: the global model, and what evaluation and report need.
 
     Attributes
     ----------
     state, fedavg
         State dicts of the global model and of the one-shot average, fp32 on the CPU.
     ensemble
-        The teachers with their weights.
+        The weighted teachers.
     synthetic, split
-        The synthetic images and the density split of their patches; None of a method that makes none.
+        Synthetic images and the density split of their patches; None if the method makes no such images.
     diagnostics
-        Of the synthetic images; None without them.
+        Diagnostics of inverted images; None if the method inverts none.
     seconds
-        Wall-clock seconds of ``invert``, ``relabel`` and ``distill``.
+        Wall-clock seconds of each of the stages ``invert``, ``relabel`` and ``distill`` that the method has.
+    warnings
+        Sentences about clients that were bounded or that dominate the result.
     """
 
     state: dict[str, Tensor]
@@ -142,10 +161,11 @@ class PipelineResult:
     split: PatchSplit | None
     diagnostics: Diagnostics | None
     seconds: dict[str, float]
+    warnings: tuple[str, ...] = ()
 
 
 class Pipeline(Protocol):
-    """What turns uploads into a global model: `run_pipeline` or a baseline."""
+    """Signature of a function that turns uploads into a global model: `fedmitr.run_pipeline` or a baseline."""
 
     def __call__(self, inputs: PipelineInputs) -> PipelineResult:
-        """Run it; see `run_pipeline`."""
+        """Run the pipeline; see `fedmitr.run_pipeline`."""

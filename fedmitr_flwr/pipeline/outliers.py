@@ -1,19 +1,22 @@
-"""Teachers that contradict the others, or whose weights no training leads to, are heard less (ours; off by default).
+"""Outlier guard: down-weight teachers whose outputs disagree with the others or whose updates look untrained.
 
-Two kinds of evidence, of which the worse counts:
+The guard is ours, not the paper's, and is off by default (`ensemble.outlier-guard`). It computes two values of trust
+for each teacher, and the lower one counts:
 
-- **What they say.** Each teacher is inverted alone, into images of classes that it claims to know; random images join
-  them. For each class, every teacher ranks all images by how much they look like it. A teacher's ranking is compared
-  with that of the others who know the class, weighted by how much they know of it and by how far they are trusted
-  themselves. Trust and comparison are repeated, so that of two who disagree the one whom others support elsewhere keeps
-  its say. One class shared with one other is enough to be judged; who shares none is not judged.
-- **Where their weights lie.** Training from a common start moves honest clients about equally far, and partly into the
-  same direction.
+- **Outputs.** Each teacher is inverted alone into images of classes that it knows; random images are added. All
+  teachers are evaluated on all images. For each class, the outputs of a teacher over the images are correlated with
+  the weighted mean of the outputs of the other teachers that know the class. The weight of a teacher in this mean grows
+  with its evidence for the class and with its own trust. Trust and correlation are computed in turn, so of two teachers
+  that disagree, the one that agrees with others in other classes keeps its weight. One class shared with one other
+  teacher is enough for a comparison. A teacher that shares no class is not compared.
+- **Updates.** Training from a common initialisation moves honest clients about equally far and partly in the same
+  direction.
 
-A teacher is compared with the typical one, not with a fixed bar: what clients see differs from run to run.
+Teachers are compared with the median of all teachers, not with a fixed threshold, because the data of the clients, and
+with them the agreement, differ from run to run.
 
-What it can't see: an attacker that is right on synthetic images and wrong on real ones, and a majority of attackers
-that agree with each other.
+Not detected: an attacker whose outputs are right on synthetic images and wrong on real ones, and a majority of
+attackers that agree with each other.
 
 Letters: K teachers, C classes, B images.
 """
@@ -37,12 +40,13 @@ from fedmitr_flwr.stages.inversion.batch import InversionTask
 from fedmitr_flwr.stages.inversion.sparse import invert
 from fedmitr_flwr.stages.random_images.families import random_images
 
+# Each teacher is inverted into at most this many classes, those for which it has the most evidence.
 MOST_CLASSES = 6
 IMAGES_PER_CLASS = 4
 RANDOM_IMAGES = 256
-# Inverted images of all teachers together, about: everybody's opinion of every image is in memory at once.
+# Approximate limit of inverted images of all teachers: the outputs of all teachers on all images are in memory at once.
 MOST_IMAGES = 1024
-# Less trust than this is none: a small weight would still move the average of the weights.
+# A trust below this is set to 0: even a teacher with a small weight would move the average of the weights.
 LEAST_TRUST = 0.1
 
 
@@ -54,7 +58,7 @@ def trust(
     settings: Settings,
     observer: Observer,
 ) -> Tensor:
-    """How far each teacher should be heard, by `ensemble.outlier-guard`.
+    """Compute the trust in each teacher.
 
     Parameters
     ----------
@@ -64,15 +68,17 @@ def trust(
         K frozen ViTs on one device.
     initial
         State dict of the common initialisation.
-    grid, settings
-        Geometry; inversion, random images, seed and the guard.
+    grid
+        Geometry and valid pixel range of the images.
+    settings
+        All settings; those of inversion, random images, seed and the guard are used.
     observer
-        Hears whose say is lowered.
+        Receives an event that names the teachers with a trust below 1.
 
     Returns
     -------
     Tensor
-        ``(K,)`` fp64 on the CPU in 0..1; 1 for one that gives no reason for doubt, or cannot be judged.
+        ``(K,)`` fp64 on the CPU in 0..1: 1 leaves a teacher's weight unchanged, 0 removes the teacher.
     """
     guard = settings.ensemble.outlier_guard
     agreement, said = trust_by_opinion(opinions(teachers, evidence, grid, settings), evidence, guard)
@@ -86,13 +92,13 @@ def trust(
 def opinions(
     teachers: Sequence[VisionTransformer], evidence: Tensor, grid: PatchGrid, settings: Settings
 ) -> Tensor:  # fmt: skip
-    """Let all teachers look at images that each of them was inverted into, and at random ones.
+    """Compute the outputs of all teachers on images inverted from each of them and on random images.
 
     Returns
     -------
     Tensor
-        ``(K, B, C)`` fp64 on the CPU: how much each image looks like each class to each teacher, with zero mean and
-        unit variance over the images.
+        ``(K, B, C)`` fp64 on the CPU: log-probabilities, standardised to zero mean and unit variance over the images
+        for each teacher and class.
     """
     K, C = evidence.shape
     device = next(teachers[0].parameters()).device

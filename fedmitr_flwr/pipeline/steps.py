@@ -1,4 +1,4 @@
-"""The steps that FedMITR and its baselines are put together from.
+"""The steps of which FedMITR and its baselines consist.
 
 Letters: B images, K teachers, C classes, D embedding.
 """
@@ -34,26 +34,23 @@ from fedmitr_flwr.stages.synthetic import SyntheticImages
 
 
 def make_ensemble(inputs: PipelineInputs) -> tuple[Ensemble, Tensor]:
-    """Load the uploads as teachers and weight them.
+    """Load the uploads as teachers and compute their weights.
 
     Returns
     -------
     ensemble
-        On the inputs' device.
+        The weighted teachers, on the inputs' device.
     known
-        ``(C',)`` int64 classes that at least one client knows something of.
+        ``(C',)`` int64 classes for which at least one client has evidence above 0.
     """
-    settings, uploads, device = inputs.settings, inputs.uploads, inputs.device
+    settings, device = inputs.settings, inputs.device
     limits = MemoryLimits(settings.inversion.activation_memory_mb, settings.inversion.teacher_memory_mb)
     blank = build_model(settings.model, inputs.spec)
     teachers = load_teachers(blank, inputs.states, limits, device)
     if isinstance(teachers, PagedTeachers):
-        inputs.observer.event("ensemble", teachers="read from disk for every pass: above inversion.teacher-memory-mb")
-    num_examples = inputs.num_examples.double()
-    shared = [upload.histogram for upload in uploads if upload.histogram is not None]
-    histograms = torch.tensor(shared, dtype=torch.float64) if len(shared) == len(uploads) else None
-    head_updates = torch.stack([state["head.weight"] - inputs.initial["head.weight"] for state in inputs.states])
-    known_of = evidence(settings.ensemble.weighting, Knowledge(num_examples, histograms, head_updates))
+        reason = "read from disk for every pass, because they exceed inversion.teacher-memory-mb"
+        inputs.observer.event("ensemble", teachers=reason)
+    known_of = evidence_of(inputs)
     heard = None
     if settings.ensemble.outlier_guard:
         grid = PatchGrid.of(blank, inputs.spec)
@@ -64,8 +61,15 @@ def make_ensemble(inputs: PipelineInputs) -> tuple[Ensemble, Tensor]:
     return Ensemble(teachers, weights.to(device), limits), known.to(device)
 
 
+def evidence_of(inputs: PipelineInputs) -> Tensor:
+    """Return how much each client knows of each class, ``(K, C)``, by `ensemble.weighting`."""
+    head_updates = torch.stack([state["head.weight"] - inputs.initial["head.weight"] for state in inputs.states])
+    known = Knowledge(inputs.num_examples, inputs.histograms, head_updates)
+    return evidence(inputs.settings.ensemble.weighting, known)
+
+
 def invert_all(context: StageContext, classes: Tensor, inputs: PipelineInputs) -> SyntheticImages:
-    """Run stage 1 in batches. The labels go through `classes` in turn, and each batch has its own seed."""
+    """Run stage 1 in batches. The classes take turns as labels, and each batch has its own seed."""
     settings, observer, checkpoints = context.settings.inversion, inputs.observer, inputs.checkpoints
     count = runs(settings)
     labels = classes[torch.arange(count, device=classes.device) % len(classes)]
@@ -84,7 +88,7 @@ def invert_all(context: StageContext, classes: Tensor, inputs: PipelineInputs) -
 
 
 def student_start(inputs: PipelineInputs, ensemble: Ensemble, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Choose the student's first weights, by `distill.start`."""
+    """Return the student's starting weights, by `distill.start`."""
     chosen = inputs.settings.distill
     if chosen.start == "initial":
         return dict(inputs.initial)
@@ -102,9 +106,10 @@ def distilled(
     generator: torch.Generator,
     grow: Callable[[int], Pool | None] | None = None,
 ) -> dict[str, Tensor]:
-    """Stage 4, watched and kept from time to time; returns the student's state dict on the CPU.
+    """Run stage 4 with progress reports and checkpoints, and return the student's state dict on the CPU.
 
-    With `grow` (see `distill.distill`) nothing is kept: a run that is cut off distils anew.
+    With `grow` (see `distill.distill`) no checkpoints are written, so an interrupted run repeats distillation from its
+    start.
     """
     student.to(inputs.device)
     report = DistillProgress(inputs.observer, settings.steps, student, pool)
@@ -125,7 +130,7 @@ def distilled(
 
 
 def cpu_state(model: VisionTransformer) -> dict[str, Tensor]:
-    """A copy of a model's state dict on the CPU."""
+    """Return a copy of a model's state dict on the CPU."""
     return {name: value.detach().cpu().clone() for name, value in model.state_dict().items()}
 
 
@@ -133,7 +138,7 @@ def cpu_state(model: VisionTransformer) -> dict[str, Tensor]:
 def split_and_relabel(
     context: StageContext, synthetic: SyntheticImages, observer: Observer | None = None
 ) -> RelabelledImages:
-    """Run stages 2 and 3. The attention over the full grid is computed anew from the finished images."""
+    """Run stages 2 and 3. The attention over the full grid is computed again, from the finished images."""
     ensemble, settings = context.ensemble, context.settings
     patches = context.grid.to_patches(synthetic.images)
     attention, seen = [], []

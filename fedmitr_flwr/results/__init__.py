@@ -1,1 +1,1 @@
-"""What a run leaves: evaluation, model, card, report."""
+"""The results of a run: evaluation, model, model card and report."""

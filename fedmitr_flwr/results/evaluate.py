@@ -1,4 +1,4 @@
-"""Accuracies on held-out images: local models, one-shot FedAvg, ensemble and global model.
+"""Measure the accuracy of the local models, one-shot FedAvg, the ensemble and the global model on held-out images.
 
 Letters: B images, K teachers, C classes.
 """
@@ -27,17 +27,17 @@ class Evaluation:
     Attributes
     ----------
     local
-        One for each of the K local models.
+        Accuracy of each of the K local models.
     fedavg, ensemble, global_model
-        Of the one-shot average, the weighted ensemble and the distilled global model.
+        Accuracy of one-shot FedAvg, of the weighted ensemble and of the distilled global model.
     per_class
         C accuracies for each of ``fedavg``, ``ensemble`` and ``global``; None for a class without images.
     confusion
-        ``C x C`` counts of the global model, rows the true class.
+        ``C x C`` numbers of images by true class (row) and class predicted by the global model (column).
     num_images
-        Images evaluated on.
+        Number of images in the set.
     metrics
-        For ``fedavg``, ``ensemble`` and ``global`` the metrics of `metrics.METRICS` by name.
+        Values of the metrics in `metrics.METRICS` by name, for each of ``fedavg``, ``ensemble`` and ``global``.
     """
 
     local: tuple[float, ...]
@@ -51,11 +51,11 @@ class Evaluation:
 
     @property
     def local_mean(self) -> float:
-        """Mean accuracy of the local models."""
+        """Return the mean accuracy of the local models."""
         return sum(self.local) / len(self.local)
 
     def accuracy(self) -> dict[str, float]:
-        """The four totals under the names of ``metrics.json``."""
+        """Return the four accuracies by their names in ``metrics.json``."""
         return dict(zip(MODELS, (self.local_mean, self.fedavg, self.ensemble, self.global_model), strict=True))
 
 
@@ -68,25 +68,27 @@ def evaluate(
     device: torch.device,
     batch_size: int = 250,
 ) -> Evaluation:
-    """Evaluate everything that a run produced.
+    """Evaluate all models of a run.
 
     Parameters
     ----------
     result
-        Of the pipeline.
+        Result of the pipeline.
     images
-        Held-out images that no client saw, at least one.
+        At least one image. No client trained on these images.
     spec, settings
-        To build the models.
+        Image specification and model settings of the run.
     device
-        Where to run.
+        Device of the evaluation.
+    batch_size
+        Number of images in one forward pass.
 
     Raises
     ------
     ValueError
         If there are no images.
     """
-    # Brings in SciPy and matplotlib, 100 MB that the server's process has no use for while it collects uploads.
+    # This import loads SciPy and matplotlib (100 MB), which the server does not need while it collects uploads.
     from torchmetrics.classification import MulticlassAccuracy, MulticlassConfusionMatrix
 
     if len(images) == 0:
@@ -130,7 +132,7 @@ def evaluate(
 def batches(
     images: ImageSet, spec: ImageSpec, batch_size: int, device: torch.device
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Normalised images ``(B, ch, S, S)`` and labels ``(B,)``, in order."""
+    """Yield normalised images ``(B, ch, S, S)`` and labels ``(B,)`` in the order of the set."""
     labels = torch.from_numpy(images.labels)
     for rows in torch.arange(len(images)).split(batch_size):
         yield spec.normalise(images.images(rows)).to(device), labels[rows].to(device)

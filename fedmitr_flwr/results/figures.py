@@ -1,4 +1,4 @@
-"""Figures of a run."""
+"""Draw the figures of a run."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedmitr_flwr.stages.synthetic import SyntheticImages
 
 
 def save_synthetic(synthetic: SyntheticImages, spec: ImageSpec, grid: PatchGrid, path: Path, columns: int = 12) -> None:
-    """Draw synthetic images, one row a class; stopped patches are tinted.
+    """Draw synthetic images into a PNG file, one row for each class; stopped patches are tinted blue.
 
     Parameters
     ----------
@@ -29,7 +29,7 @@ def save_synthetic(synthetic: SyntheticImages, spec: ImageSpec, grid: PatchGrid,
     path
         PNG file to write.
     columns
-        Images of a class at most.
+        Maximum number of images of a class.
     """
     labels = synthetic.labels.cpu()
     classes = labels.unique().tolist()
@@ -45,14 +45,14 @@ def save_synthetic(synthetic: SyntheticImages, spec: ImageSpec, grid: PatchGrid,
                 axis.imshow(pixels[row[place]].permute(1, 2, 0).numpy(), interpolation="nearest")
         line[0].text(-0.15, 0.5, spec.class_names[label], transform=line[0].transAxes, ha="right", va="center")
     share = synthetic.kept.shape[1] / grid.num_patches
-    title = f"Synthetic images by class; {share:.0%} of the patches inverted to the end, the stopped ones tinted"
+    title = f"Synthetic images by class; {share:.0%} of the patches optimised to the end, stopped patches tinted blue"
     figure.suptitle(title, y=0.93, fontsize="medium")
     figure.savefig(path, bbox_inches="tight")
     plt.close("all")
 
 
 def shown(synthetic: SyntheticImages, spec: ImageSpec, grid: PatchGrid) -> Tensor:
-    """Pixels to look at: ``(B, 3, S, S)`` in 0..1, stopped patches drawn a third of the way to a blue tint."""
+    """Return ``(B, 3, S, S)`` pixels in 0..1 in which stopped patches are blended with 35 % blue."""
     images = synthetic.images.cpu()
     grey = spec.denormalise(images).float() / 255
     colour = grey.expand(-1, 3, -1, -1) if spec.channels == 1 else grey[:, :3]

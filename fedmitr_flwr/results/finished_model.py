@@ -10,15 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from fedmitr_flwr.data import ImageSet, ImageSpec, Source, load_source
-from fedmitr_flwr.data.classes import listed
+from fedmitr_flwr.data.classes import listed, same_classes
 from fedmitr_flwr.data.client_images import site_images
-from fedmitr_flwr.data.sources.decode import DECODE_ERRORS, fit_image
+from fedmitr_flwr.data.sources.decode import FileReader, inspect_files
+from fedmitr_flwr.data.sources.depth import white_of
+from fedmitr_flwr.data.sources.files import exists
+from fedmitr_flwr.data.sources.names import shown
 from fedmitr_flwr.data.sources.raw import Origin
 from fedmitr_flwr.results.evaluate import batches
 from fedmitr_flwr.results.finished_run import FinishedRun
@@ -34,9 +37,9 @@ class RunModel:
     Attributes
     ----------
     model
-        In eval mode, on the CPU; takes ``(B, ch, S, S)`` normalised images, gives ``(B, C)`` logits.
+        Model in eval mode on the CPU. It maps ``(B, ch, S, S)`` normalised images to ``(B, C)`` logits.
     spec
-        Classes, size and normalisation.
+        Class names, image size and normalisation.
     """
 
     model: nn.Module
@@ -44,14 +47,14 @@ class RunModel:
 
     @torch.inference_mode()
     def probabilities(self, images: Tensor) -> Tensor:
-        """``(B, C)`` for ``(B, ch, S, S)`` uint8 images."""
+        """Return ``(B, C)`` class probabilities of ``(B, ch, S, S)`` uint8 images."""
         logits: Tensor = self.model(self.spec.normalise(images))
         return logits.float().softmax(1)
 
 
 @dataclass(frozen=True)
 class Measured:
-    """How a model did on an image set; fields as in `evaluate.Evaluation`."""
+    """Accuracy of one model on an image set; the fields are those of `evaluate.Evaluation`."""
 
     accuracy: float
     num_images: int
@@ -61,7 +64,7 @@ class Measured:
 
 
 def load_run_model(run: FinishedRun) -> RunModel:
-    """Load the global model through plain timm.
+    """Load the global model of a run with timm.
 
     Raises
     ------
@@ -76,72 +79,86 @@ def load_run_model(run: FinishedRun) -> RunModel:
         names = tuple(config["label_names"])
         spec = ImageSpec(names, channels, size, tuple(source["mean"]), tuple(source["std"]))
         model = timm.create_model(f"local-dir:{folder}", pretrained=True)
-    except Exception as error:  # whatever timm and safetensors raise for files that are not what they were
+    except Exception as error:  # timm and safetensors raise many types of errors for damaged files
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise SettingsError(("RUN", str(run.path), f"its model can't be loaded: {said}")) from None
+        raise SettingsError(("RUN", str(run.path), f"its model cannot be loaded: {said}")) from None
     return RunModel(model.eval(), spec)
 
 
-def read_image(path: Path, spec: ImageSpec) -> Tensor:
-    """Read an image file as the model wants it, ``(ch, S, S)`` uint8: central square, resized, grey or colour.
+def read_images(paths: Sequence[Path], spec: ImageSpec) -> Tensor:
+    """Read image files as input of the model: upright, the central square, resized, grey or colour.
+
+    For images of more than 8 bits, the value of white is determined from all files together, as in training.
+
+    Returns
+    -------
+    Tensor
+        ``(B, ch, S, S)`` uint8.
 
     Raises
     ------
     SettingsError
-        If it is no image, or the model takes neither grey nor colour images.
+        If a file cannot be read as an image, the model takes neither 1 nor 3 channels, or the value of white is not
+        known.
     """
+    first = Origin("IMAGE", shown(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""))
     if spec.channels not in (1, 3):
-        raise SettingsError(("IMAGE", str(path), f"the model takes {spec.channels} channels, image files have 1 or 3"))
+        raise first.error(f"the model needs {spec.channels} channels, image files have 1 or 3")
+    found = inspect_files(paths)
+    if found.damaged:
+        path, why = found.damaged[0]
+        raise Origin("IMAGE", shown(path)).error(why)
     try:
-        with Image.open(path) as image:
-            return torch.from_numpy(fit_image(image, spec.channels, spec.image_size).copy())
-    except DECODE_ERRORS as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "it is no image that can be read"
-        raise SettingsError(("IMAGE", str(path), reason)) from None
+        white = white_of(found.peaks)
+    except ValueError as error:
+        raise first.error(str(error)) from None
+    return FileReader(tuple(paths), first, white).read(np.arange(len(paths)), spec.channels, spec.image_size)
 
 
 def evaluation_images(run: FinishedRun, spec: ImageSpec, data: str | None, split: str) -> ImageSet:
-    """Images to evaluate a run's model on.
+    """Return the images on which a run's model is evaluated.
 
     Parameters
     ----------
     data
-        ``folder:PATH`` or ``npz:PATH``: all labelled images there, classes matched by name. Any other value of
-        `data.source`: a part of that source, which must have the model's classes. None: of the run's own source.
+        ``folder:PATH`` or ``npz:PATH``: all labelled images at this path; classes are matched by name, and a folder
+        must not have several splits. Any other value of `data.source`: the part `split` of that source, which must
+        have the model's classes. None: the part `split` of the run's own source.
     split
-        Which part, ``test`` or ``validation``.
+        ``test`` or ``validation``.
 
     Raises
     ------
     SettingsError
-        If there are no such images or classes.
+        If there are no images, or if the classes do not fit the model.
     """
     settings = run.settings()
     kind, _, path = (data or "").partition(":")
     if data is None or kind not in ("folder", "npz"):
         source = _source_of(settings, spec, data)
         return source.test if split == "test" else source.validation
-    if not Path(path).expanduser().exists():
-        raise SettingsError(("--data", data, "there is nothing of this name"))
-    images = site_images(settings.data, Origin("--data", data), spec)
+    origin = Origin("--data", data)
+    if not exists(Path(path).expanduser(), origin):
+        raise origin.error("does not exist")
+    images = site_images(settings.data, origin, spec)
     if len(images) == 0:
-        raise SettingsError(("--data", data, "holds no images"))
+        raise SettingsError(("--data", data, "contains no images"))
     return images
 
 
 def _source_of(settings: Settings, spec: ImageSpec, data: str | None) -> Source:
-    """Load the run's own source, or another one brought to what its model takes."""
+    """Load the run's own source, or the source `data` with channels and image size converted for the model."""
     if data is None:
         return load_source(settings.data)
     try:
         source = load_source(settings.replace(**{"data.source": data}).data)
     except SettingsError as error:
         raise SettingsError(*(("--data", data, allowed) for _, _, allowed in error.problems)) from None
-    if source.spec.class_names != spec.class_names:
-        names = f"{listed(source.spec.class_names, 6)}; the model knows {listed(spec.class_names, 6)}"
-        raise SettingsError(("--data", data, f"has other classes: {names}"))
+    if not same_classes(source.spec.class_names, spec.class_names):
+        names = f"{listed(source.spec.class_names, 6)}; the classes of the model are {listed(spec.class_names, 6)}"
+        raise SettingsError(("--data", data, f"has other classes than the model: {names}"))
     if source.spec.channels != spec.channels and {source.spec.channels, spec.channels} != {1, 3}:
-        raise SettingsError(("--data", data, f"has {source.spec.channels} channels, the model takes {spec.channels}"))
+        raise SettingsError(("--data", data, f"has {source.spec.channels} channels, the model needs {spec.channels}"))
     fitted = (
         replace(part, channels=spec.channels, image_size=spec.image_size)
         for part in (source.train, source.validation, source.test)
@@ -151,7 +168,7 @@ def _source_of(settings: Settings, spec: ImageSpec, data: str | None) -> Source:
 
 @torch.inference_mode()
 def measure(run_model: RunModel, images: ImageSet, device: torch.device, batch_size: int = 250) -> Measured:
-    """Evaluate a run's model; images must not be empty."""
+    """Measure the accuracy of a run's model on at least one image."""
     C = run_model.spec.num_classes
     table = torch.zeros(C, C, dtype=torch.int64)
     model, probabilities = run_model.model.to(device), []
@@ -171,6 +188,14 @@ def measure(run_model: RunModel, images: ImageSet, device: torch.device, batch_s
 
 
 def top(probabilities: Tensor, names: Sequence[str], count: int) -> list[tuple[str, float]]:
-    """The `count` likeliest classes of one image, ``(C,)`` probabilities, likeliest first."""
+    """Return names and probabilities of the `count` most probable classes of an image, in descending order.
+
+    Parameters
+    ----------
+    probabilities
+        ``(C,)`` in 0..1.
+    names
+        C class names.
+    """
     order = probabilities.argsort(descending=True)[:count].tolist()
     return [(names[label], float(probabilities[label])) for label in order]

@@ -1,6 +1,6 @@
-"""Read a finished run's directory, for reports, export and evaluation.
+"""Read the directory of a finished run, for reports, export and evaluation.
 
-Everything that can be wrong with a RUN that a person names is a `SettingsError` in one line here.
+Every defect of a directory that a user names as RUN raises a `SettingsError` with a message of one line.
 """
 
 from __future__ import annotations
@@ -23,20 +23,20 @@ from fedmitr_flwr.version import __version__
 
 @dataclass(frozen=True)
 class FinishedRun:
-    """What a completed run wrote.
+    """The files of a run.
 
     Attributes
     ----------
     path
-        Its directory, absolute.
+        Absolute path of the run's directory.
     status, config, metrics
-        The JSON files of these names.
+        Contents of the JSON files with these names.
     report
-        ``report.json``; empty if the run wrote none.
+        Content of ``report.json``; empty if the file does not exist.
     pictures
-        Tensors of ``report.safetensors``; empty if there is none.
+        Tensors of ``report.safetensors``; empty if the file does not exist.
     events
-        Lines of ``metrics.jsonl``.
+        Events of ``metrics.jsonl`` in order.
     """
 
     path: Path
@@ -48,56 +48,57 @@ class FinishedRun:
     events: list[dict[str, Any]]
 
     def settings(self) -> Settings:
-        """The run's settings.
+        """Return the settings of the run.
 
         Raises
         ------
         SettingsError
-            If another version wrote them and this one does not understand a key.
+            If the settings were written by another version and this version does not accept them.
         """
         try:
             return Settings.from_run_config(self.config["settings"])
         except (SettingsError, KeyError, TypeError, AttributeError) as error:
             said = str(error).splitlines()[0]
-            allowed = f"written by version {self.version}, this is {__version__}: {said}"
+            allowed = f"was written by version {self.version}, this is version {__version__}: {said}"
             raise SettingsError(("RUN", str(self.path), allowed)) from None
 
     @property
     def version(self) -> str:
-        """Version of fedmitr-flwr that wrote it."""
+        """Return the version of fedmitr-flwr that wrote the run."""
         return str(self.config.get("versions", {}).get("fedmitr-flwr", "unknown"))
 
 
 def load_run(path: Path, *, finished: bool = True) -> FinishedRun:
-    """Read a run's directory.
+    """Read the directory of a run.
 
     Parameters
     ----------
     path
-        What a person gave for RUN.
+        Path of the directory.
     finished
-        Whether only a completed run will do.
+        Whether the run must be completed.
 
     Raises
     ------
     SettingsError
-        If it is no run, has not completed, or is from a version whose report this one cannot read.
+        If the directory is not a run, if the run is not completed, or if this version cannot read its report.
     """
     path = expand(path, "RUN").resolve()
     status = _json(path, STATUS)
     if status is None:
-        allowed = f"is no run: there is no {STATUS} in it; name a folder that `fedmitr simulate` printed"
+        allowed = f"is not a run: it has no {STATUS}; must be a folder that `fedmitr simulate` printed"
         raise SettingsError(("RUN", str(path), allowed))
     state = status.get("state")
     if finished and state != "completed":
-        why = {"running": "has not finished (or was killed)", "failed": f"failed: {status.get('error')}"}
+        why = {"running": "has not finished, or was killed", "failed": f"failed: {status.get('error')}"}
         raise SettingsError(
-            ("RUN", str(path), f"{why.get(str(state), f'has the state {state}')}; needs a completed run")
+            ("RUN", str(path), f"{why.get(str(state), f'has the state {state}')}; must be a completed run")
         )
     report = _json(path, REPORT_DATA) or {}
     if report and report.get("format") != FORMAT:
         allowed = (
-            f"its {REPORT_DATA} has format {report.get('format')}, this version reads {FORMAT}; render it with its own"
+            f"its {REPORT_DATA} has format {report.get('format')}, but this version of fedmitr-flwr reads format "
+            f"{FORMAT}; use the version that wrote the run"
         )
         raise SettingsError(("RUN", str(path), allowed))
     config, metrics = _json(path, CONFIG), _json(path, METRICS)
@@ -116,7 +117,7 @@ def _json(path: Path, name: str) -> dict[str, Any] | None:
     except ValueError as error:
         raise SettingsError(("RUN", str(path), f"its {name} is not JSON: {error}")) from None
     if not isinstance(content, dict):
-        raise SettingsError(("RUN", str(path), f"its {name} holds no object"))
+        raise SettingsError(("RUN", str(path), f"its {name} is not a JSON object"))
     return content
 
 
@@ -127,7 +128,7 @@ def _pictures(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
-        raise SettingsError(("RUN", str(path), f"its {REPORT_PICTURES} can't be read: {error}")) from None
+        raise SettingsError(("RUN", str(path), f"its {REPORT_PICTURES} cannot be read: {error}")) from None
 
 
 FORMAT = 1

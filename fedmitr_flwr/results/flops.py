@@ -1,4 +1,4 @@
-"""Floating-point operations of a run's stages, counted on one image and multiplied out.
+"""Estimate the floating-point operations of a run's stages from those of one image.
 
 Letters: K teachers, P patches of the full grid, L patches kept.
 """
@@ -21,14 +21,18 @@ from fedmitr_flwr.stages.inversion.schedule import growth
 def kept_schedule(
     settings: InversionSettings, patches: int, grown: Mapping[int, Tensor] | None = None
 ) -> list[tuple[int, int]]:
-    """``(iterations, L)`` of each span between two stops; the iteration of a stop still sees the patches before it.
+    """Return ``(iterations, L)`` of each span of iterations with the same number of patches L.
+
+    The iteration of a stop belongs to the span before it, because its forward pass includes the patches that it stops.
 
     Parameters
     ----------
+    settings
+        Settings of the inversion.
     patches
         P.
     grown
-        Of `centring.growth`, the patches that are there from an iteration on; None: all from the start.
+        Patches included from an iteration on, as `schedule.growth` returns them; None: all patches in all iterations.
     """
     steps = sorted((grown or {}).items())
     spans = [(after - before, len(there)) for (before, there), (after, _) in pairwise(steps)]
@@ -44,9 +48,22 @@ def kept_schedule(
 def stage_flops(settings: Settings, model: VisionTransformer, grid: PatchGrid, teachers: int) -> dict[str, float]:
     """Estimate the FLOPs of the server's stages from the settings.
 
-    Inversion counts forward and pixel gradients of all K teachers; ``invert_dense`` is what it would take without
-    stopping any patch. Distillation counts K labels for each image of the pool once, and three forwards for each image
-    of each step, and the inversion of hard images; the low-density term is left out.
+    Parameters
+    ----------
+    settings
+        Settings of the run.
+    model, grid
+        Architecture of teachers and student, and its patches.
+    teachers
+        K.
+
+    Returns
+    -------
+    dict
+        ``invert``: forward passes and pixel gradients of all K teachers. ``invert_dense``: the same if no patch was
+        stopped. ``relabel``: two forward passes of all K teachers for each synthetic image. ``distill``: labels of K
+        teachers for each image of the pool, three forward passes for each image of each step, and the inversion of hard
+        images. The low-density loss term is not counted.
     """
     P, inversion, distill = grid.num_patches, settings.inversion, settings.distill
     spans, each = kept_schedule(inversion, P, growth(grid, inversion.centring)), images_per_run(inversion)

@@ -1,8 +1,8 @@
-"""The models that a run compares, and the metrics beside accuracy that are computed for them.
+"""The models that a run compares, and the metrics besides accuracy that are computed for them.
 
-A metric is one function and one line in `METRICS`: evaluation computes it for one-shot FedAvg, the ensemble and the
-global model, and ``metrics.json``, the report, the model card and ``fedmitr evaluate`` show it. PyTorch is imported
-only where a metric is computed, so that commands which show finished runs stay fast.
+A metric is one function and one entry of `METRICS`. It is computed for one-shot FedAvg, the ensemble and the global
+model. It is shown in ``metrics.json``, the report, the model card and by ``fedmitr evaluate``. PyTorch is imported only
+where a metric is computed, so that commands that show finished runs stay fast.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ MODELS = {
     "ensemble": "ensemble",
     "global": "global model",
 }
-"""The four accuracies: their keys in ``metrics.json`` and their names for readers."""
+"""Keys of the four accuracies in ``metrics.json``, and the names that are shown."""
 
 
 @dataclass(frozen=True)
@@ -30,15 +30,15 @@ class Metric:
     Attributes
     ----------
     name
-        Its key in ``metrics.json``.
+        Key in ``metrics.json``.
     title
-        Its name for readers.
+        Name that is shown.
     note
-        One sentence that explains it.
+        One sentence that explains the metric.
     compute
-        Computes it from labels ``(N,)`` int64 and probabilities ``(N, C)`` fp32, N at least 1.
+        Computes the metric from labels ``(N,)`` int64 and probabilities ``(N, C)`` fp32, N at least 1.
     percent
-        Whether readers see it as a percentage.
+        Whether the value is shown as a percentage.
     """
 
     name: str
@@ -48,14 +48,14 @@ class Metric:
     percent: bool = True
 
     def text(self, value: float | None) -> str:
-        """Write a value for a reader; a dash if there is none."""
+        """Format a value; None as a dash."""
         if value is None:
             return "–"
         return f"{100 * value:.1f} %" if self.percent else f"{value:.4g}"
 
 
 def balanced_accuracy(labels: Tensor, probabilities: Tensor) -> float:
-    """Return the mean over the classes that have images of the fraction of their images that is classified right."""
+    """Return the fraction of correctly classified images of each class, averaged over the classes with images."""
     import torch
 
     C = probabilities.shape[1]
@@ -76,13 +76,13 @@ METRICS: tuple[Metric, ...] = (
     Metric(
         "balanced_accuracy",
         "balanced accuracy",
-        "The mean over the classes of the fraction of their images that is classified right.",
+        "The fraction of correctly classified images of each class, averaged over the classes.",
         balanced_accuracy,
     ),
     Metric(
         "calibration_error",
         "calibration error",
-        "The expected difference between a model's confidence and its accuracy; 0 is best.",
+        "The difference between the confidence and the accuracy of a model, averaged over its predictions; 0 is best.",
         calibration_error,
     ),
 )

@@ -1,4 +1,4 @@
-"""The model card beside a run's model: ``model/README.md`` with the metadata that the Hub reads."""
+"""Write the model card of a run's model: ``model/README.md``, with the metadata that the Hugging Face Hub reads."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from fedmitr_flwr.results.evaluate import Evaluation
 from fedmitr_flwr.results.metrics import METRICS, MODELS
 from fedmitr_flwr.runs.atomic import atomic_path
 from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.training.reported import REPORTED
 from fedmitr_flwr.version import __version__
 
 CARD = "README.md"
@@ -20,49 +21,57 @@ CARD = "README.md"
 def write_model_card(
     folder: Path, settings: Settings, spec: ImageSpec, evaluation: Evaluation | None, clients: ClientCounts
 ) -> None:
-    """Write the card.
+    """Write the model card.
 
     Parameters
     ----------
     folder
-        ``model/`` of a run.
-    settings, spec, evaluation, clients
-        Of the run.
+        Folder ``model/`` of the run.
+    settings, spec
+        Settings and image specification of the run.
+    evaluation
+        Evaluation of the last round; None: the card says that no accuracy was measured.
+    clients
+        Client counts of the last round.
     """
     with atomic_path(folder / CARD) as temporary:
         temporary.write_text(model_card(settings, spec, evaluation, clients), "utf-8")
 
 
 def model_card(settings: Settings, spec: ImageSpec, evaluation: Evaluation | None, clients: ClientCounts) -> str:
-    """Return the card: how the model was made, what it reached, what it must not be taken for."""
+    """Return the text of the card: how the model was made, how to use it, its accuracy and its limits."""
     method = method_of(settings)
     name = f"{settings.model.name} trained by one-shot federated learning on {settings.data.source}"
-    shared = "its label histogram too" if settings.train.share_label_histogram else "no label counts"
+    reported = ", ".join(number.title for number in REPORTED)
+    shared = "and the label histogram" if settings.train.share_label_histogram else "but no label counts"
     exchange = "once" if settings.run.rounds == 1 else f"{settings.run.rounds} times"
+    shape = f"B, {spec.channels}, {spec.image_size}, {spec.image_size}"
+    init, start = settings.model.init, "All clients started from the same initialisation"
     sections = [
         _front_matter(settings, evaluation, name),
         f"# {name}\n",
-        f"A Vision Transformer for {spec.num_classes} classes, made with fedmitr-flwr {__version__} by "
-        f"{method.title}.\n",
+        f"This is a Vision Transformer for {spec.num_classes} classes, made with fedmitr-flwr {__version__}. "
+        f"The method is {method.title}.\n",
         "## How it was made\n",
-        f"{clients.accepted} clients trained on their own images and uploaded their weights {exchange}. An upload "
-        f"holds weights, the number of images, local loss and accuracy, and {shared}. The server saw no client's "
-        f"image. {method.server_part(settings)} Start of all clients: `model.init = {settings.model.init}`; seed "
-        f"{settings.run.seed}.\n",
+        f"Each of {clients.accepted} clients trained a model on its own images and uploaded its weights {exchange}. "
+        f"{start} (`model.init = {init}`). An upload contains the weights, the number of images, {reported}, "
+        f"{shared}. The server received no image of a client. {method.server_part(settings)} "
+        f"The seed of the run is {settings.run.seed}.\n",
         "## Use\n",
         '```python\nimport timm\n\nmodel = timm.create_model("local-dir:FOLDER", pretrained=True).eval()\n```\n',
-        f"FOLDER is this folder. Input: `(B, {spec.channels}, {spec.image_size}, {spec.image_size})`, pixels in 0..1, "
-        f"normalised with mean {_numbers(spec.mean)} and standard deviation {_numbers(spec.std)}. Classes in order: "
-        f"{', '.join(spec.class_names)}.\n",
+        f"FOLDER is the folder that contains this file. The input has the shape `({shape})`. Its pixels are scaled to "
+        f"0..1 and normalised with mean {_numbers(spec.mean)} and standard deviation {_numbers(spec.std)}. The classes "
+        f"in the order of the outputs are {', '.join(spec.class_names)}.\n",
         "## Accuracy\n",
         _accuracy(settings, evaluation),
         "## Limits\n",
-        "- It knows the clients' images only through their models. Classes that few clients had are learnt worst.\n"
-        "- The accuracies are those of one run, one partition and one seed, on images like the clients'; elsewhere "
-        "nothing was measured.\n"
-        "- Weights are not anonymous: how a classifier head moved shows which classes a client had, and images can be "
-        "inverted from the clients' models that show what they respond to.\n"
-        "- No licence is stated: it depends on the clients' data and on the weights that the clients started from.\n",
+        "- The server made the model from the clients' models, without their images. The model is least accurate on "
+        "classes that few clients have.\n"
+        "- The accuracies are those of one run with one partition and one seed, on images from the same source as the "
+        "clients' images. The accuracy on other images was not measured.\n"
+        "- Model weights are not anonymous. The changes of a client's classifier head show which classes the client "
+        "has, and inversion of a client's model produces images that show what the model responds to.\n"
+        "- This card states no licence, because the licence depends on the clients' data and on the initial weights.\n",
     ]
     return "\n".join(sections)
 
@@ -97,16 +106,16 @@ def _dataset_type(settings: Settings) -> str:
 
 def _accuracy(settings: Settings, evaluation: Evaluation | None) -> str:
     if evaluation is None:
-        return "Not measured: the server held no images (`run.evaluate-on = none`).\n"
+        return "The accuracy was not measured (`run.evaluate-on = none`).\n"
     names = {**MODELS, "global": "**this model**"}
-    rows = [f"| {names[key]} | {100 * rate:.1f} % |" for key, rate in evaluation.accuracy().items()]
+    images = f"{evaluation.num_images:,} {settings.run.evaluate_on} images"
+    lines = [f"All models were evaluated on the same {images}. No client trained on these images.", ""]
+    lines += ["| Model | Accuracy |", "|---|---|"]
+    lines += [f"| {names[key]} | {100 * rate:.1f} % |" for key, rate in evaluation.accuracy().items()]
     own = evaluation.metrics.get("global", {})
-    rows += [f"| {metric.title} of this model | {metric.text(own[metric.name])} |" for metric in METRICS if own]
-    head = (
-        f"| on {evaluation.num_images:,} {settings.run.evaluate_on} images that no client trained on | |\n|---|---|\n"
-    )
-    table = "\n".join(rows)
-    return f"{head}{table}\n"
+    others = ", ".join(f"{metric.title} {metric.text(own[metric.name])}" for metric in METRICS if own)
+    lines += ["", f"Other metrics of this model: {others}."] if others else []
+    return "\n".join([*lines, ""])
 
 
 def _numbers(values: tuple[float, ...]) -> str:

@@ -1,4 +1,4 @@
-"""The global model as an ONNX file that was checked against torch.
+"""Export the global model as an ONNX file and compare its outputs with those of PyTorch.
 
 Letters: B images, C classes.
 """
@@ -19,37 +19,36 @@ from fedmitr_flwr.runs.atomic import atomic_path
 from fedmitr_flwr.settings import SettingsError
 
 ONNX_TOLERANCE = 1e-4
-
-
+"""Largest allowed difference between a logit of ONNX Runtime and of PyTorch."""
 _OPSET = 18
 
 
 def export_onnx(run_model: RunModel, file: Path) -> float:
-    """Write the model as ONNX with a free batch size, and check it against torch with ONNX Runtime.
+    """Write the model as ONNX with a variable batch size, and compare its logits with those of PyTorch.
 
-    Input ``images``, ``(B, ch, S, S)`` float32, normalised; output ``logits``, ``(B, C)``. Class names and
-    normalisation stand in the file's metadata.
+    The input ``images`` is ``(B, ch, S, S)`` float32 and normalised; the output ``logits`` is ``(B, C)``. The metadata
+    of the file holds class names, mean and standard deviation.
 
     Returns
     -------
     float
-        Largest difference of any logit, on random images of three batch sizes.
+        Largest difference of a logit between ONNX Runtime and PyTorch, on random images in batches of three sizes.
 
     Raises
     ------
     SettingsError
-        If a package is missing or the file can't be written.
+        If a package is missing or the file cannot be written.
     RuntimeError
-        If the logits differ by more than 1e-4; the file is not kept then.
+        If a logit differs by more than `ONNX_TOLERANCE`; no file is written then.
     """
     if not file.parent.is_dir() or not os.access(file.parent, os.W_OK) or file.is_dir():
-        raise SettingsError(("--onnx", str(file), "can't be written: must name a file in a folder that can be written"))
+        raise SettingsError(("--onnx", str(file), "cannot be written: must be a file in an existing, writable folder"))
     try:
         import onnx
         import onnxruntime
-        import onnxscript  # noqa: F401 - torch's exporter needs it and says so less plainly
+        import onnxscript  # noqa: F401 - torch's exporter needs it, and its own error message is less clear
     except ImportError as error:
-        allowed = f"needs {error.name}: pip install 'fedmitr-flwr[onnx]', or onnx onnxscript onnxruntime"
+        allowed = f"needs the package {error.name}: pip install 'fedmitr-flwr[onnx]', or onnx onnxscript onnxruntime"
         raise SettingsError(("--onnx", str(file), allowed)) from None
     spec, model = run_model.spec, run_model.model.cpu()
     sizes = [
@@ -76,12 +75,14 @@ def export_onnx(run_model: RunModel, file: Path) -> float:
     session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
     worst = max(_difference(session, model, images) for images in sizes)
     if worst > ONNX_TOLERANCE:
-        raise RuntimeError(f"a logit of the ONNX model differs by {worst:.2g}, allowed are {ONNX_TOLERANCE:g}")
+        raise RuntimeError(
+            f"a logit of the ONNX model differs by {worst:.2g} from PyTorch's; {ONNX_TOLERANCE:g} is allowed"
+        )
     try:
         with atomic_path(file) as temporary:
             onnx.save(proto, str(temporary))
     except OSError as error:
-        raise SettingsError(("--onnx", str(file), f"can't be written: {error.strerror or error}")) from None
+        raise SettingsError(("--onnx", str(file), f"cannot be written: {error.strerror or error}")) from None
     return worst
 
 

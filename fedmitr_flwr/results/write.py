@@ -1,4 +1,4 @@
-"""What a run writes at its end: evaluation, model, pictures, report, metrics."""
+"""Write the results of a run at its end: evaluation, model, figure, report and metrics."""
 
 from __future__ import annotations
 
@@ -39,22 +39,23 @@ def write_results(
     observer: Observer,
     keeper: Keeper | None = None,
 ) -> None:
-    """Evaluate the last round and write model, figure, report and metrics into the run's directory.
+    """Evaluate the last round and write model, figure, metrics and report into the run's directory.
 
     Parameters
     ----------
     run
-        Where to write; ``metrics.json`` comes last.
+        Directory of the run.
     settings, federation
-        Of the run.
+        Settings and federation of the run.
     result, clients
-        Of its last round.
+        Result and client counts of the last round.
     observer
-        Holds the seconds of all stages so far, summed over the rounds.
+        Holds the durations of all stages in seconds, summed over the rounds.
     keeper
-        What the stages showed, for the report.
+        Snapshots of the stages for the report; None: the report has no density maps and no images at the stops.
     """
-    from fedmitr_flwr.results.figures import save_synthetic  # matplotlib, of no use during collection
+    # This import loads matplotlib's drawing code, which the server does not need while it collects uploads.
+    from fedmitr_flwr.results.figures import save_synthetic
 
     spec = federation.spec
     evaluation = None
@@ -69,7 +70,7 @@ def write_results(
         save_synthetic(result.synthetic, spec, PatchGrid.of(result.ensemble.teachers[0], spec), run.path / SYNTHETIC)
     found = None if result.diagnostics is None else {**result.diagnostics.as_dict()}
     metrics = make_metrics(evaluation, clients, observer, settings.run.memory_mb)
-    run.write_json(METRICS, {**metrics, "diagnostics": found})
+    run.write_json(METRICS, {**metrics, "diagnostics": found, "warnings": list(result.warnings)})
     write_report(run, settings, spec, result, evaluation, keeper)
     for line in accuracy_table(evaluation, settings.run.evaluate_on):
         log.info("%s", line)
@@ -83,19 +84,19 @@ def write_report(
     evaluation: Evaluation | None,
     keeper: Keeper | None,
 ) -> None:
-    """Write the report's data and the report; if that fails the run has still succeeded, and the log says why."""
+    """Write the report and its data; an error is logged as a warning and does not fail the run."""
     try:
         write_report_data(run.path, settings, spec, result, evaluation, keeper)
         log.info("Report: %s", write_run_report(run.path))
     except Exception as error:
-        log.warning("The report could not be written (%s: %s)", type(error).__name__, error)
+        log.warning("The report could not be written: %s: %s", type(error).__name__, error)
         log.debug("Traceback:", exc_info=True)
 
 
 def make_metrics(
     evaluation: Evaluation | None, clients: ClientCounts, observer: Observer, budget_mb: int = 0
 ) -> dict[str, Json]:
-    """Return the content of ``metrics.json``; accuracies are null without an evaluation, the budget without one."""
+    """Return the content of ``metrics.json``; accuracies are None without an evaluation, the budget if it is 0."""
     return {
         "accuracy": dict(evaluation.accuracy()) if evaluation else dict.fromkeys(MODELS),
         "metrics": {name: dict(values) for name, values in evaluation.metrics.items()} if evaluation else None,
@@ -108,9 +109,9 @@ def make_metrics(
 
 
 def accuracy_table(evaluation: Evaluation | None, split: str) -> list[str]:
-    """Return the accuracies as lines of text."""
+    """Return the accuracies as lines for the log."""
     if evaluation is None:
-        return ["No evaluation (run.evaluate-on = none)"]
+        return ["No accuracy was measured (run.evaluate-on = none)"]
     lines = [f"Accuracy on {evaluation.num_images} {split} images"]
     for key, value in evaluation.accuracy().items():
         lines.append(f"    {MODELS[key]:<20}{value:.4f}")

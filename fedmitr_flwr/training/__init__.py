@@ -1,1 +1,1 @@
-"""What happens on a client, and the weights that all clients start from."""
+"""Local training on a client, its upload, and the common initialisation of all clients."""

@@ -1,4 +1,4 @@
-"""What a client does when it is asked to train: a function of its task and its node's configuration."""
+"""Train a client and prepare its upload, given the server's task and Flower's node config."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from fedmitr_flwr.training.upload_steps import prepare_upload
 
 
 def client_name(node_config: Mapping[str, RunConfigValue], node_id: int) -> str:
-    """Return the name under which a client's upload is filed: its site, its partition, or its node id."""
+    """Return the name under which a client's upload is stored: its site, its partition, or its node id."""
     for key in ("site", "partition-id"):
         if key in node_config:
             return str(node_config[key]) if key == "site" else f"partition-{node_config[key]}"
@@ -27,9 +27,20 @@ def client_name(node_config: Mapping[str, RunConfigValue], node_id: int) -> str:
 
 
 def training_seed(node_config: Mapping[str, RunConfigValue], name: str, run_seed: int, round_number: int) -> int:
-    """Return the seed of a client's training, from its partition or, without one, from its name.
+    """Return the seed of a client's training, derived from its partition or, without one, from its name.
 
-    Nothing may depend on global random state: Flower reuses its simulation workers for other clients.
+    Global random state is not used, because Flower reuses its simulation workers for several clients.
+
+    Parameters
+    ----------
+    node_config
+        Flower's node config; ``partition-id`` is the number of the partition.
+    name
+        Name of the client, from `client_name`.
+    run_seed
+        Seed of the run.
+    round_number
+        Number of the round, counted from 1.
     """
     partition = node_config.get("partition-id")
     if not isinstance(partition, int):
@@ -38,26 +49,26 @@ def training_seed(node_config: Mapping[str, RunConfigValue], name: str, run_seed
 
 
 def train_client(task: ClientTask, node_config: Mapping[str, RunConfigValue], name: str) -> ClientUpload | None:
-    """Train the common model on this client's images.
+    """Train the common model on this client's images and prepare the upload.
 
     Parameters
     ----------
     task
-        From the server.
+        The server's task.
     node_config
-        This node's configuration: its partition, or its own ``data-path``.
+        Flower's node config, with the number of a partition or the ``data-path`` of a site.
     name
-        From `client_name`.
+        Name of the client, from `client_name`.
 
     Returns
     -------
     ClientUpload | None
-        None if there are no images here.
+        None if the client has no images.
 
     Raises
     ------
     SettingsError
-        If the data or the model cannot be had.
+        If the data or the model cannot be loaded.
     RuntimeError
         If `task.initial` does not fit the model.
     """

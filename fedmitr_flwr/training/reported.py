@@ -1,7 +1,8 @@
-"""The numbers that a client reports beside its weights and its number of images.
+"""The numbers that a client reports in addition to its weights and its number of images.
 
-Client, server and report read this one list: the client computes each number, the server refuses an upload whose number
-is missing, not finite or out of range, stores it with the upload and logs its mean, and the report shows it.
+Client, server and report use the same list. The client computes each number. The server refuses an upload if a number
+is missing, not finite or out of range; otherwise it stores the number with the upload and logs the mean over the
+clients. The report shows each number in a column.
 """
 
 from __future__ import annotations
@@ -22,15 +23,15 @@ class Reported:
     Attributes
     ----------
     name
-        Its key on the wire, in ``metrics.jsonl`` and in the stored upload; a Python identifier.
+        Key of the number in Flower's records, in ``metrics.jsonl`` and in the stored upload; a Python identifier.
     title
-        Its column in the report.
+        Title of the column in the report.
     compute
-        Computes it from the upload that is about to be sent.
+        Function that computes the number from the finished upload and the task.
     least, most
-        The range that the server accepts.
+        Smallest and largest value that the server accepts.
     percent
-        Whether the report shows it as a percentage.
+        Whether the report shows the number as a percentage.
     """
 
     name: str
@@ -41,7 +42,7 @@ class Reported:
     percent: bool = False
 
     def text(self, value: float | None) -> str:
-        """Write a value for a reader; a dash if there is none."""
+        """Return a value as text for the report; a dash for None."""
         if value is None:
             return "–"
         return f"{100 * value:.1f} %" if self.percent else f"{value:.4g}"
@@ -51,3 +52,4 @@ REPORTED: tuple[Reported, ...] = (
     Reported("loss", "training loss", lambda upload, task: upload.loss),
     Reported("accuracy", "training accuracy", lambda upload, task: upload.accuracy, 0.0, 1.0, percent=True),
 )
+"""All reported numbers, in the order of the report's columns."""

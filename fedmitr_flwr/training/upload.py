@@ -1,4 +1,4 @@
-"""What the server asks a client for, and what the client answers."""
+"""The task that the server sends to a client, and the upload that the client returns."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from fedmitr_flwr.settings import Settings
 
 @dataclass(frozen=True)
 class ClientTask:
-    """What the server asks for.
+    """A request to train.
 
     Attributes
     ----------
     settings
-        The server's settings. They replace the client's own run-config.
+        The server's settings, which replace the client's own run-config.
     spec
-        Classes, image size and normalisation, as the server has them.
+        The server's specification of classes, image size and normalisation.
     round_number
-        Counted from 1.
+        Number of the round, counted from 1.
     initial
-        State dict to start from, fp32.
+        State dict from which training starts, fp32.
     """
 
     settings: Settings
@@ -35,7 +35,7 @@ class ClientTask:
 
 @dataclass(frozen=True)
 class ClientUpload:
-    """What leaves a client.
+    """A client's upload, before it is encoded as Flower records.
 
     Attributes
     ----------
@@ -44,11 +44,11 @@ class ClientUpload:
     num_examples
         Number of local training images.
     histogram
-        Number of them in each of the C classes; None if the client does not share it.
+        Number of these images in each of the C classes; None if the client does not share it.
     loss, accuracy
-        Training loss (nats) and accuracy (0..1), mean over the last epoch.
+        Training loss in nats and accuracy in 0..1: means over the last epoch.
     numbers
-        By name, what `reported.REPORTED` computes from the rest; empty before that.
+        The numbers of `reported.REPORTED`, by name; empty until they are computed.
     """
 
     state: Mapping[str, Tensor]

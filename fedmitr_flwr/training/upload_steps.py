@@ -1,7 +1,7 @@
-"""What happens to a client's upload between training and sending: one function a step, in order.
+"""Steps that process a client's upload between training and sending.
 
-A step sees the whole upload and returns the one that goes on. It is the place for whatever limits what an upload gives
-away, such as clipping or noise. A step that the settings do not ask for returns the upload unchanged.
+A step is a function that gets the whole upload and returns it, changed or not. Methods that limit what an upload
+reveals, such as clipping or noise, belong here. A step that the settings do not ask for returns the upload unchanged.
 """
 
 from __future__ import annotations
@@ -15,17 +15,17 @@ from fedmitr_flwr.training.upload import ClientTask, ClientUpload
 
 
 class UploadStep(Protocol):
-    """A step between training and sending."""
+    """Signature of a step between training and sending."""
 
     def __call__(self, upload: ClientUpload, task: ClientTask, generator: torch.Generator) -> ClientUpload:
-        """Return the upload that goes on.
+        """Return the upload for the next step, or for sending if this step is the last.
 
         Parameters
         ----------
         upload
-            After the steps before this one.
+            The upload as the previous step returned it.
         task
-            Settings, and the weights that training started from.
+            Holds the settings and the weights from which training started.
         generator
             CPU generator, seeded for this client and round.
         """
@@ -37,11 +37,11 @@ def withhold_histogram(upload: ClientUpload, task: ClientTask, generator: torch.
 
 
 UPLOAD_STEPS: tuple[UploadStep, ...] = (withhold_histogram,)
-"""In the order in which they run."""
+"""The steps in the order in which they run."""
 
 
 def prepare_upload(upload: ClientUpload, task: ClientTask, seed: int) -> ClientUpload:
-    """Run all steps."""
+    """Run all steps on an upload, with a generator seeded with `seed`."""
     generator = torch.Generator().manual_seed(seed)
     for step in UPLOAD_STEPS:
         upload = step(upload, task, generator)

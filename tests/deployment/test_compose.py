@@ -247,7 +247,7 @@ def test_a_run_goes_on_after_its_serverapp_was_killed_in_inversion(demo: Demo):
     assert process.returncode == 0, output
     assert demo.asked() == asked
     assert {path: path.stat().st_mtime_ns for path in uploads} == uploads
-    assert "all uploads of round 1 are there" in output
+    assert "all uploads of round 1 are already stored" in output
     assert demo.metrics("killed")["clients"]["accepted"] == 3
     assert (directory / "model" / "model.safetensors").exists()
 

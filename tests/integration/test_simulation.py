@@ -1,6 +1,7 @@
 """Real Flower runs on Ray: three clients, every stage, far too short to learn anything."""
 
 import json
+import os
 import subprocess
 import tomllib
 import zipfile
@@ -153,8 +154,30 @@ def test_plain_flwr_run_names_a_setting_that_only_the_data_contradict(bundle: Pa
     output = flwr(flower, bundle, "run", ".", "--stream", "--run-config", config)
     assert "patch" in output
     assert "model.options" in output or "data.image-size" in output
+
+
+def test_flower_still_exits_with_0_for_a_run_that_failed(bundle: Path, flower: PrivateFlower):
+    """The run of the test before: `flwr` here asserts exit code 0."""
     runs = json.loads(flwr(flower, bundle, "ls", "--format", "json"))["runs"]
     assert runs[0]["status"] == "finished:failed"
+
+
+def test_flower_still_leaves_a_superlink_behind_in_a_session_of_its_own(bundle: Path, flower: PrivateFlower):
+    left = [process for process in flower.processes() if "flower-superlink" in " ".join(process.cmdline()[:3])]
+    assert len(left) == 1
+    assert os.getsid(left[0].pid) != os.getsid(0)
+
+
+@pytest.mark.slow
+def test_flower_still_takes_another_projects_client_app_for_ours(bundle: Path):
+    """Its workers look first where the SuperLink was started: `fedmitr simulate` starts it in an empty folder."""
+    with PrivateFlower() as flower:
+        (flower.cwd / "client_app").mkdir()
+        (flower.cwd / "client_app" / "__init__.py").write_text("raise ImportError('the wrong client_app')")
+        files = ("--federation-config", "conf/federation/3.toml", "--run-config", "conf/quick.toml")
+        arguments = [str(bundle / part) if part.endswith(".toml") else part for part in files]
+        output = flwr(flower, flower.cwd, "run", str(bundle), "--stream", *arguments)
+    assert "the wrong client_app" in output
 
 
 def test_plain_flwr_run_refuses_an_unknown_key_before_anything_starts(bundle: Path, flower: PrivateFlower):

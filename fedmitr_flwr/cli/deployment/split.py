@@ -1,4 +1,4 @@
-"""The command ``fedmitr split``."""
+"""The command ``fedmitr split``: write one data file for each site, to try a deployment."""
 
 from __future__ import annotations
 

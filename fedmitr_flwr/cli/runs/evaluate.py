@@ -1,4 +1,4 @@
-"""The command ``fedmitr evaluate``."""
+"""The command ``fedmitr evaluate``: measure a run's global model on labelled images."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def evaluate(
 ) -> None:
     """Measure a run's global model on labelled images.
 
-    The class folders of a folder: source are matched to the model's classes by name. The command prints the accuracy
-    and the accuracy of each class.
+    The class folders of a folder: source are matched to the model's classes by name; a folder with several splits is
+    invalid, so name the folder of one split. The command prints the accuracy and the accuracy of each class.
 
     Exit code: 0 measured, 2 invalid input.
     """

@@ -1,4 +1,4 @@
-"""The command ``fedmitr export``."""
+"""The command ``fedmitr export``: write a run's global model as an ONNX file."""
 
 from __future__ import annotations
 

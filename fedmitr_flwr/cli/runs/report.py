@@ -1,4 +1,4 @@
-"""The command ``fedmitr report``."""
+"""The command ``fedmitr report``: write a run's report again, or compare several runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command ``fedmitr resume``."""
+"""The command ``fedmitr resume``: resume a simulation that failed or was interrupted."""
 
 from __future__ import annotations
 

@@ -20,7 +20,7 @@ import torch
 from flwr.app import Array, ArrayRecord, ConfigRecord, ConfigRecordValues
 from torch import Tensor
 
-from fedmitr_flwr.federation.uploads.store import UPLOAD_DTYPES, TensorLayout, UploadStore
+from fedmitr_flwr.federation.uploads.layout import UPLOAD_DTYPES, Layout, TensorLayout
 from fedmitr_flwr.federation.uploads.validation import UploadRefused
 from fedmitr_flwr.settings import UploadDtype
 
@@ -57,8 +57,8 @@ def encode_state(state: Mapping[str, Tensor], dtype: UploadDtype = "fp32") -> Ar
     return ArrayRecord(arrays)
 
 
-def decode_state(record: ArrayRecord, store: UploadStore, dtype: object) -> dict[str, Tensor]:
-    """Convert an uploaded record into tensors, after checking it against the layout of the store.
+def decode_state(record: ArrayRecord, layout: Layout, dtype: object) -> dict[str, Tensor]:
+    """Convert an uploaded record into tensors, after checking it against the expected layout.
 
     Nothing is allocated before the check. The tensors are views of the record's bytes and must not be written to, so
     that each upload is in memory once. The record is empty afterwards.
@@ -67,8 +67,8 @@ def decode_state(record: ArrayRecord, store: UploadStore, dtype: object) -> dict
     ----------
     record
         The received arrays.
-    store
-        Its layout gives the expected names, shapes and dtypes.
+    layout
+        The expected names, shapes and dtypes.
     dtype
         Number format that the sender declares: ``fp32``, ``fp16`` or ``bf16``. Any other value is refused.
 
@@ -79,10 +79,10 @@ def decode_state(record: ArrayRecord, store: UploadStore, dtype: object) -> dict
     """
     if not isinstance(dtype, str) or dtype not in UPLOAD_DTYPES:
         raise UploadRefused(f"names the number format {str(dtype)[:40]!r}, expected one of {', '.join(UPLOAD_DTYPES)}")
-    store.check_layout({key: _declared(key, array, bf16=dtype == "bf16") for key, array in record.items()})
+    layout.check(Layout({key: _declared(key, array, bf16=dtype == "bf16") for key, array in record.items()}))
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", message="The given NumPy array is not writable")
-        return {key: _decode(key, record.pop(key), bf16=dtype == "bf16") for key in store.layout}
+        return {key: _decode(key, record.pop(key), bf16=dtype == "bf16") for key in layout.tensors}
 
 
 def decode_trusted(record: ArrayRecord) -> dict[str, Tensor]:

@@ -20,9 +20,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from torch.linalg import vector_norm
 
+from fedmitr_flwr.federation.uploads.layout import Layout
 from fedmitr_flwr.federation.uploads.validation import (
     UploadRefused,
-    brief,
     check_count,
     check_histogram,
     check_name,
@@ -34,16 +34,6 @@ from fedmitr_flwr.runs.tensors import StoredState, checksum, write_tensors
 from fedmitr_flwr.training.reported import REPORTED
 
 log = logging.getLogger("fedmitr.collection")
-
-UPLOAD_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
-
-
-@dataclass(frozen=True)
-class TensorLayout:
-    """Declared shape and dtype of a tensor."""
-
-    shape: tuple[int, ...]
-    dtype: torch.dtype
 
 
 @dataclass(frozen=True)
@@ -107,7 +97,7 @@ class UploadStore:
         self.max_update_norm = max_update_norm
         self.num_classes = num_classes
         self.needs_histogram = needs_histogram
-        self.layout = {key: TensorLayout(tuple(value.shape), value.dtype) for key, value in reference.items()}
+        self.layout = Layout.of(reference)
         self._floating = {key: value for key, value in reference.items() if value.is_floating_point()}
         self._start = math.sqrt(sum(float(vector_norm(value)) ** 2 for value in self._floating.values()))
         self._max_distance = max_update_norm * max(1.0, self._start)
@@ -128,27 +118,6 @@ class UploadStore:
         if name in self._uploads:
             raise UploadRefused(f"second upload of client {name}")
         return name
-
-    def check_layout(self, declared: Mapping[str, TensorLayout]) -> None:
-        """Check declared names, shapes and dtypes against the reference, without allocating memory.
-
-        Raises
-        ------
-        UploadRefused
-            If tensors are missing or unexpected (the message names up to three), or one has another shape or dtype.
-        """
-        if not declared:
-            raise UploadRefused("holds no tensors")
-        _refuse_names("missing", [key for key in self.layout if key not in declared])
-        _refuse_names("unexpected", [key for key in declared if key not in self.layout])
-        for key, expected in self.layout.items():
-            found = declared[key]
-            # Shapes must be equal: (1, 64) instead of (64, 64) would be broadcast in an average without an error.
-            if found.shape != expected.shape:
-                raise UploadRefused(f"{key} has shape {brief(found.shape)}, expected {expected.shape}")
-            allowed = set(UPLOAD_DTYPES.values()) if expected.dtype.is_floating_point else {expected.dtype}
-            if found.dtype not in allowed:
-                raise UploadRefused(f"{key} has dtype {found.dtype}, expected {_dtype_names(allowed)}")
 
     def accept(
         self,
@@ -178,7 +147,7 @@ class UploadStore:
             If writing fails; the list is unchanged.
         """
         name = self.check_client(client)
-        self.check_layout({key: TensorLayout(tuple(value.shape), value.dtype) for key, value in state.items()})
+        self.layout.check(Layout.of(state))
         count = check_count("num-examples", num_examples, 1)
         counts = check_histogram(histogram, count, self.num_classes, needed=self.needs_histogram)
         checked = {
@@ -226,7 +195,7 @@ class UploadStore:
         if path.stem != file_stem(upload.client):
             raise ValueError(f"its file name does not belong to its client {upload.client}")
         state = self.load(upload)
-        self.check_layout({key: TensorLayout(tuple(value.shape), value.dtype) for key, value in state.items()})
+        self.layout.check(Layout.of(state))
         return upload
 
     def uploads(self) -> list[StoredUpload]:
@@ -286,13 +255,3 @@ class UploadStore:
             "checksum": upload.checksum,
         }
         write_tensors(upload.path, state, metadata)
-
-
-def _refuse_names(kind: str, names: list[str]) -> None:
-    if names:
-        shown = ", ".join(brief(name) for name in names[:3]) + (", …" if len(names) > 3 else "")
-        raise UploadRefused(f"{len(names)} {kind} tensor{'s' if len(names) > 1 else ''}: {shown}")
-
-
-def _dtype_names(dtypes: set[torch.dtype]) -> str:
-    return " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))

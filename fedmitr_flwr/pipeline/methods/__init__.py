@@ -1,8 +1,8 @@
-"""The ways from uploads to one global model, chosen by `run.method`: FedMITR and its baselines.
+"""The methods that `run.method` can name: FedMITR and its baselines. Each makes one global model from the uploads.
 
-Each is one file that ends in a `common.Method` and one line in `METHODS`. All methods read the same settings: whatever
-a baseline shares with FedMITR (weighting, start, augmentation, random images, steps) has the same keys, so that a
-comparison can be made with the same extras.
+A method is one module that defines a `common.Method`, and one line in `METHODS`. All methods read the same settings:
+what a baseline shares with FedMITR (weighting, start, augmentation, random images, steps) has the same keys, so all
+methods can be compared with the same extras.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ METHODS: dict[str, Method] = {
     "dense": DENSE,
     "co-boosting": CO_BOOSTING,
 }
-"""By `run.method`, in the order of `settings.choices.MethodName`."""
+"""Methods by their name in `run.method`, in the order of `settings.choices.MethodName`."""
 
 
 def method_of(settings: Settings) -> Method:

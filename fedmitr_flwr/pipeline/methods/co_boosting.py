@@ -1,18 +1,28 @@
 """Co-Boosting (Dai et al., ICLR 2024, arXiv 2402.15070): hard samples and the ensemble's weights improve each other.
 
-A generator as in DENSE, with three changes. Cross-entropy is weighted by how hard an image is for the ensemble, and the
-student's disagreement counts everywhere: ``(1 - A_y) CE(A(x), y) - l T^2 KL(A(x)^(1/T) || s(x)^(1/T))``, T = 3. The
-teachers' say is learnt on the images made so far, by steps of the sign of the gradient of CE(A(x), y). And before the
-student sees an image, it is moved by `generator.perturbation` along the sign of the gradient of a random direction of
-the ensemble's output at temperature 4, so that images are diverse, and the ensemble labels what comes out.
+A generator is trained as in DENSE, with three changes:
 
-Constants are those of the authors' code: l = 1, perturbation 8/255, hardness to the power 1, weights from 1/K between
-0 and 1, step 0.01 for ten clients (the paper's 0.1/K) and 0.99 of it after each round.
+- The generator minimises ``(1 - A_y) CE(A(x), y) - l T^2 KL(A(x)^(1/T) || s(x)^(1/T))``, T = 3. The first factor gives
+  images that are hard for the ensemble a higher weight. The second term, the student's disagreement, applies to all
+  images.
+- The ensemble weights are learnt. After each round, one weight for each teacher is updated on all images generated so
+  far, by steps against the sign of the gradient of CE(A(x), y).
+- The student is trained on perturbed images. Each image is moved by `generator.perturbation` along the sign of the
+  gradient of a random linear combination of the ensemble's outputs at temperature 4, which makes the images more
+  diverse. The ensemble labels the perturbed images.
 
-Departures beside those of `baselines.generated`: one number a teacher multiplies its class-wise weights of
-`ensemble.weighting`, where the authors weight logits; under ``uniform`` it is their weight of probabilities. Perturbed
-pixels are clipped to the valid range. Only as many images are perturbed as the student takes before the next round, and
-mixed and random images (`distill.mix`, `distill.noise`) are not.
+Constants are those of the authors' code: l = 1; perturbation 8/255; hardness to the power 1; teacher weights start at
+1/K and stay between 0 and 1; step 0.01 for ten clients (0.1/K in the paper), multiplied by 0.99 after each round.
+
+Departures, besides those in `generator.py`:
+
+- The learnt weight of a teacher is a factor on its class-wise weights of `ensemble.weighting`; the authors weight the
+  logits of the teachers. With ``uniform`` the factors are the teachers' weights in the mean of the probabilities.
+- Perturbed pixels are clipped to the valid range.
+- Only as many images are perturbed as the student uses before the next round.
+- Mixed and random images (`distill.mix`, `distill.noise`) are not perturbed.
+
+Letters: K teachers, B images, C classes, P patches of the full grid, E pixels of a patch.
 """
 
 from __future__ import annotations
@@ -36,7 +46,7 @@ DIRECTION_TEMPERATURE = 4.0
 
 
 def co_boosting(inputs: PipelineInputs) -> PipelineResult:
-    """See `pipeline.run_pipeline`; the result's ensemble is the one with the learnt weights."""
+    """Run Co-Boosting; see `fedmitr.run_pipeline`. The result's ensemble has the learnt weights."""
     method = _CoBoosting(inputs)
     result = method.run()
     return replace(result, ensemble=method.ensemble)
@@ -46,7 +56,7 @@ class _CoBoosting(InTurn):
     def __init__(self, inputs: PipelineInputs) -> None:
         super().__init__(inputs)
         K = len(self.teachers.teachers)
-        self.ensemble, self.say = self.teachers, torch.full((K,), 1 / K, device=inputs.device)
+        self.ensemble, self.vote_weights = self.teachers, torch.full((K,), 1 / K, device=inputs.device)
         self._step = 0.1 / K
         self._logits = torch.empty(K, 0, self.teachers.weights.shape[1], device=inputs.device)
 
@@ -55,18 +65,19 @@ class _CoBoosting(InTurn):
         return hard_loss(seen, self.student_logits(patches), labels, self.settings.adversarial)
 
     def extend(self, patches: Tensor, labels: Tensor) -> None:
-        """Learn the teachers' say: one pass over all images that have a label, a step for each batch of them."""
+        """Update the teachers' vote weights in one pass over all images with a label, one step for each batch."""
         named = labels >= 0
         self._logits = torch.cat([self._logits, self.teachers.see(patches[named]).logits], 1)
         known = torch.cat([self.labels[self.labels >= 0], labels[named]])
         order = torch.randperm(len(known), generator=self.random).to(known.device)
         for rows in order.split(self.settings.batch_size):
-            self.say = step_of_say(self.teachers, self.say, self._logits[:, rows], known[rows], self._step)
+            logits = self._logits[:, rows]
+            self.vote_weights = vote_weight_step(self.teachers, self.vote_weights, logits, known[rows], self._step)
         self._step *= DECAY
-        self.ensemble = reweighted(self.teachers, self.say)
+        self.ensemble = reweighted(self.teachers, self.vote_weights)
 
     def pool(self, steps: int) -> Pool:
-        """As many images as `steps` take, drawn anew, perturbed and labelled by the ensemble as it is now."""
+        """Draw as many images as `steps` steps need, perturb them and label them by the current ensemble."""
         wanted, size = steps * self.recipe.batch_size, len(self.labels)
         passes = [torch.randperm(size, generator=self.random) for _ in range(-(-wanted // size))]
         rows = torch.cat(passes)[:wanted].to(self.labels.device)
@@ -78,7 +89,7 @@ class _CoBoosting(InTurn):
 
 
 def hard_loss(probabilities: Tensor, logits: Tensor, labels: Tensor, weight: float) -> Tensor:
-    """``(1 - A_y) CE(A, y) - weight T^2 KL(A^(1/T) || s^(1/T))`` of each image, ``(B,)``; T = 3.
+    """Return ``(1 - A_y) CE(A, y) - weight T^2 KL(A^(1/T) || s^(1/T))`` of each image, ``(B,)``; T = 3.
 
     Parameters
     ----------
@@ -86,38 +97,44 @@ def hard_loss(probabilities: Tensor, logits: Tensor, labels: Tensor, weight: flo
         ``(B, C)`` A(x) and the student's logits; gradients flow to both, but not through the hardness ``1 - A_y``.
     labels
         ``(B,)`` int64.
+    weight
+        l, the weight of the student's disagreement; 0: off.
     """
     hardness = 1 - probabilities.detach().gather(1, labels[:, None]).squeeze(1)
     return hardness * cross_entropy(probabilities, labels) - weight * divergence(probabilities, logits, TEMPERATURE)
 
 
-def reweighted(ensemble: Ensemble, say: Tensor) -> Ensemble:
-    """The ensemble with each teacher's class-wise weights times its say, ``(K,)``, normalised for each class again.
+def reweighted(ensemble: Ensemble, vote_weights: Tensor) -> Ensemble:
+    """Multiply the teachers' class-wise weights by ``(K,)`` vote weights, and normalise them in each class again.
 
-    A class whose teachers all have lost their say keeps its weights.
+    A class in which all products are 0 keeps its weights.
     """
-    scaled = ensemble.weights * say[:, None]
+    scaled = ensemble.weights * vote_weights[:, None]
     total = scaled.sum(0)
     weights = torch.where(total > 0, scaled / total.clamp_min(1e-12), ensemble.weights)
     return Ensemble(ensemble.teachers, weights, ensemble.limits)
 
 
-def step_of_say(ensemble: Ensemble, say: Tensor, logits: Tensor, labels: Tensor, size: float) -> Tensor:
-    """Move each teacher's say by `size` against the sign of the gradient of CE(A(x), y), within 0 and 1; ``(K,)``.
+def vote_weight_step(ensemble: Ensemble, vote_weights: Tensor, logits: Tensor, labels: Tensor, size: float) -> Tensor:
+    """Move each vote weight by `size` against the sign of the gradient of CE(A(x), y); ``(K,)``, clipped to 0..1.
 
     Parameters
     ----------
     ensemble
-        With the weights as they were before any say.
+        The ensemble with its original weights, before any vote weights are applied.
+    vote_weights
+        ``(K,)`` current vote weights.
     logits
-        ``(K, B, C)`` of its teachers.
+        ``(K, B, C)`` logits of its teachers.
     labels
         ``(B,)`` int64.
+    size
+        Size of the step.
     """
-    say = say.detach().requires_grad_(True)
-    loss = cross_entropy(reweighted(ensemble, say).combine(logits), labels).mean()
-    (gradient,) = torch.autograd.grad(loss, say)
-    return (say.detach() - size * gradient.sign()).clamp(0.0, 1.0)
+    vote_weights = vote_weights.detach().requires_grad_(True)
+    loss = cross_entropy(reweighted(ensemble, vote_weights).combine(logits), labels).mean()
+    (gradient,) = torch.autograd.grad(loss, vote_weights)
+    return (vote_weights.detach() - size * gradient.sign()).clamp(0.0, 1.0)
 
 
 def perturbed(ensemble: Ensemble, patches: Tensor, grid: PatchGrid, size: float, generator: torch.Generator) -> Tensor:
@@ -126,9 +143,9 @@ def perturbed(ensemble: Ensemble, patches: Tensor, grid: PatchGrid, size: float,
     Parameters
     ----------
     patches
-        ``(B, P, E)`` within the valid range, where they stay.
+        ``(B, P, E)`` within the valid range. The result is clipped to this range.
     size
-        How far each pixel moves, in 255ths of the range of its channel.
+        Distance by which each pixel moves, in 255ths of the range of its channel; 0: no change.
     generator
         CPU generator of the directions.
     """

@@ -1,4 +1,4 @@
-"""What a method of `run.method` is, and what the baselines share."""
+"""The description of a method of `run.method`, and a function that several baselines use."""
 
 from __future__ import annotations
 
@@ -7,30 +7,31 @@ from dataclasses import dataclass, field, replace
 
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.pipeline.inputs import Pipeline, PipelineInputs, PipelineResult
+from fedmitr_flwr.pipeline.safeguards import bounded_uploads, vote_warnings
 from fedmitr_flwr.pipeline.steps import make_ensemble
 from fedmitr_flwr.settings import RunConfigValue, Settings
 
 
 @dataclass(frozen=True)
 class Method:
-    """A way from uploads to one global model, and everything that the rest of the program must know about it.
+    """A method that makes one global model from the uploads, with all that the rest of the program needs to know.
 
     Attributes
     ----------
     pipeline
-        Turns uploads into a model.
+        Function that makes the model.
     title
-        What the model card and the report call the method; Markdown.
+        Name of the method in the model card and the report; Markdown.
     server_part
-        Returns one sentence on what the server did with the uploads, given the resolved settings.
+        Function of the resolved settings that returns one sentence on what the server did with the uploads.
     changes
-        Settings that the method fixes, whatever the run-config says: ``{"distill.labels": "hard"}``.
+        Settings that the method fixes and that override the run-config, such as ``{"distill.labels": "hard"}``.
     distils
         Whether a student is trained. False for methods that only average.
     inverts
         Whether images are inverted from the teachers.
     generates
-        Whether a generator is trained. Its arithmetic is not counted.
+        Whether a generator is trained. Its FLOPs are not counted.
     """
 
     pipeline: Pipeline
@@ -42,16 +43,30 @@ class Method:
     generates: bool = False
 
     def resolve(self, settings: Settings) -> Settings:
-        """Return the settings with those that the method fixes."""
+        """Return the settings, with the values that the method fixes."""
         return settings.replace(**self.changes) if self.changes else settings
 
     def __call__(self, inputs: PipelineInputs) -> PipelineResult:
-        """Run the method under its resolved settings; see `fedmitr.run_pipeline`."""
-        return self.pipeline(replace(inputs, settings=self.resolve(inputs.settings)))
+        """Run the method with its resolved settings on bounded uploads; see `fedmitr.run_pipeline`."""
+        resolved = replace(inputs, settings=self.resolve(inputs.settings))
+        bounded, warnings = bounded_uploads(resolved)
+        for warning in warnings:
+            inputs.observer.event("ensemble", warning=warning)
+        result = self.pipeline(bounded)
+        dominance = vote_warnings(bounded, result.ensemble.weights)
+        for warning in dominance:
+            inputs.observer.event("ensemble", warning=warning)
+        return replace(result, warnings=(*result.warnings, *warnings, *dominance))
 
 
 def untrained_result(inputs: PipelineInputs, ensemble: Ensemble | None = None) -> PipelineResult:
-    """Return the ensemble and the one-shot average as a result whose global model is that average."""
+    """Return a result whose global model is the one-shot FedAvg of the uploads, with the ensemble.
+
+    Parameters
+    ----------
+    ensemble
+        The ensemble of the result; None: made from the uploads.
+    """
     ensemble = ensemble or make_ensemble(inputs)[0]
     average = inputs.average()
     return PipelineResult(dict(average), average, ensemble, None, None, None, {})

@@ -1,8 +1,11 @@
-"""DENSE (Zhang et al., NeurIPS 2022, arXiv 2112.12371): a generator against the ensemble, and the student in turn.
+"""DENSE (Zhang et al., NeurIPS 2022, arXiv 2112.12371): train an image generator and the student in turn.
 
-The generator minimises ``CE(A(x), y) - l KL(A(x) || s(x))``, the second term only on images where student and ensemble
-disagree: images near the boundary between them. Its weight l is `generator.adversarial`, 1 in the authors' command.
-The student learns from all images generated so far. Departures stand in `baselines.generated`.
+The generator minimises ``CE(A(x), y) - l KL(A(x) || s(x))``. The second term applies only to images on which the most
+probable classes of student and ensemble differ, that is, to images near the decision boundary. Its weight l is
+`generator.adversarial`; the authors' command uses 1. The student is trained on all images generated so far.
+`generator.py` lists the departures from the paper.
+
+Letters: B images, C classes.
 """
 
 from __future__ import annotations
@@ -16,7 +19,7 @@ from fedmitr_flwr.stages.distillation.pool import Pool, Targets, label_patches, 
 
 
 def dense(inputs: PipelineInputs) -> PipelineResult:
-    """See `pipeline.run_pipeline`."""
+    """Run DENSE; see `fedmitr.run_pipeline`."""
     return _Dense(inputs).run()
 
 
@@ -37,7 +40,7 @@ class _Dense(InTurn):
 
 
 def boundary_loss(probabilities: Tensor, logits: Tensor, labels: Tensor, weight: float) -> Tensor:
-    """``CE(A, y) - weight [argmax A != argmax s] KL(A || s)`` of each image, ``(B,)``.
+    """Return ``CE(A, y) - weight [argmax A != argmax s] KL(A || s)`` of each image, ``(B,)``.
 
     Parameters
     ----------
@@ -45,6 +48,8 @@ def boundary_loss(probabilities: Tensor, logits: Tensor, labels: Tensor, weight:
         ``(B, C)`` A(x) and the student's logits; gradients flow to both.
     labels
         ``(B,)`` int64.
+    weight
+        l, the weight of the second term; 0: off.
     """
     differ = probabilities.argmax(1) != logits.argmax(1)
     return cross_entropy(probabilities, labels) - weight * differ * divergence(probabilities, logits)

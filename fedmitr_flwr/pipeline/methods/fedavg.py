@@ -1,4 +1,4 @@
-"""One-shot FedAvg (McMahan et al. 2017, arXiv 1602.05629): the mean of the weights by number of examples."""
+"""One-shot FedAvg (McMahan et al. 2017, arXiv 1602.05629): the mean of the uploads, weighted by numbers of examples."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from fedmitr_flwr.pipeline.methods.common import Method, untrained_result
 
 
 def one_shot_fedavg(inputs: PipelineInputs) -> PipelineResult:
-    """Average the uploads; nothing is trained, so the seed is without effect. See `pipeline.run_pipeline`."""
+    """Average the uploads; see `fedmitr.run_pipeline`. Nothing is trained, so the seed has no effect."""
     return untrained_result(inputs)
 
 
 FEDAVG = Method(
     one_shot_fedavg,
     "one-shot FedAvg",
-    lambda settings: "It averaged the uploads by their number of images; nothing was distilled.",
+    lambda settings: "It averaged the uploaded weights by the clients' numbers of images. It distilled nothing.",
     distils=False,
     inverts=False,
 )

@@ -1,4 +1,4 @@
-"""FedMITR: the four stages in order, from uploads to one global ViT without any data."""
+"""FedMITR: run the four stages in order, from the uploads to one global ViT, without any data."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def run_pipeline(inputs: PipelineInputs) -> PipelineResult:
     SettingsError, ValueError
         If the weighting needs histograms that clients withheld.
     InversionDivergedError, RuntimeError
-        If a loss stops being finite.
+        If a loss is not finite.
     """
     settings, observer, checkpoints = inputs.settings, inputs.observer, inputs.checkpoints
     ensemble, known = make_ensemble(inputs)
@@ -62,11 +62,11 @@ def run_pipeline(inputs: PipelineInputs) -> PipelineResult:
 
 
 def inverted_images(settings: Settings) -> str:
-    """Say what a method that inverts did with the uploads."""
-    noise = f", and on {settings.distill.noise:g} random images for each of them" if settings.distill.noise > 0 else ""
+    """Return the sentence of the model card on what a method with inversion did with the uploads."""
+    noise = f" and on random images ({settings.distill.noise:g} for each of them)" if settings.distill.noise > 0 else ""
     return (
-        f"It inverted the ensemble of uploads into {settings.inversion.images} synthetic images, and distilled the "
-        f"ensemble into this model on them{noise}."
+        f"It inverted the ensemble of uploads into {settings.inversion.images} synthetic images and distilled the "
+        f"ensemble into this model on these images{noise}."
     )
 
 

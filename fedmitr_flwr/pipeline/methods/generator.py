@@ -1,25 +1,28 @@
-"""What DENSE and Co-Boosting share: a generator trained anew for each batch, in turn with the student.
+"""The part that DENSE and Co-Boosting have in common: a generator that is trained in turn with the student.
 
-In each of `generator.rounds` rounds the generator starts from fresh weights and is trained against the ensemble for
-`generator.iterations` updates, with its latent vectors; its best batch joins all earlier ones, and the student learns
-from them. Generator, optimiser and their constants are those of DENSE's published code, which Co-Boosting took over:
-three convolutions behind a linear map, Adam(1e-3, 0.5, 0.999), latent size 256, 30 updates, 200 rounds. The batch of
-128 is that of Co-Boosting's commands for both methods; DENSE's own has 256.
+In each of `generator.rounds` rounds the generator gets new random weights. It is trained with the ensemble for
+`generator.iterations` updates, together with its latent vectors. Its best batch is added to those of the earlier
+rounds, and the student is trained on all of them. Generator, optimiser and their constants are those of DENSE's
+published code, which Co-Boosting adopted: three convolutions after a linear map, Adam(1e-3, 0.5, 0.999), latent size
+256, 30 updates, 200 rounds. The batch size of 128 is that of Co-Boosting's commands for both methods; DENSE's own is
+256.
 
 Departures, for both methods:
 
-- The student starts from `distill.start` and learns under `distill.steps`, optimiser and temperature, by KL to the
-  ensemble and by what each teacher makes of an image (published: KL alone), and the ensemble is A(x) with
-  `ensemble.weighting`: whatever FedMITR has beside its images, they have too. The steps are spread over the rounds as
-  one pass of the growing pool each would spread them, which is the published schedule.
-- `distill.views`, `distill.mix` and `distill.noise` add the further images that FedMITR's pool has, as many random
-  images as FedMITR would take; the published methods have 1, 0 and 0.
-- The generator's images are augmented by `distill.augment` before the ensemble sees them (published: crop and flip).
-- A ViT keeps no batch statistics, and LayerNorm has none to compare with, so the stability term on them is absent.
-- Labels are drawn from the classes that at least one client knows.
-- Images of other sizes than 32: the first map has side S / 4, beyond 64 pixels there are more doublings instead.
+- Everything but the images is as in FedMITR: the student's start (`distill.start`), steps, optimiser and temperature,
+  and the ensemble A(x) with `ensemble.weighting`. The student is trained by KL to the ensemble and by the outputs of
+  each teacher; the published methods use KL alone.
+- The steps are divided among the rounds in proportion to the size of the pool, as in the published schedule, where each
+  round is followed by one pass over the pool. Their total is `distill.steps`.
+- `distill.views`, `distill.mix` and `distill.noise` add the same further images as in FedMITR, and as many random
+  images as FedMITR would use. The published methods add none (1, 0 and 0).
+- The generator's images are augmented by `distill.augment` before the ensemble is evaluated on them; the published
+  methods crop and flip them.
+- The stability term on batch statistics is left out, because LayerNorm, which ViTs use, stores none.
+- Labels are drawn from the classes for which at least one client has evidence.
+- For image sizes other than 32, the first feature map has side S / 4; above 64 pixels there are more doublings instead.
 
-Letters: B images of a batch, N of the pool, P patches, E pixels of a patch, C classes, Z latent size.
+Letters: B images of a batch, N images of the pool, P patches, E pixels of a patch, C classes, Z latent size.
 """
 
 from __future__ import annotations
@@ -48,14 +51,14 @@ from fedmitr_flwr.training.augment import augment
 
 
 class Generator(nn.Module):
-    """Images from latent vectors, within the valid pixel range.
+    """A network that makes images from latent vectors, within the valid pixel range.
 
     Parameters
     ----------
     grid
-        Geometry and range of the images.
+        Geometry and valid pixel range of the images.
     settings
-        Latent size, and channels of the last hidden map; the others have twice as many.
+        Latent size and number of channels of the last hidden map; the other maps have twice as many channels.
     """
 
     low: Tensor
@@ -77,14 +80,14 @@ class Generator(nn.Module):
         self.body = nn.Sequential(*layers, nn.Conv2d(width, grid.channels, 3, padding=1), nn.Sigmoid())
 
     def forward(self, latent: Tensor) -> Tensor:
-        """``(B, Z)`` latent vectors to ``(B, ch, S, S)`` normalised images."""
+        """Return ``(B, ch, S, S)`` normalised images for ``(B, Z)`` latent vectors."""
         maps = self.first(latent).view(len(latent), -1, self.side, self.side)
         images: Tensor = self.body(maps)[..., : self.size, : self.size]
         return self.low + (self.high - self.low) * images
 
     @torch.no_grad()
     def reset(self, generator: torch.Generator) -> None:
-        """Draw all weights anew: N(0, 0.02), scales of the norms N(1, 0.02), biases 0."""
+        """Draw new weights: N(0, 0.02) for weights, N(1, 0.02) for the scales of norms, 0 for biases."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Conv2d | nn.BatchNorm2d):
                 mean = 1.0 if isinstance(module, nn.BatchNorm2d) else 0.0
@@ -100,16 +103,25 @@ def generate(
     settings: GeneratorSettings,
     generator: torch.Generator,
 ) -> Tensor:
-    """Train a generator from fresh weights, and return the batch that had the least loss; ``(count, ch, S, S)``.
+    """Train a generator from new weights, and return the batch with the lowest loss, ``(count, ch, S, S)``.
 
     Parameters
     ----------
     net
-        In train mode, as its norms take the batch's own statistics.
+        In train mode, so that its norms use the statistics of the batch. Its weights are drawn anew.
+    count
+        Number of images.
     loss
-        Of ``(count, ch, S, S)`` images, a scalar.
+        Function from ``(count, ch, S, S)`` images to a scalar.
+    settings
+        Learning rate and number of updates.
     generator
         CPU generator of weights and latent vectors.
+
+    Raises
+    ------
+    RuntimeError
+        If no update has a finite loss.
     """
     net.reset(generator)
     latent = torch.randn(count, net.first.in_features, generator=generator).to(net.first.weight.device)
@@ -122,7 +134,7 @@ def generate(
         if float(value) < lowest:
             best, lowest = images.detach(), float(value)
         for weight, gradient in zip(learnt, torch.autograd.grad(value, learnt), strict=True):
-            weight.grad = gradient  # no other model's weights get one
+            weight.grad = gradient  # torch.autograd.grad gives the weights of the other models no gradients
         optimizer.step()
     if not math.isfinite(lowest):
         raise RuntimeError("the generator's loss is not finite; lower generator.learning-rate")
@@ -130,20 +142,20 @@ def generate(
 
 
 class InTurn(ABC):
-    """Generation and distillation in turn: one run of a method.
+    """One run of a method that trains generator and student in turn.
 
     Parameters
     ----------
     inputs
-        As for `pipeline.run_pipeline`.
+        As for `fedmitr.run_pipeline`.
 
     Attributes
     ----------
     teachers
-        The ensemble as it was made of the uploads.
+        The ensemble with the weights computed from the uploads.
     patches, labels
-        ``(N, P, E)`` and ``(N,)``: everything generated so far, with its further images; label -1 for those that have
-        none.
+        ``(N, P, E)`` and ``(N,)``: all images generated so far, with their further images. The label is -1 for images
+        without one.
     """
 
     def __init__(self, inputs: PipelineInputs) -> None:
@@ -163,18 +175,18 @@ class InTurn(ABC):
 
     @abstractmethod
     def loss(self, patches: Tensor, labels: Tensor) -> Tensor:
-        """``(B,)`` what the generator minimises, of ``(B, P, E)`` patches and ``(B,)`` labels."""
+        """Return the generator's loss for each image, ``(B,)``, given ``(B, P, E)`` patches and ``(B,)`` labels."""
 
     @abstractmethod
     def extend(self, patches: Tensor, labels: Tensor) -> None:
-        """Take ``(M, P, E)`` new patches of the pool and their ``(M,)`` labels, before they join the others."""
+        """Process ``(M, P, E)`` new patches and their ``(M,)`` labels, before they are added to `patches`."""
 
     @abstractmethod
     def pool(self, steps: int) -> Pool:
-        """What the student learns from in the next `steps` steps."""
+        """Return the pool on which the student is trained in the next `steps` steps."""
 
     def run(self) -> PipelineResult:
-        """Return the student; the generated images are the result's synthetic ones, every patch of them kept."""
+        """Run the method. The generated images are the result's synthetic images, with all patches kept."""
         inputs, result = self.inputs, untrained_result(self.inputs, self.teachers)
         with inputs.observer.stage("distill"):
             self.student.load_state_dict(student_start(inputs, self.teachers, result.fedavg))
@@ -188,7 +200,7 @@ class InTurn(ABC):
         return replace(result, state=state, synthetic=made, split=split, seconds=seconds)
 
     def _grow(self, step: int) -> Pool | None:
-        """Hold the rounds that are due before a step of the student; None if there are none."""
+        """Run the rounds that are due before a step of the student, and return the new pool; None: keep the old one."""
         pool = None
         while self._starts and self._starts[0] <= step:
             start = self._starts.pop(0)
@@ -224,34 +236,42 @@ class InTurn(ABC):
             self.inputs.observer.event("distill", generated=done, loss=float(self._made[-1].loss.mean()))
 
     def student_logits(self, patches: Tensor) -> Tensor:
-        """``(B, C)`` what the student sees in ``(B, P, E)`` patches."""
+        """Return the student's logits ``(B, C)`` for ``(B, P, E)`` patches."""
         return forward_patches(self.student, patches, None).logits
 
 
 def round_starts(rounds: int, steps: int) -> list[int]:
-    """Step of the student before which each round is held, the first at 0.
+    """Return the step of the student before which each round runs; 0 for the first.
 
-    Round r is followed by a share r of the steps: one pass over a pool of r batches.
+    The number of steps after round r, counted from 1, is proportional to r, the number of batches in the pool.
     """
     return [round(steps * number * (number + 1) / (rounds * (rounds + 1))) for number in range(rounds)]
 
 
 def cross_entropy(probabilities: Tensor, labels: Tensor) -> Tensor:
-    """``-log p_y``, ``(B,)``, of ``(B, C)`` probabilities and ``(B,)`` labels."""
+    """Return ``-log p_y``, ``(B,)``, for ``(B, C)`` probabilities and ``(B,)`` labels."""
     return -probabilities.gather(1, labels[:, None]).squeeze(1).clamp_min(1e-12).log()
 
 
 def divergence(probabilities: Tensor, logits: Tensor, temperature: float = 1.0) -> Tensor:
-    """``T^2 KL(p^(1/T) || softmax(logits / T))`` of each image, ``(B,)``; gradients flow to both ``(B, C)`` tensors."""
+    """Return ``T^2 KL(p^(1/T) || softmax(logits / T))`` of each image, ``(B,)``.
+
+    Parameters
+    ----------
+    probabilities, logits
+        ``(B, C)``; gradients flow to both.
+    temperature
+        T; 1 leaves both unchanged.
+    """
     target = soften(probabilities, temperature) if temperature != 1.0 else probabilities
     log_target, log_student = target.clamp_min(1e-12).log(), (logits.float() / temperature).log_softmax(-1)
     return F.kl_div(log_student, log_target, reduction="none", log_target=True).sum(1) * temperature**2
 
 
 def generated_images(settings: Settings) -> str:
-    """Say what a method with a generator did with the uploads."""
+    """Return the sentence of the model card on what a method with a generator did with the uploads."""
     count = settings.generator.rounds * settings.generator.batch_size
     return (
-        "It trained a generator against the ensemble of uploads, and distilled the ensemble into this model on "
-        f"{count} generated images, in turn."
+        "It trained a generator with the ensemble of uploads and, in turn, distilled the ensemble into this model on "
+        f"{count} generated images."
     )

@@ -1,7 +1,7 @@
-"""FedMITR with hard labels everywhere: the ensemble's most probable class instead of its distribution.
+"""FedMITR with hard labels: the ensemble's most probable class instead of its distribution.
 
-Both where the student learns from the full images and where it learns from the low-density patches. What each teacher
-makes of an image (`distill.feature-weight`, `distill.teacher-weight`) is no hard label, and is left out.
+This applies to full images and to low-density patches. The loss terms on the outputs of each teacher
+(`distill.feature-weight`, `distill.teacher-weight`) are left out, because their targets are not hard labels.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from fedmitr_flwr.pipeline.methods.fedmitr import CITATION, inverted_images, run
 
 HARD_LABELS = Method(
     run_pipeline,
-    f"{CITATION}, but with hard labels",
+    f"{CITATION} with hard labels instead of soft labels",
     inverted_images,
     {
         "distill.labels": "hard",

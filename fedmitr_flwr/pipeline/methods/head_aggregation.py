@@ -1,7 +1,8 @@
-"""Class-wise head aggregation: the mean update of the body, and each class's head row by who knows the class.
+"""Class-wise head aggregation: average the client updates, with class-wise weights for the rows of the head.
 
-The rows are weighted with `ensemble.weighting` and `ensemble.power`, the body is scaled by `distill.merge-scale`: the
-model that FedMITR's student starts from under ``distill.start = "merged"``, taken as it is.
+The weights of the rows are those of `ensemble.weighting` and `ensemble.power`. The mean update of all other weights is
+scaled by `distill.merge-scale`. The result is the model from which FedMITR's student starts with
+``distill.start = "merged"``.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from fedmitr_flwr.pipeline.methods.common import Method, untrained_result
 
 
 def head_aggregation(inputs: PipelineInputs) -> PipelineResult:
-    """Merge the uploads; nothing is trained, so the seed is without effect. See `pipeline.run_pipeline`."""
+    """Merge the uploads; see `fedmitr.run_pipeline`. Nothing is trained, so the seed has no effect."""
     result = untrained_result(inputs)
     weights = result.ensemble.weights.cpu()
     return replace(result, state=merged(inputs.initial, inputs.states, weights, inputs.settings.distill.merge_scale))
@@ -22,10 +23,10 @@ def head_aggregation(inputs: PipelineInputs) -> PipelineResult:
 
 HEAD_AGGREGATION = Method(
     head_aggregation,
-    "averaging with a class-wise head",
+    "averaging with class-wise weights for the classifier head",
     lambda settings: (
-        "It averaged the uploads' updates, with each class's row of the classifier head weighted by how much each "
-        "client knows of the class; nothing was distilled."
+        "It averaged the uploaded weights. For each class, it averaged the row of the classifier head with the "
+        "clients' weights for this class. It distilled nothing."
     ),
     distils=False,
     inverts=False,

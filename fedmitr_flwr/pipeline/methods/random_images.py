@@ -1,8 +1,8 @@
-"""Distillation on random images alone: the ensemble labels them, nothing is inverted.
+"""Distillation on random images alone, which the ensemble labels. Nothing is inverted.
 
-A strong baseline that costs no inversion at all, and must stand in every comparison. There are as many images as
-FedMITR's pool holds under the same settings, of the kind `distill.noise-kind`, and as many steps. The student learns
-by KL and, as FedMITR's does, by what each teacher makes of an image.
+This is a strong baseline without the cost of inversion, so every comparison should include it. The images are of the
+kind `distill.noise-kind`. There are as many as FedMITR's pool holds with the same settings, and as many steps. The
+student is trained by KL to the ensemble and, as in FedMITR, by the outputs of each teacher.
 """
 
 from __future__ import annotations
@@ -23,30 +23,30 @@ from fedmitr_flwr.stages.random_images.families import random_images
 
 
 def ensemble_on_random_images(inputs: PipelineInputs) -> PipelineResult:
-    """See `pipeline.run_pipeline`."""
+    """Distil on random images; see `fedmitr.run_pipeline`."""
     kind = inputs.settings.distill.noise_kind
     return distil_on(inputs, lambda count, grid, generator: random_images(kind, count, grid, generator))
 
 
 def distil_on(inputs: PipelineInputs, draw: Callable[[int, PatchGrid, torch.Generator], Tensor]) -> PipelineResult:
-    """Distillation on images that have neither pseudo-labels nor a density split.
+    """Distil on images that have neither pseudo-labels nor a density split.
 
     Parameters
     ----------
     inputs
-        See `pipeline.run_pipeline`.
+        As for `fedmitr.run_pipeline`.
     draw
         Returns ``(N, ch, S, S)`` fp32 normalised images, given their number N, the grid and a CPU generator.
 
     Returns
     -------
     PipelineResult
-        Without synthetic images.
+        A result without synthetic images.
 
     Raises
     ------
     SettingsError, ValueError, RuntimeError
-        As `pipeline.run_pipeline`.
+        As for `fedmitr.run_pipeline`.
     """
     settings, result = inputs.settings, untrained_result(inputs)
     student = build_model(settings.model, inputs.spec)
@@ -66,7 +66,7 @@ RANDOM_IMAGES = Method(
     ensemble_on_random_images,
     "distillation on random images",
     lambda settings: (
-        "It let the ensemble of uploads label random images, and distilled the ensemble into this model on them."
+        "It labelled random images with the ensemble of uploads and distilled the ensemble into this model on them."
     ),
     inverts=False,
 )

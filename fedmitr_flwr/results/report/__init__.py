@@ -1,4 +1,4 @@
-"""``report.html``: what a run did and what came of it, on one self-contained page."""
+"""Write ``report.html``: the settings, results and costs of a run on one self-contained page."""
 
 from fedmitr_flwr.results.finished_run import FinishedRun, load_run
 from fedmitr_flwr.results.report.compare import comparison_page

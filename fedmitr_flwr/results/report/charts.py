@@ -1,6 +1,7 @@
-"""Charts as small pieces of HTML that follow the page's width and colours; text keeps its size on a phone.
+"""Charts as pieces of HTML and SVG that adapt to the width and the colours of the page.
 
-Each function returns markup; all text in it is escaped. Series have the page's colours ``--s1`` to ``--s4``.
+Text is HTML, not SVG, so that it has the same size on every screen. Each function returns markup with its text
+escaped. The colours of the series are the CSS variables ``--s1`` to ``--s4``.
 """
 
 from __future__ import annotations
@@ -20,14 +21,14 @@ _DECADES = MaxNLocator(4, steps=[1, 2, 3, 4, 5, 10], integer=True)
 
 @dataclass(frozen=True)
 class Series:
-    """One line of a chart.
+    """One line of a line chart.
 
     Attributes
     ----------
     name
-        In the legend.
+        Text in the legend.
     points
-        ``(x, y)`` in order of x.
+        Pairs ``(x, y)`` in ascending order of x.
     """
 
     name: str
@@ -43,11 +44,11 @@ class Bar:
     name, shown
         Text on the left and on the right.
     value
-        In the units of the scale.
+        Position on the scale: 0 to 1 in `intervals`, at least 0 in `bars`.
     low, high
-        Ends of its interval; the value itself if there is none.
+        Ends of the interval; None: no interval.
     strong
-        Whether it is the row that matters.
+        Whether the row is highlighted.
     """
 
     name: str
@@ -59,12 +60,12 @@ class Bar:
 
 
 def intervals(rows: Sequence[Bar]) -> Markup:
-    """Ticks with their intervals on a scale from 0 to 100 %; values in 0..1."""
+    """Draw one mark with its interval for each row, on a scale from 0 to 100 %."""
     return _draw("intervals", rows=rows)
 
 
 def bars(rows: Sequence[Bar], series: int = 1) -> Markup:
-    """Horizontal bars from 0 to the largest value."""
+    """Draw horizontal bars on a scale from 0 to the largest value; `series` is the number of their colour."""
     most = max((row.value for row in rows), default=0.0) or 1.0
     return _draw("bars", rows=rows, most=most, series=series)
 
@@ -72,7 +73,17 @@ def bars(rows: Sequence[Bar], series: int = 1) -> Markup:
 def class_dots(
     names: Sequence[str], series: Sequence[tuple[str, Sequence[float | None]]], *, values: bool = True
 ) -> Markup:
-    """One row a class, one dot for each series, on a scale from 0 to 100 %; `values`: the last one's in figures."""
+    """Draw one row for each class and in it one dot for each series, on a scale from 0 to 100 %.
+
+    Parameters
+    ----------
+    names
+        C class names.
+    series
+        Name and C rates in 0..1 of each series; None: no dot.
+    values
+        Whether to print the rates of the last series.
+    """
     return _draw("class_dots", names=names, series=series, values=values)
 
 
@@ -84,7 +95,19 @@ def heat(
     shown: Sequence[Sequence[str]] | None = None,
     corner: str = "",
 ) -> Markup:
-    """Table whose cells are tinted by their value in 0..1, in a box that scrolls by itself if it is wide."""
+    """Draw a table whose cells are tinted by their values, in a box that scrolls if it is wider than the page.
+
+    Parameters
+    ----------
+    rows, columns
+        Names.
+    values
+        Tint of each cell, by row: 0 is the background, 1 the full colour. Values outside 0..1 are clipped.
+    shown
+        Text of each cell; None: no text.
+    corner
+        Text of the cell above the row names.
+    """
     lines = [
         (name, [(column, min(1.0, max(0.0, value))) for column, value in zip(columns, line, strict=True)])
         for name, line in zip(rows, values, strict=True)
@@ -93,16 +116,16 @@ def heat(
 
 
 def lines(series: Sequence[Series], *, x: str, y: str, log: bool = False) -> Markup:
-    """Line chart with a legend; empty markup if there is nothing to draw.
+    """Draw a line chart with a legend; return empty markup if there is no point to draw.
 
     Parameters
     ----------
     series
-        Lines; points that are not finite, or not positive on a log scale, are left out.
+        Lines. Points that are not finite are left out, and on a logarithmic scale those that are not positive.
     x, y
         Names of the axes.
     log
-        Whether y is logarithmic.
+        Whether the y axis is logarithmic.
     """
     kept = [
         [(a, b) for a, b in line.points if b is not None and math.isfinite(b) and (b > 0 or not log)] for line in series
@@ -120,7 +143,7 @@ def lines(series: Sequence[Series], *, x: str, y: str, log: bool = False) -> Mar
         return _WIDTH * (a - left) / ((right - left) or 1.0), _HEIGHT * (1 - (scale(b) - bottom) / (top - bottom))
 
     drawn = [[place(a, b) for a, b in points] for points in kept]
-    first = 3 if len(series) == 1 else 1  # a single line is the one that matters
+    first = 3 if len(series) == 1 else 1  # a single line has the accent colour
     return _draw(
         "lines",
         names=[line.name for line in series],
@@ -137,22 +160,22 @@ def lines(series: Sequence[Series], *, x: str, y: str, log: bool = False) -> Mar
 
 
 def legend(names: Sequence[str], first: int = 1) -> Markup:
-    """Coloured marks with names, in the order of the series; `first` is the number of the first colour."""
+    """Draw the names of the series with their colours; `first` is the number of the first colour."""
     return _draw("legend", names=names, first=first)
 
 
 def _path(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    """Points of a line; a single one becomes a short line, which can be seen."""
+    """Return the points of a line; a single point is extended to a short line, because a point is not visible."""
     return points if len(points) > 1 else [*points, (points[0][0] + 1, points[0][1])]
 
 
 def _ticks(low: float, high: float) -> list[float]:
-    """Two to seven round numbers that enclose a range."""
+    """Return two to seven round numbers that enclose a range."""
     return [float(tick) for tick in _LINEAR.tick_values(low, high if high > low else low + 1)]
 
 
 def _log_ticks(low: float, high: float) -> list[float]:
-    """Two to six powers of ten that enclose a range."""
+    """Return two to six powers of ten that enclose a range."""
     first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
     return [10.0 ** (first + step) for step in _DECADES.tick_values(0, max(last - first, 1))]
 

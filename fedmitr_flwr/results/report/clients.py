@@ -1,4 +1,4 @@
-"""The report's section on clients: what came of each, and what its upload brought."""
+"""Clients in the report: the outcome, accuracy and ensemble weights of each."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ _OUTCOMES = {"accepted": "accepted", "refused": "refused", "failed": "failed", "
 
 
 def clients_section(run: FinishedRun, class_names: Sequence[str]) -> dict[str, object]:
-    """Rows and heat maps; what the clients did not share, or an older run did not write, is left out."""
+    """Return the table and the heat maps of the section; data that the run does not have is left out."""
     events = [event for event in _last_round(run.events) if event.get("outcome") in _OUTCOMES]
     accepted = sorted((e for e in events if e["outcome"] == "accepted"), key=lambda e: natural_key(str(e["client"])))
     others = [event for event in events if event["outcome"] != "accepted"]
     ensemble = run.report.get("ensemble", {})
     weights: list[list[float]] = ensemble.get("weights", [])
-    if len(accepted) != len(weights):  # resumed or written by other means: the weights still tell
+    if len(accepted) != len(weights):  # events of a resumed run may be incomplete; the weights are not
         accepted = [{"outcome": "accepted", "client": f"upload {n}"} for n in range(1, len(weights) + 1)]
     evaluation = run.report.get("evaluation") or {}
     local = evaluation.get("local", [])
@@ -32,14 +32,15 @@ def clients_section(run: FinishedRun, class_names: Sequence[str]) -> dict[str, o
         for n, event in enumerate(accepted)
     ] + [_row(event, [], None, class_names) for event in others]
     silent = sum(int(event.get("count", 0)) for event in run.events if event.get("outcome") == "silent")
-    more = [f"{len(rows) - _MOST_ROWS} more clients are in metrics.jsonl."] if len(rows) > _MOST_ROWS else []
-    more += [f"{silent} clients did not answer in time."] if silent else []
+    hidden = len(rows) - _MOST_ROWS
+    more = [f"The table leaves out {hidden} clients; metrics.jsonl lists them."] if hidden > 0 else []
+    more += [f"Clients that did not answer in time: {silent}."] if silent else []
     names = [str(event["client"]) for event in accepted][:_MOST_ROWS]
     section: dict[str, object] = {
         "rows": rows[:_MOST_ROWS],
         "more": " ".join(more),
         "reported": [words.sentence_case(number.title) for number in REPORTED],
-        "weighting": run.config.get("settings", {}).get("ensemble.weighting", "its weights"),
+        "weighting": run.config.get("settings", {}).get("ensemble.weighting", "not recorded"),
     }
     if weights and len(class_names) <= 100:
         shown = [[f"{100 * value:.0f}" if value >= 0.005 else "" for value in row] for row in weights]
@@ -55,20 +56,20 @@ def _knowledge(
     weighting: object,
     class_names: Sequence[str],
 ) -> list[dict[str, object]]:
-    """Heat maps of what each client has of each class: as counted, if that was shared, and as estimated."""
+    """Return heat maps of the images of each client and class: the shared counts and the estimates, if present."""
     maps: list[dict[str, object]] = []
     histograms = [event.get("histogram") or [] for event in accepted]
     shared = bool(accepted) and all(len(histogram) == len(class_names) for histogram in histograms)
     if shared:
         chart = _counts(names, histograms, class_names)
-        title = "Label distribution, as the clients shared it"
-        maps.append({"title": title, "chart": chart, "note": "Images of each class."})
+        title = "Label histograms that the clients shared"
+        maps.append({"title": title, "chart": chart, "note": "Number of images of each class."})
     if ensemble.get("evidence") and weighting == "competence":
-        note = "Images of each class, as read off how far the rows of the classifier head moved."
+        note = "Number of images of each class, estimated from the changes of the rows of the classifier head."
         if not shared:
-            note += " No client shared its labels; that this works shows how much an upload gives away."
+            note += " No client shared its label histogram. The estimate shows what an upload reveals about the labels."
         chart = _counts(names, ensemble["evidence"][: len(names)], class_names)
-        title = "Competence by class, estimated from the uploads"
+        title = "Label histograms estimated from the uploads"
         maps.append({"title": title, "chart": chart, "note": note})
     return maps
 
@@ -98,7 +99,7 @@ def _row(
 
 
 def _last_round(events: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Client events since the clients were asked for the last time."""
+    """Return the client events of the last round."""
     found: list[dict[str, Any]] = []
     for event in events:
         if event["kind"] == "client":

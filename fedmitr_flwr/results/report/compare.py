@@ -1,4 +1,4 @@
-"""Several runs side by side on one page."""
+"""Compare several runs on one page."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from fedmitr_flwr.results.report.page import COMPARISON
 from fedmitr_flwr.results.report.render import accuracy_bars, render
 from fedmitr_flwr.settings import Settings
 
-MOST_RUNS = 4  # as many as there are colours that can be told apart
+MOST_RUNS = 4  # the page has four colours for series
 _IGNORED = ("run.name", "run.output", "run.tensorboard")
-# Settings without which accuracies were not measured on the same images, or of the same clients.
+# Settings that must be equal for a comparison: they determine the evaluation images and the clients' data.
 _SAME_IMAGES = {
     "data.source": "different data",
     "data.split-seed": "different splits",
@@ -45,7 +45,7 @@ def comparison_page(runs: Sequence[FinishedRun]) -> str:
         columns=names,
         verdict=_verdict(names, runs),
         warnings=_warnings(runs),
-        chart=charts.intervals(bars) if bars else "Not measured.",
+        chart=charts.intervals(bars) if bars else "No accuracy was measured.",
         rows=_rows(runs),
         classes=_classes(names, runs, classes) if same and all(found) else None,
         curves=_curves(names, runs),
@@ -55,7 +55,7 @@ def comparison_page(runs: Sequence[FinishedRun]) -> str:
 
 
 def _names(runs: Sequence[FinishedRun]) -> list[str]:
-    """Shortest ends of the paths that tell the runs apart."""
+    """Return the shortest ends of the paths that are different for all runs."""
     paths = [run.path for run in runs]
     for length in range(1, max(len(path.parts) for path in paths) + 1):
         names = [os.sep.join(path.parts[-length:]) for path in paths]
@@ -71,27 +71,26 @@ def _verdict(names: Sequence[str], runs: Sequence[FinishedRun]) -> str:
         if run.report.get("evaluation")
     ]
     if len(scored) < 2:
-        return "Fewer than two of these runs were measured."
+        return "Fewer than two of these runs have a measured accuracy."
     for key, reason in _SAME_IMAGES.items():
         if len({str(run.config.get("settings", {}).get(key)) for run in runs}) > 1:
-            return f"These runs have {reason}: which is better cannot be told from their accuracies."
+            return f"These runs use {reason}, so their accuracies cannot be compared."
     scored.sort(reverse=True)
     (best, name, count), (second, other, _) = scored[:2]
     if words.too_close(best, second, count):
         pair = f"{name} ({words.percent(best)}) and {other} ({words.percent(second)})"
-        return f"{pair} are too close to call on {count:,} images."
-    return f"{name} is best with {words.percent(best)}, {100 * (best - second):.1f} points above {other}."
+        return f"The accuracies of {pair} do not differ significantly on {count:,} images."
+    lead = f"{100 * (best - second):.1f} points more than {other}"
+    return f"{name} has the highest accuracy, {words.percent(best)}, which is {lead}."
 
 
 def _warnings(runs: Sequence[FinishedRun]) -> list[str]:
     warnings = []
-    for key, words_for in _SAME_IMAGES.items():
+    for key, reason in _SAME_IMAGES.items():
         if len({str(run.config.get("settings", {}).get(key)) for run in runs}) > 1:
-            warnings.append(
-                f"The runs were measured on {words_for} ({key}): their accuracies are not comparable as they stand."
-            )
+            warnings.append(f"The runs use {reason} ({key}), so their accuracies cannot be compared.")
     if len({run.config.get("digest") for run in runs}) > 1:
-        warnings.append("The runs were made by different versions of the code.")
+        warnings.append("The runs were made with different versions of the code.")
     return warnings
 
 
@@ -107,7 +106,7 @@ def _rows(runs: Sequence[FinishedRun]) -> list[dict[str, object]]:
             rows.append({"name": name, "values": [metric.text(value) for value in values]})
     counts = [run.metrics.get("clients", {}) for run in runs]
     rows.append(
-        {"name": "Clients used", "values": [f"{c.get('accepted', '–')} of {c.get('asked', '–')}" for c in counts]}
+        {"name": "Uploads used", "values": [f"{c.get('accepted', '–')} of {c.get('asked', '–')}" for c in counts]}
     )
     for stage in ("clients", "invert", "distill"):
         seconds = [run.metrics.get("seconds", {}).get(stage, 0.0) for run in runs]
@@ -116,9 +115,9 @@ def _rows(runs: Sequence[FinishedRun]) -> list[dict[str, object]]:
         flops = [run.report.get("flops", {}).get(stage) for run in runs]
         if any(flops):
             shown = ["–" if value is None else words.quantity(value, "FLOP") for value in flops]
-            rows.append({"name": f"Arithmetic: {STAGES[stage].lower()}", "values": shown})
+            rows.append({"name": f"FLOPs: {STAGES[stage].lower()}", "values": shown})
     peaks = [run.metrics.get("peak_rss_mb") or 0.0 for run in runs]
-    rows.append({"name": "Peak memory", "values": [f"{peak:,.0f} MiB" for peak in peaks]})
+    rows.append({"name": "Peak memory of the server process", "values": [f"{peak:,.0f} MiB" for peak in peaks]})
     return rows
 
 
@@ -137,7 +136,7 @@ def _curves(names: Sequence[str], runs: Sequence[FinishedRun]) -> list[dict[str,
     ]
     if any(line.points for line in distill):
         chart = charts.lines(distill, x="step", y="KL", log=True)
-        curves.append({"title": "Distillation: KL to the ensemble", "chart": chart})
+        curves.append({"title": "Distillation: KL divergence from the ensemble", "chart": chart})
     return curves
 
 

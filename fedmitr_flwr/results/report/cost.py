@@ -1,4 +1,4 @@
-"""The report's section on cost: time, arithmetic and memory by stage."""
+"""Costs in the report: time, floating-point operations and memory of each stage."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from fedmitr_flwr.results.finished_run import FinishedRun
 from fedmitr_flwr.results.report import charts, words
 
 STAGES = {
-    "clients": "Clients train",
-    "collect": "Uploads checked",
+    "clients": "Client training",
+    "collect": "Upload validation",
     "invert": "Inversion",
-    "relabel": "Density, relabeling",
+    "relabel": "Density split, relabeling",
     "distill": "Distillation",
     "evaluate": "Evaluation",
 }
 
 
 def cost_section(run: FinishedRun) -> dict[str, object]:
-    """Charts by stage; what the run's method has not, or an older run did not write, is left out."""
+    """Return the charts of the section; stages and values that the run does not have are left out."""
     seconds = run.metrics.get("seconds", {})
     time = [_bar(stage, words.duration(value), value) for stage, value in seconds.items()]
     flops = run.report.get("flops", {})
@@ -28,14 +28,14 @@ def cost_section(run: FinishedRun) -> dict[str, object]:
         if stage in flops
     ]
     dense, sparse = flops.get("invert_dense", 0.0), flops.get("invert", 0.0)
-    saved = (
-        f" Without stopping patches inversion would take {dense / sparse:.1f} times as many." if dense > sparse else ""
-    )
+    note = "Floating-point operations, estimated from the model and the settings."
+    if dense > sparse:
+        note += f" Without stopping patches, inversion would need {dense / sparse:.1f} times as many."
     peak = run.metrics.get("peak_rss_mb")
     return {
         "time": charts.bars(time, series=3),
         "flops": charts.bars(arithmetic, series=2) if arithmetic else None,
-        "flops_note": f"Estimated from the model and the settings.{saved}",
+        "flops_note": note,
         "memory": _memory(run, "peak_rss_mb"),
         "gpu": _memory(run, "cuda_peak_mb"),
         "peak": f"{peak:,.0f} MiB" if peak else None,
@@ -43,7 +43,7 @@ def cost_section(run: FinishedRun) -> dict[str, object]:
 
 
 def _memory(run: FinishedRun, name: str) -> Markup | None:
-    """The highest figure of each stage, over all rounds."""
+    """Draw the largest value of each stage over all rounds."""
     most: dict[str, float] = {}
     for event in run.events:
         if event["kind"] == "ended" and event.get(name):

@@ -1,4 +1,4 @@
-"""Loss curves out of a run's events."""
+"""Curves in the report, from a run's events."""
 
 from __future__ import annotations
 
@@ -10,18 +10,18 @@ from fedmitr_flwr.results.finished_run import FinishedRun
 from fedmitr_flwr.results.report import charts
 
 _TERMS = {
-    "kl": "KL to the ensemble",
-    "ce": "CE with the pseudo-label",
-    "low": "KL on low-density patches",
+    "kl": "KL divergence from the ensemble",
+    "ce": "Cross-entropy with the pseudo-label",
+    "low": "KL divergence on low-density patches",
 }
 _OF_TEACHERS = {
-    "feature": "squared distance from a teacher's [CLS] token, in its variances",
-    "teacher": "KL to what a teacher's head reads in it",
+    "feature": "Squared distance to the teachers' [CLS] tokens, relative to their variance",
+    "teacher": "KL divergence from the teachers' outputs, using their heads",
 }
 
 
 def inversion_curve(events: Sequence[dict[str, Any]]) -> list[tuple[float, float]]:
-    """Mean loss over the batches at each iteration that was reported."""
+    """Return the loss at each reported iteration, as the mean over the batches."""
     found: dict[int, list[float]] = defaultdict(list)
     for event in events:
         if event["kind"] == "progress" and event["stage"] == "invert" and event.get("loss") is not None:
@@ -30,7 +30,7 @@ def inversion_curve(events: Sequence[dict[str, Any]]) -> list[tuple[float, float
 
 
 def distill_curve(events: Sequence[dict[str, Any]], name: str, smooth: int = 1) -> list[tuple[float, float]]:
-    """One value of distillation over its steps, as a running mean over `smooth` reports."""
+    """Return one value of distillation at each reported step, as a running mean over `smooth` reports."""
     points = [
         (float(event["done"]), float(event[name]))
         for event in events
@@ -44,25 +44,34 @@ def distill_curve(events: Sequence[dict[str, Any]], name: str, smooth: int = 1) 
 
 
 def curves_of(run: FinishedRun) -> list[dict[str, object]]:
-    """Charts of inversion, distillation and agreement; those without points are left out."""
+    """Return the charts of inversion, distillation and agreement; charts without points are left out."""
     curves: list[dict[str, object]] = []
     inversion = inversion_curve(run.events)
     if inversion:
         stops = run.report.get("synthetic", {}).get("stops")
-        chart = charts.lines([charts.Series("CE(A(x), y), mean over images", inversion)], x="iteration", y="loss")
-        when = f"Patches stop at: {', '.join(map(str, stops))}. " if stops else ""
-        note = f"{when}A loss near 0 satisfies the teachers; it does not say that images are good."
+        chart = charts.lines(
+            [charts.Series("Cross-entropy of the ensemble for the target class", inversion)], x="iteration", y="loss"
+        )
+        when = f" Patches are stopped at these iterations: {', '.join(map(str, stops))}." if stops else ""
+        note = (
+            f"Mean over the images.{when} A loss near 0 means that the ensemble assigns the images to their target "
+            "classes. It does not say how well a student learns from them."
+        )
         curves.append({"title": "Inversion", "chart": chart, "note": note})
     for title, names in (("Distillation", _TERMS), ("Distillation: each teacher", _OF_TEACHERS)):
         terms = [(name, distill_curve(run.events, key, smooth=5)) for key, name in names.items()]
         series = [charts.Series(name, points) for name, points in terms if any(value > 0 for _, value in points)]
         if series:
             chart = charts.lines(series, x="step", y="loss", log=True)
-            note = "Running means over five reports, logarithmic."
+            note = "Loss terms on a logarithmic scale. Each point is the mean of five consecutive reports."
             curves.append({"title": title, "chart": chart, "note": note})
     agreement = [(step, 100 * value) for step, value in distill_curve(run.events, "agreement")]
     if agreement:
-        chart = charts.lines([charts.Series("Student and ensemble name the same class, %", agreement)], x="step", y="%")
-        note = "On a sample of the pool that it learns from."
+        chart = charts.lines(
+            [charts.Series("Images for which student and ensemble predict the same class, %", agreement)],
+            x="step",
+            y="%",
+        )
+        note = "Measured on a sample of the pool, that is, of the images on which the student trains."
         curves.append({"title": "Agreement with the ensemble", "chart": chart, "note": note})
     return curves

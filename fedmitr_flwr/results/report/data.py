@@ -1,6 +1,6 @@
-"""What a run writes for its report: ``report.json`` with numbers, ``report.safetensors`` with pictures.
+"""Write the files from which a report is rendered: ``report.json`` with numbers, ``report.safetensors`` with pictures.
 
-The report is rendered from files alone (`report.load`), so that it can be rendered again, by a later version too.
+A report is rendered from the files of a run alone (`finished_run.py`). A later version can therefore render it again.
 Letters: B images, K teachers, C classes, P patches.
 """
 
@@ -29,7 +29,7 @@ from fedmitr_flwr.stages.synthetic import SyntheticImages
 
 MOST_PICTURES = 240
 PICTURES_OF_A_CLASS = 8
-LARGEST_PICTURE = 112  # pixels a side; nobody sees more on the page, and 224 would be four times the file
+LARGEST_PICTURE = 112  # pixels a side; the page shows no more, and 224 pixels would make the file four times as large
 
 
 def write_report_data(
@@ -45,15 +45,15 @@ def write_report_data(
     Parameters
     ----------
     directory
-        Of the run.
+        Directory of the run.
     settings, spec
-        Of the run.
+        Settings and image specification of the run.
     result
-        Of the last round.
+        Result of the last round.
     evaluation
-        None for `run.evaluate-on = none`.
+        Evaluation of the last round; None for `run.evaluate-on = none`.
     keeper
-        What the stages showed; without it there are no density maps and no evolution.
+        Snapshots of the stages; None: the report shows no density maps and no images at the stops.
     """
     shots = keeper.shots if keeper else {}
     grid = PatchGrid.of(result.ensemble.teachers[0], spec)
@@ -71,7 +71,7 @@ def write_report_data(
         "flops": dict(_flops(settings, result, grid)),
         "synthetic": _synthetic(result, spec, grid, settings),
         "diagnostics": None if result.diagnostics is None else {**result.diagnostics.as_dict()},
-        "warnings": [] if result.diagnostics is None else list(result.diagnostics.warnings()),
+        "warnings": [*result.warnings, *(result.diagnostics.warnings() if result.diagnostics else ())],
     }
     stops = shots.get("stop", [])
     tensors = (
@@ -89,14 +89,21 @@ def pictures(
     attention: Tensor | None,
     stops: list[dict[str, Tensor]],
 ) -> dict[str, Tensor]:
-    """Choose synthetic images to show and turn them into pixels.
+    """Choose the synthetic images that the report shows, and convert them to pixels.
+
+    Parameters
+    ----------
+    attention
+        ``(B, P)`` attention of the ensemble to the finished images; None: not known.
+    stops
+        Snapshots of the images at the stops.
 
     Returns
     -------
     dict
         ``images`` ``(b, ch, S, S)`` uint8, S at most 112; ``labels`` ``(b,)``; ``kept`` ``(b, P)`` bool; ``loss``
-        ``(b,)``; ``density`` ``(b, P)`` if `attention` is given; and for each stop ``stop.ITERATION.images`` and
-        ``.kept`` with the first image of each class.
+        ``(b,)``; ``density`` ``(b, P)`` if `attention` is given. For each stop ``stop.ITERATION.images`` and
+        ``stop.ITERATION.kept``, with the first image of each class.
     """
     labels = synthetic.labels.cpu()
     known = labels.unique().tolist()
@@ -118,10 +125,10 @@ def pictures(
 
 
 def _flops(settings: Settings, result: PipelineResult, grid: PatchGrid) -> dict[str, float]:
-    """Arithmetic of the stages that the method has; none of a generator's, which is not counted."""
+    """Return the FLOPs of the method's stages; empty for methods that train a generator, which are not counted."""
     if method_of(settings).generates:
         return {}
-    if result.synthetic is None:  # nor are there hard ones
+    if result.synthetic is None:  # and so no hard images either
         settings = settings.replace(**{"distill.adversarial-rounds": 0})
     found = stage_flops(settings, result.ensemble.teachers[0], grid, len(result.ensemble.teachers))
     left_out = set() if method_of(settings).distils else {"distill"}

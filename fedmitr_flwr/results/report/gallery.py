@@ -1,4 +1,4 @@
-"""The report's pictures: synthetic images by class with overlays, and how they grew."""
+"""Synthetic images in the report: by class, with overlays, and at each stop of inversion."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _EVOLVING_CLASSES = 6
 
 
 def gallery_of(run: FinishedRun, class_names: Sequence[str]) -> dict[str, object] | None:
-    """Rows of pictures as data URIs; None if the run kept none."""
+    """Return rows of pictures as data URIs; None if the run has no synthetic images."""
     shots, image = run.pictures, run.report.get("image")
     if not image or "images" not in shots:
         return None
@@ -37,19 +37,19 @@ def gallery_of(run: FinishedRun, class_names: Sequence[str]) -> dict[str, object
 
 
 def _evolution(shots: dict[str, Tensor], grid: tuple[int, int], class_names: Sequence[str]) -> list[dict[str, object]]:
-    """The first image of each class at each stop, and at the end."""
+    """Return the first image of each class at each stop and at the end."""
     stops = sorted(name.split(".")[1] for name in shots if name.startswith("stop.") and name.endswith(".images"))
     if not stops:
         return []
     labels = shots["labels"].tolist()
-    known = sorted(set(labels))  # the first images of a run run through its classes in this order
+    known = sorted(set(labels))  # the labels of the first images are the classes in this order
     out = []
     for place, label in enumerate(known[: min(_EVOLVING_CLASSES, len(shots[f"stop.{stops[0]}.images"]))]):
         steps = [
             {
                 "uri": picture(shots[f"stop.{stop}.images"][place]),
                 "stopped": stopped_overlay(shots[f"stop.{stop}.kept"][place], grid),
-                "caption": f"at {int(stop)}",
+                "caption": f"iteration {int(stop)}",
             }
             for stop in stops
         ]

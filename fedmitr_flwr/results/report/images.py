@@ -1,4 +1,4 @@
-"""Pictures as data URIs, small enough for one page."""
+"""Pictures as data URIs, small enough to fit many of them on one page."""
 
 from __future__ import annotations
 
@@ -10,21 +10,22 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-_LARGEST = 96  # pixels; larger images are shown smaller, as JPEG
+_LARGEST = 96  # pixels a side; larger images are reduced to this size and stored as JPEG
 
 
 def picture(pixels: Tensor) -> str:
-    """Encode one image.
+    """Encode one image as a data URI.
 
     Parameters
     ----------
     pixels
-        ``(ch, S, S)`` uint8; the first channel as grey unless there are three.
+        ``(ch, S, S)`` uint8. Of three channels or more the first three are red, green and blue. Of fewer the first is
+        grey.
 
     Returns
     -------
     str
-        A data URI: PNG, or JPEG for images of more than 96 pixels, shown smaller.
+        A PNG if S is at most 96, else a JPEG of 96 x 96 pixels.
     """
     array = pixels[:3].permute(1, 2, 0).numpy() if len(pixels) >= 3 else pixels[0].numpy()
     image = Image.fromarray(np.ascontiguousarray(array))
@@ -34,18 +35,18 @@ def picture(pixels: Tensor) -> str:
 
 
 def stopped_overlay(kept: Tensor, grid: tuple[int, int]) -> str:
-    """Blue veil over the patches that were stopped, one pixel a patch; `kept` is ``(P,)`` bool."""
+    """Draw stopped patches in translucent blue, one pixel a patch; `kept` is ``(P,)`` bool."""
     return _overlay(torch.tensor([64, 110, 220]), 150 * (~kept).float(), grid)
 
 
 def density_overlay(density: Tensor, grid: tuple[int, int]) -> str:
-    """Orange where a patch is dense, relative to the densest of the image; `density` is ``(P,)``."""
+    """Draw the density of each patch relative to the largest in orange, one pixel a patch; `density` is ``(P,)``."""
     share = density.clamp_min(0) / density.max().clamp_min(1e-12)
     return _overlay(torch.tensor([255, 140, 0]), 215 * share, grid)
 
 
 def matrix(values: Tensor) -> str:
-    """Blue heat map of ``(R, C)`` values in 0..1, one pixel a cell, transparent at 0."""
+    """Draw ``(R, C)`` values as a blue heat map, one pixel a cell; 0 is transparent and 1 opaque."""
     return _overlay(torch.tensor([57, 106, 201]), 255 * values.flatten(), (values.shape[0], values.shape[1]))
 
 

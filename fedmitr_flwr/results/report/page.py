@@ -1,4 +1,4 @@
-"""The report's page as jinja2 templates; text, because Flower's app bundle drops HTML files."""
+"""Jinja2 templates and CSS of the report; strings in a Python file, because Flower's app bundle drops HTML files."""
 
 HEAD = """<!doctype html>
 <html lang="en">
@@ -15,8 +15,9 @@ HEAD = """<!doctype html>
 """
 
 FOOT = """
-<footer>Made by fedmitr-flwr {{ version }} from the files of the run; this page needs no network and holds no client's
-images. Intervals are 95 % by the number of images measured on; they say nothing of other seeds or other clients.</footer>
+<footer>Rendered by fedmitr-flwr {{ version }} from the files of the run. The page loads nothing from the network and
+contains no image of a client. Intervals and significance (95 %) cover only the choice of the evaluation images. They do
+not cover other seeds, partitions or clients.</footer>
 </main>
 </body>
 </html>
@@ -30,8 +31,11 @@ RUN = """
 
 {% if accuracy %}
 <section><h2>Accuracy</h2>
-<p class="note">On {{ accuracy.count }} {{ accuracy.split }} images that no client trained on, all models on the same ones.
-Bars are 95 % intervals, also in figures{% if accuracy.local_range %}; for the local models, from the worst to the best{% endif %}.</p>
+<p class="note">The local models are the uploaded models of the clients. One-shot FedAvg averages their weights, and the
+ensemble combines their predictions. The global model is the result of the run. All models were evaluated on the same
+{{ accuracy.count }} {{ accuracy.split }} images. No client trained on these images. The mark is the accuracy and the bar
+its 95 % interval.{% if accuracy.local_range %} For the local models, the mark is the mean and the bar is the range from the
+least to the most accurate one.{% endif %}</p>
 <div class="panel">{{ accuracy.chart }}</div>
 {% if accuracy.metrics %}<div class="panel"><div class="wide"><table class="compare">
 <tr><th>Other metrics</th>{% for model in accuracy.metrics.models %}<th class="n">{{ model }}</th>{% endfor %}</tr>
@@ -40,34 +44,46 @@ Bars are 95 % intervals, also in figures{% if accuracy.local_range %}; for the l
 {% for row in accuracy.metrics.rows %}<p class="note">{{ row.title }}: {{ row.note }}</p>
 {% endfor %}</div>{% endif %}
 <div class="two">
-<div><h3>By class</h3><div class="panel">{{ accuracy.classes }}</div></div>
-<div><h3>What it takes for what</h3><div class="panel">{{ accuracy.confusion }}
-<p class="note">Rows are the true classes, columns what the global model says; each row adds to 100 %.</p></div></div>
+<div><h3>Accuracy by class</h3><div class="panel">{{ accuracy.classes }}
+<p class="note">Percentage of the images of each class that a model classifies correctly. The number is that of the global
+model.</p></div></div>
+<div><h3>Confusion matrix of the global model</h3><div class="panel">{{ accuracy.confusion }}
+<p class="note">Rows are true classes and columns are predicted classes, in percent of the images of the row.</p></div></div>
 </div></section>
 {% endif %}
 
 <section><h2>Clients</h2>
-<p class="note">What each upload brought. A client's weight for a class is its share in the ensemble's vote on that class.</p>
+<p class="note">These columns show what a client reports about the training on its own images: Images
+{%- for title in clients.reported %}, {{ title }}{% endfor %}.
+{% if accuracy %}
+Accuracy on {{ accuracy.split }} is the accuracy of the local model on the server's {{ accuracy.split }} images.
+{% endif %}
+Highest weights are the classes for which the client has the highest weights in the ensemble. For each class, the weights
+of all clients add up to 100 %.</p>
 <div class="panel"><div class="wide"><table class="clients">
-<tr><th>Client</th><th>Upload</th><th class="n">Images</th>{% for title in clients.reported %}<th class="n">{{ title }}</th>{% endfor %}
-
-<th class="n">{{ "On " + accuracy.split if accuracy else "Held out" }}</th><th>Strongest in</th></tr>
+<tr><th>Client</th><th>Upload</th><th class="n">Images</th>
+{% for title in clients.reported %}
+<th class="n">{{ title }}</th>
+{% endfor %}
+<th class="n">Accuracy{{ " on " + accuracy.split if accuracy }}</th><th>Highest weights</th></tr>
 {% for client in clients.rows %}<tr><td>{{ client.name }}</td>
 <td class="{{ 'good' if client.outcome == 'accepted' else 'bad' }}">{{ client.outcome }}{% if client.reason %}: {{ client.reason }}{% endif %}</td>
 <td class="n">{{ client.images }}</td>{% for value in client.reported %}<td class="n">{{ value }}</td>{% endfor %}<td class="n">{{ client.held_out }}</td>
 <td>{{ client.strongest }}</td></tr>
 {% endfor %}</table></div>
 {% if clients.more %}<p class="note">{{ clients.more }}</p>{% endif %}</div>
-{% if clients.weights %}<h3>Weight by class</h3><div class="panel">{{ clients.weights }}
-<p class="note">Percent of the ensemble's vote on each class, by {{ clients.weighting }}.</p></div>{% endif %}
+{% if clients.weights %}<h3>Ensemble weights by class</h3><div class="panel">{{ clients.weights }}
+<p class="note">Weight of each client (row) for each class (column) in the ensemble, in percent. Method:
+{{ clients.weighting }} (ensemble.weighting).</p></div>{% endif %}
 {% for map in clients.maps %}<h3>{{ map.title }}</h3><div class="panel">{{ map.chart }}
 <p class="note">{{ map.note }}</p></div>{% endfor %}
 </section>
 
 {% if gallery %}
 <section><h2>Synthetic images</h2>
-<p class="note">What the server invents instead of data: {{ gallery.count }} images inverted from the client models, without any
-real one. They need not look like anything; they have to teach. {{ gallery.kept }} of the patches were inverted to the end.</p>
+<p class="note">The server made {{ gallery.count }} synthetic images from the client models, without any real image. They are
+training data for the distillation and need not be recognisable.{% if gallery.kept != "100 %" %} In each image
+{{ gallery.kept }} of the patches were optimised until the last iteration. The others were stopped earlier.{% endif %}</p>
 <div class="panel gallery">
 <input type="radio" name="view" id="view-plain" checked><label for="view-plain">Images</label>
 <input type="radio" name="view" id="view-stopped"><label for="view-stopped">Stopped patches</label>
@@ -77,14 +93,15 @@ real one. They need not look like anything; they have to teach. {{ gallery.kept 
 ><img src="{{ image.uri }}" alt="synthetic {{ row.name }}"><img class="over stopped" src="{{ image.stopped }}" alt=""
 >{% if image.density %}<img class="over density" src="{{ image.density }}" alt="">{% endif %}</span>{% endfor %}</div></div>
 {% endfor %}</div>
-<p class="note">Stopped patches are veiled in blue. Density is the ensemble's attention on the finished image, brighter orange
-for more.</p></div>
-{% if gallery.evolution %}<h3>How they grew</h3><div class="panel evolution">
+<p class="note">Stopped patches are tinted blue.{% if gallery.density %} Density is the attention of the ensemble to each
+patch of the finished image. A brighter orange means more attention.{% endif %}</p></div>
+{% if gallery.evolution %}<h3>Images at each stop</h3><div class="panel evolution">
 {% for row in gallery.evolution %}<div class="class"><span>{{ row.name }}</span><div class="steps">{% for step in row.steps %}
 <figure><span class="pic"><img src="{{ step.uri }}" alt="{{ row.name }}, {{ step.caption }}">{% if step.stopped %}<img
 class="over" src="{{ step.stopped }}" alt="">{% endif %}</span><figcaption>{{ step.caption }}</figcaption></figure>
 {% endfor %}</div></div>{% endfor %}
-<p class="note">The first image of each class at every stop, with the patches stopped so far veiled in blue.</p></div>{% endif %}
+<p class="note">The first synthetic image of some classes at each stop of inversion and at the end. Patches that had been
+stopped by then are tinted blue.</p></div>{% endif %}
 </section>
 {% endif %}
 
@@ -96,16 +113,18 @@ class="over" src="{{ step.stopped }}" alt="">{% endif %}</span><figcaption>{{ st
 {% endif %}
 
 <section><h2>Cost</h2><div class="two">
-<div><h3>Time</h3><div class="panel">{{ cost.time }}</div></div>
-{% if cost.flops %}<div><h3>Arithmetic</h3><div class="panel">{{ cost.flops }}
+<div><h3>Time</h3><div class="panel">{{ cost.time }}
+<p class="note">Wall-clock time of each stage, summed over all rounds.</p></div></div>
+{% if cost.flops %}<div><h3>Floating-point operations</h3><div class="panel">{{ cost.flops }}
 <p class="note">{{ cost.flops_note }}</p></div></div>{% endif %}
-{% if cost.memory %}<div><h3>Memory of the server's process</h3><div class="panel">{{ cost.memory }}
-<p class="note">The most so far by the end of each stage{% if cost.peak %}; {{ cost.peak }} in all{% endif %}. A stage that shows no more
-than the one before needed no more.</p></div></div>{% endif %}
-{% if cost.gpu %}<div><h3>Memory of the GPU</h3><div class="panel">{{ cost.gpu }}</div></div>{% endif %}
+{% if cost.memory %}<div><h3>Memory of the server process</h3><div class="panel">{{ cost.memory }}
+<p class="note">Peak memory from the start of the run to the end of each stage. A stage that needs no more than the stages
+before it shows their peak.{% if cost.peak %} The peak of the whole run is {{ cost.peak }}.{% endif %}</p></div></div>{% endif %}
+{% if cost.gpu %}<div><h3>GPU memory</h3><div class="panel">{{ cost.gpu }}
+<p class="note">Peak memory that PyTorch allocated on the GPU in each stage.</p></div></div>{% endif %}
 </div></section>
 
-<section><h2>To repeat it</h2><div class="panel">
+<section><h2>Settings, versions and hardware</h2><div class="panel">
 {% for table in tables %}<details><summary>{{ table.title }}</summary><div class="wide"><table>
 {% for name, value, changed in table.rows %}<tr{% if changed %} class="changed"{% endif %}><td><code>{{ name }}</code></td>
 <td><code>{{ value }}</code></td></tr>{% endfor %}</table></div>
@@ -114,7 +133,7 @@ than the one before needed no more.</p></div></div>{% endif %}
 """
 
 COMPARISON = """
-<h1>{{ columns|length }} runs side by side</h1>
+<h1>Comparison of {{ columns|length }} runs</h1>
 <p class="verdict">{{ verdict|replace(" %", "\u00a0%") }}</p>
 {% if warnings %}<ul class="warnings">{% for text in warnings %}<li>{{ text }}</li>{% endfor %}</ul>{% endif %}
 <section><h2>Accuracy of the global model</h2><div class="panel">{{ chart }}</div>
@@ -122,14 +141,16 @@ COMPARISON = """
 <tr><th></th>{% for name in columns %}<th class="n">{{ name }}</th>{% endfor %}</tr>
 {% for row in rows %}<tr><th scope="row">{{ row.name }}</th>{% for value in row['values'] %}<td class="n">{{ value }}</td>{% endfor %}</tr>
 {% endfor %}</table></div></div></section>
-{% if classes %}<section><h2>By class</h2><div class="panel">{{ classes }}</div></section>{% endif %}
+{% if classes %}<section><h2>Accuracy of the global model by class</h2>
+<p class="note">Percentage of the images of each class that the global model classifies correctly.</p>
+<div class="panel">{{ classes }}</div></section>{% endif %}
 {% if curves %}<section><h2>Curves</h2><div class="two">{% for curve in curves %}<div><h3>{{ curve.title }}</h3>
 <div class="panel">{{ curve.chart }}</div></div>{% endfor %}</div></section>{% endif %}
 <section><h2>Settings that differ</h2><div class="panel">
 {% if settings %}<div class="wide"><table class="compare">
 <tr><th>Key</th>{% for name in columns %}<th>{{ name }}</th>{% endfor %}</tr>
 {% for row in settings %}<tr><td><code>{{ row.name }}</code></td>{% for value in row['values'] %}<td><code>{{ value }}</code></td>{% endfor %}</tr>
-{% endfor %}</table></div>{% else %}<p>None but the name.</p>{% endif %}</div></section>
+{% endfor %}</table></div>{% else %}<p>All settings are equal, except perhaps run.name, run.output and run.tensorboard.</p>{% endif %}</div></section>
 {% if strips %}<section><h2>Synthetic images</h2>
 {% for strip in strips %}<h3>{{ strip.name }}</h3><div class="panel"><div class="strip">{% for uri in strip.uris %}<span class="pic"
 ><img src="{{ uri }}" alt="synthetic image"></span>{% endfor %}</div></div>{% endfor %}</section>{% endif %}

@@ -1,4 +1,4 @@
-"""Turn a run's files into one self-contained page."""
+"""Render a run's files as one self-contained HTML page."""
 
 from __future__ import annotations
 
@@ -23,16 +23,16 @@ from fedmitr_flwr.runs.directory import REPORT
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.version import __version__
 
-_LARGEST_TABLE = 30  # classes; a larger confusion matrix is a picture
+_LARGEST_TABLE = 30  # classes; a larger confusion matrix is drawn as an image
 
 
 def write_run_report(path: Path) -> Path:
-    """Render a run's directory into its ``report.html``; return the file.
+    """Write ``report.html`` into a run's directory and return its path.
 
     Raises
     ------
     SettingsError
-        If the directory is no run, or one that this version cannot read.
+        If the directory is not a run, or if this version cannot read it.
     """
     file = path / REPORT
     write_page(file, run_page(load_run(path, finished=False)))
@@ -40,20 +40,20 @@ def write_run_report(path: Path) -> Path:
 
 
 def write_page(file: Path, page: str) -> None:
-    """Write a page atomically."""
+    """Write a page to a file, atomically."""
     with atomic_path(file) as temporary:
         temporary.write_text(page, "utf-8")
 
 
 def render(body: str, title: str, **values: object) -> str:
-    """Fill a body of `template` between head and foot."""
+    """Render a page: the template `body` with `values`, between the head with `title` and the foot."""
     environment = Environment(autoescape=True, trim_blocks=True, lstrip_blocks=True)
     page = environment.from_string(HEAD + body + FOOT)
     return page.render(title=title, css=Markup(CSS), version=__version__, **values)
 
 
 def run_page(run: FinishedRun) -> str:
-    """Return the page of one run."""
+    """Return the report of one run as HTML."""
     evaluation = run.report.get("evaluation")
     counts = run.metrics.get("clients", {})
     names = run.report.get("class_names", run.config.get("class_names", []))
@@ -76,7 +76,11 @@ def run_page(run: FinishedRun) -> str:
 
 
 def accuracy_bars(evaluation: Mapping[str, Any]) -> list[charts.Bar]:
-    """Bars of all totals, baselines first; local models span from the worst to the best."""
+    """Return one bar for each model, the global model last.
+
+    The interval of a bar is its 95 % interval. For the local models it is the range from the lowest to the highest
+    accuracy.
+    """
     rows = []
     for key, rate in evaluation["accuracy"].items():
         low, high = words.wilson(rate, evaluation["num_images"])
@@ -92,12 +96,12 @@ def _facts(run: FinishedRun) -> list[tuple[str, str]]:
     seconds = sum(run.metrics.get("seconds", {}).values())
     gpus = hardware.get("gpus") or []
     facts = [
-        ("data", settings.get("data.source")),
+        ("dataset", settings.get("data.source")),
         ("model", settings.get("model.name")),
         ("method", settings.get("run.method")),
         ("clients", str(run.metrics.get("clients", {}).get("accepted", "–"))),
-        ("took", words.duration(seconds)),
-        ("on", gpus[0] if gpus and hardware.get("device") != "cpu" else f"{hardware.get('cpus', '?')} CPU cores"),
+        ("duration", words.duration(seconds)),
+        ("hardware", gpus[0] if gpus and hardware.get("device") != "cpu" else f"{hardware.get('cpus', '?')} CPU cores"),
         ("started", str(run.status.get("started", ""))[:16].replace("T", " ") + " UTC"),
     ]
     return [(name, str(value)) for name, value in facts if value]
@@ -127,7 +131,7 @@ def _accuracy(evaluation: Mapping[str, Any], names: list[str]) -> dict[str, obje
 
 
 def _metrics(found: Mapping[str, Mapping[str, float]]) -> dict[str, object] | None:
-    """Return the metrics beside accuracy as a table, models in columns; None of a run that has none."""
+    """Return a table of the other metrics with one column for each model; None if the run has no other metrics."""
     models = [key for key in MODELS if key in found]
     rows = [
         {
@@ -149,7 +153,7 @@ def _tables(run: FinishedRun) -> list[dict[str, object]]:
     versions = [(name, value, False) for name, value in run.config.get("versions", {}).items()]
     versions.append(("code", str(run.config.get("digest", ""))[:12], False))
     hardware = [(name, _plain(value), False) for name, value in run.config.get("hardware", {}).items()]
-    note = "● differs from the default. The same settings give the same numbers on a CPU."
+    note = "● marks a value that differs from the default. On a CPU the same settings give the same results."
     return [
         {"title": "Settings", "rows": rows, "note": note},
         {"title": "Versions", "rows": versions, "note": ""},

@@ -1,1 +1,1 @@
-"""Stage 4: the ensemble's knowledge into one student."""
+"""Stage 4: distil the ensemble into one student."""

@@ -1,9 +1,9 @@
 """Stage 4: distil the ensemble into one ViT on the synthetic images.
 
-``L = KL(A(x) || s(x)) + CE(s(.), y) + l_low KL(q_low || s(x_low))`` with a weight for each term. The CE
-term looks at the high-density patches (the paper's words) or at the full image (better in our
-measurements). Two further terms, which are ours, take what each teacher makes of an image beside what they say
-together (`teacher_heads.py`). `pool.py` gathers what the student learns from.
+The loss is ``L = KL(A(x) || s(x)) + CE(s(.), y) + l_low KL(q_low || s(x_low))`` with a weight for each term. The
+student's input in the cross-entropy is the high-density patches, as the paper states, or the full image, which was
+better in our measurements. Two further terms use the outputs of each teacher and are not in the paper
+(`teacher_heads.py`). `pool.py` collects the images on which the student is trained.
 
 Letters: B images, K teachers, C classes, P patches of the full grid, N images of the pool.
 """
@@ -26,13 +26,13 @@ from fedmitr_flwr.training.optimizer import make_optimizer
 
 
 class TrainingProgress(Protocol):
-    """Keeps the state of the training loop from time to time, such as `checkpoints.Progress`."""
+    """Saves the state of the training loop from time to time, such as `checkpoints.Progress`."""
 
     def load(self) -> dict[str, Any] | None:
-        """Return what was kept last."""
+        """Return the state that was saved last; None if there is none."""
 
     def offer(self, make: Callable[[], Mapping[str, Any]]) -> None:
-        """Keep what `make` returns, or do not."""
+        """Save the state that `make` returns, if it is time to; otherwise do not call it."""
 
 
 def distill(
@@ -51,26 +51,27 @@ def distill(
     Parameters
     ----------
     student
-        A timm ViT that holds its first weights, on the device of the pool.
+        A timm ViT with its starting weights, on the device of the pool.
     pool
         Labelled images.
     settings
-        Steps, optimiser and terms.
+        Number of steps, optimiser and weights of the loss terms.
     generator
-        CPU generator of the order.
+        CPU generator of the order of the images.
     branches
-        To the teachers; they learn beside the student. None: without the terms that need them.
+        Maps from the student's token to the teachers' tokens, which are trained too. None: the loss terms that need
+        them are left out.
     on_step
-        Called with the step, from 0, and its detached terms, still on the device.
+        Called after each step with its number, from 0, and its detached loss terms, still on the device.
     progress
-        Where the state of the loop is kept; what it holds at the start is gone on with.
+        Saves the state of the loop. If it holds a state, training continues from there.
     grow
-        Called before each step with its number; a pool that it returns takes the place of the one before.
+        Called before each step with its number. If it returns a pool, that pool replaces the current one.
 
     Raises
     ------
     RuntimeError
-        If the loss is not finite at the end.
+        If the loss of the last step is not finite.
     """
     recipe = TrainSettings(
         learning_rate=settings.learning_rate, weight_decay=settings.weight_decay, warmup_fraction=0.05
@@ -107,7 +108,9 @@ def distill(
             progress.offer(partial(_state, step + 1, learner, optimizer, scheduler, generator, queue))
     student.eval()
     if not bool(torch.isfinite(total)):
-        raise RuntimeError(f"distillation loss is not finite after {settings.steps} steps; lower distill.learning-rate")
+        raise RuntimeError(
+            f"the loss of distillation is not finite after {settings.steps} steps; lower distill.learning-rate"
+        )
 
 
 def _state(
@@ -118,7 +121,7 @@ def _state(
     generator: torch.Generator,
     queue: Tensor,
 ) -> dict[str, Any]:
-    """All that the loop needs to go on after `step` steps."""
+    """Return the state from which the loop can continue after `step` steps."""
     return {
         "step": step,
         "learner": learner.state_dict(),

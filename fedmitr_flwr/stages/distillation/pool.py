@@ -1,11 +1,13 @@
-"""What the student learns from: synthetic images and further ones, labelled by the ensemble.
+"""The pool of images on which the student is trained, labelled by the ensemble.
 
-Three kinds of further images join the pool for the first term of the loss: augmented views of the synthetic images
-(which keep y), images mixed from the patches of two, and random images. They are ours and off at ``views = 1``,
-``mix = 0``, ``noise = 0``. The ensemble labels the whole pool once: K teachers cost more than the student, and the
-student passes over the pool several times.
+The pool holds the synthetic images and three kinds of further images: augmented views of the synthetic images, which
+keep the pseudo-label y; images that mix the patches of two synthetic images; and random images. The further images are
+not in the FedMITR paper; ``views = 1``, ``mix = 0`` and ``noise = 0`` turn them off. They have targets for
+KL(A(x) || s(x)), but no density split. The ensemble labels the whole pool once, because a forward pass of K teachers
+costs more than one of the student, and the student passes over the pool several times.
 
-Letters: B images, K teachers, C classes, D embedding, P patches of the full grid, N images of the pool.
+Letters: B images, K teachers, C classes, D embedding, P patches of the full grid, E pixels of a patch, N images of the
+pool.
 """
 
 from __future__ import annotations
@@ -30,14 +32,14 @@ from fedmitr_flwr.training.augment import augment
 
 @dataclass(frozen=True)
 class Targets:
-    """What the student learns from full images.
+    """Targets of full images.
 
     Attributes
     ----------
     probabilities
         ``(N, C)`` A(x) of each image, or its most probable class as a one-hot row.
     features
-        ``(N, K, D)`` bf16, each teacher's [CLS] token as its head receives it; None where no loss term reads them.
+        ``(N, K, D)`` bf16, each teacher's [CLS] token as its head receives it; None if no loss term needs them.
     """
 
     probabilities: Tensor
@@ -56,16 +58,16 @@ class Targets:
 
 @dataclass(frozen=True)
 class LabelledImages:
-    """Full images with what the ensemble says about them.
+    """Full images with their labels from the ensemble.
 
     Attributes
     ----------
     patches
         ``(N, P, E)`` images, cut into patches.
     labels
-        ``(N,)`` int64 pseudo-label y, or -1 for images without one (mixed and random images).
+        ``(N,)`` int64 pseudo-labels y; -1 for images without one (mixed and random images).
     targets
-        Of each full image.
+        Targets of the same images.
     """
 
     patches: Tensor
@@ -97,9 +99,9 @@ class PoolBatch:
     images
         All b images of the step.
     inverted
-        ``(m,)`` int64 positions among them of inverted images, unchanged; only these have a density split.
+        ``(m,)`` int64 positions of the unchanged synthetic images among them; only these have a density split.
     split, low_targets
-        Of the m inverted images.
+        Density split and q_low of these m images.
     """
 
     images: LabelledImages
@@ -110,12 +112,12 @@ class PoolBatch:
 
 @dataclass(frozen=True)
 class Pool:
-    """All images that the student learns from, on one device.
+    """All images on which the student is trained, on one device.
 
     Attributes
     ----------
     inverted
-        The B synthetic images, unchanged.
+        The B unchanged synthetic images.
     split, low_targets
         Density split and q_low of the same B images.
     further
@@ -130,23 +132,27 @@ class Pool:
     def __post_init__(self) -> None:
         counts = {len(self.inverted), len(self.split.high), len(self.low_targets.present)}
         if len(counts) > 1:
-            raise ValueError(f"inverted images, their splits and their targets differ in number: {sorted(counts)}")
+            raise ValueError(
+                "a pool needs as many density splits and low-density targets as inverted images, "
+                f"but their numbers are {sorted(counts)}"
+            )
 
     def __len__(self) -> int:
         return len(self.inverted) + len(self.further)
 
     @property
     def device(self) -> torch.device:
-        """Where the images are."""
+        """Device of the images."""
         return self.further.labels.device
 
     def batch(self, rows: Tensor) -> PoolBatch:
-        """Return the images of a step.
+        """Return the images of one step.
 
         Parameters
         ----------
         rows
-            ``(b,)`` int64 on the CPU; inverted images come first, then the further ones.
+            ``(b,)`` int64 numbers of images, on the CPU: 0 to B - 1 are the inverted images, B to N - 1 the further
+            ones.
         """
         B = len(self.inverted)
         places, others = (rows < B).nonzero().squeeze(1), (rows >= B).nonzero().squeeze(1)
@@ -156,13 +162,13 @@ class Pool:
         return PoolBatch(images, places.to(self.device), self.split[inverted], self.low_targets[inverted])
 
     def features(self) -> tuple[Tensor, ...] | None:
-        """Return the teachers' tokens of all images as parts ``(n, K, D)``; None where no loss term reads them."""
+        """Return the teachers' tokens of all images as parts ``(n, K, D)``; None if no loss term needs them."""
         parts = [part.targets.features for part in (self.inverted, self.further)]
         found = tuple(part for part in parts if part is not None)
         return found or None
 
     def join(self, other: Pool) -> Pool:
-        """Return both pools as one."""
+        """Return one pool with the images of both."""
         return Pool(
             LabelledImages.join([self.inverted, other.inverted]),
             PatchSplit(torch.cat([self.split.high, other.split.high])),
@@ -181,16 +187,23 @@ def make_pool(
     generator: torch.Generator,
     batch_size: int = 128,
 ) -> Pool:
-    """Add further images to the synthetic ones, and let the ensemble label all of them.
+    """Add further images to the synthetic ones and label all of them by the ensemble.
 
     Parameters
     ----------
+    ensemble
+        The weighted teachers.
     made
-        Of stages 1 to 3.
+        Result of stages 1 to 3.
+    grid
+        Geometry and valid pixel range of the images.
     settings
-        How many further images; mixed and random ones are left out when ``kl_weight`` is 0.
+        Numbers and kinds of further images. Mixed and random images are left out if ``kl_weight`` is 0, because they
+        have no pseudo-label.
     generator
         CPU generator of augmentation, mixing and random images.
+    batch_size
+        Number of images in a forward pass of the ensemble.
     """
     synthetic = made.synthetic
     patches, labels = gather(synthetic.images, synthetic.labels, grid, settings, generator)
@@ -209,7 +222,7 @@ def gather(
     patches
         ``(N, P, E)``; the first B are `images`.
     labels
-        ``(N,)``; -1 for images that have none.
+        ``(N,)`` int64; -1 for images without a label.
     """
     B, parts, named = len(labels), [images], [labels]
     for _ in range(settings.views - 1):
@@ -224,7 +237,7 @@ def gather(
 
 
 def unnamed_pool(patches: Tensor, targets: Targets) -> Pool:
-    """Return a pool of ``(N, P, E)`` images that have targets, and neither pseudo-labels nor a density split."""
+    """Return a pool of ``(N, P, E)`` images that have targets, but no pseudo-labels and no density split."""
     labels = torch.full((len(patches),), -1, device=patches.device)
     everything = LabelledImages(patches, labels, targets)
     none = patches.new_zeros(0, patches.shape[1], dtype=torch.bool)
@@ -234,7 +247,7 @@ def unnamed_pool(patches: Tensor, targets: Targets) -> Pool:
 
 @torch.no_grad()
 def label_patches(ensemble: Ensemble, patches: Tensor, settings: DistillSettings, batch_size: int = 128) -> Targets:
-    """Targets of full images, ``(N, P, E)`` fp32 patches, as far as the loss of `settings` reads them."""
+    """Compute the targets of full images, ``(N, P, E)`` fp32 patches, that the loss terms of `settings` need."""
     teachers = ensemble.teachers if settings.learns_teachers else ()
     norms = [copy.deepcopy(last_norms(teacher)).float() for teacher in teachers]
     probabilities, features = [], []
@@ -251,7 +264,10 @@ def label_patches(ensemble: Ensemble, patches: Tensor, settings: DistillSettings
 
 
 def mix_patches(images: Tensor, count: int, grid: PatchGrid, generator: torch.Generator) -> Tensor:
-    """`count` images that take each patch from one of two images, in random proportion; ``(count, ch, S, S)``."""
+    """Mix pairs of images patch by patch, in random proportions; ``(count, ch, S, S)``.
+
+    Each of the `count` images takes each patch from one of two images, which are drawn with replacement.
+    """
     first, second = torch.randint(len(images), (2, count), generator=generator).to(images.device)
     share = torch.rand(count, 1, generator=generator)
     mask = (torch.rand(count, grid.num_patches, generator=generator) < share).to(images.device)

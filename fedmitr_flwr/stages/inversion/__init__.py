@@ -1,1 +1,1 @@
-"""Stage 1: synthetic images from the teachers."""
+"""Stage 1: invert the teachers into synthetic images."""

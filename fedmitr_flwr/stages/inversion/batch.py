@@ -1,4 +1,4 @@
-"""One batch of images under inversion: its iterations, its stops, and who watches.
+"""Run the iterations of inversion on one batch of images.
 
 Letters: B images, C classes, P patches of the full grid, L patches kept, E = channels x patch pixels, S side in pixels.
 """
@@ -27,20 +27,21 @@ from fedmitr_flwr.stages.random_images.families import random_images
 from fedmitr_flwr.stages.synthetic import SyntheticImages
 
 CHECK = 100
-"""Iterations between two looks at whether the loss is finite, for which a GPU would have to be waited for."""
+"""Number of iterations between two checks that loss and pixels are finite. Each check waits for the GPU."""
 
 
 @dataclass(frozen=True)
 class Watch:
-    """Callbacks of an inversion; none is called where it is None.
+    """Callbacks of an inversion; None: no callback.
 
     Attributes
     ----------
     on_iteration
-        Called with the iteration, from 0, and the ``(B,)`` detached cross-entropies, still on the device.
+        Called in each iteration with its number, from 0, and the ``(B,)`` detached cross-entropies, still on the
+        device.
     on_stop
-        Called at each stop with the iteration, the ``(B, ch, S, S)`` images as they are then, and the ``(B, L)``
-        patches that go on.
+        Called after each stop with the number of the iteration, the current ``(B, ch, S, S)`` images, and the
+        ``(B, L)`` patches that are kept.
     """
 
     on_iteration: Callable[[int, Tensor], None] | None = None
@@ -48,18 +49,19 @@ class Watch:
 
 
 NOBODY = Watch()
+"""No callbacks."""
 
 
 @dataclass(frozen=True)
 class InversionTask:
-    """What is inverted, into which images, and how.
+    """An ensemble to invert, the geometry of the images, and the settings.
 
     Attributes
     ----------
     ensemble
-        Frozen teachers, on the device of the labels.
+        Frozen teachers, on the same device as the labels.
     grid
-        Geometry and valid pixel range.
+        Geometry and valid pixel range of the images.
     settings
         Iterations, stop schedule, optimiser and priors.
     """
@@ -70,12 +72,14 @@ class InversionTask:
 
 
 class InversionDivergedError(RuntimeError):
-    """Loss or pixels stopped being finite; the message names the iteration.
+    """A loss or a pixel is not finite; the message names the iteration.
 
     Attributes
     ----------
+    iteration
+        Number of the iteration.
     last_good
-        The images at the last check that found everything finite, at most `CHECK` iterations before.
+        Images at the last check at which everything was finite, at most `CHECK` iterations earlier.
     """
 
     def __init__(self, iteration: int, last_good: SyntheticImages) -> None:
@@ -97,9 +101,9 @@ def optimise(
     Parameters
     ----------
     stops
-        For some iterations, the function that chooses which patches stay.
+        Functions that choose the patches to keep, by iteration.
     generator
-        CPU generator of jitter and colours.
+        CPU generator of jitter and colour shifts.
     watch
         Callbacks.
     """
@@ -124,25 +128,25 @@ def optimise(
 
 
 class InversionBatch:
-    """A batch of images under inversion.
+    """A batch of images that is being inverted.
 
     Parameters
     ----------
     task
         Teachers, geometry and settings.
     labels
-        ``(B,)`` int64.
+        ``(B,)`` int64 target classes.
     start
-        ``(B, ch, S, S)`` images, which are clipped to the valid range.
+        ``(B, ch, S, S)`` starting images, which are clipped to the valid range.
     kept
-        ``(B, L)`` int64, sorted; None: all patches.
+        ``(B, L)`` int64 numbers of the patches to optimise, sorted; None: all patches.
     terms
-        Of the loss, beside those that the settings ask for.
+        Terms of the loss besides those that the settings ask for.
 
     Raises
     ------
     ValueError
-        If `kept` names no patch, or one outside the grid.
+        If `kept` is empty or has a patch outside the grid.
     """
 
     def __init__(
@@ -155,10 +159,11 @@ class InversionBatch:
     ) -> None:
         grid, settings = task.grid, task.settings
         if kept is not None and kept.shape[1] == 0:
-            raise ValueError("kept names no patch: an image needs at least one to be inverted")
+            raise ValueError("kept is empty, but inversion needs at least one patch of each image")
         if kept is not None and not 0 <= int(kept.min()) <= int(kept.max()) < grid.num_patches:
             raise ValueError(
-                f"kept names patches {int(kept.min())} to {int(kept.max())}, the grid has 0 to {grid.num_patches - 1}"
+                f"kept has patches {int(kept.min())} to {int(kept.max())}, "
+                f"but the patches of the grid are 0 to {grid.num_patches - 1}"
             )
         self.task, self._labels = task, labels
         self._terms = (*terms_of(settings), *terms)
@@ -169,25 +174,27 @@ class InversionBatch:
         self.kept = torch.arange(grid.num_patches, device=device).repeat(len(labels), 1) if kept is None else kept
         self._begin()
         self._loss = torch.zeros(len(labels), device=device)
+        # _broken: first iteration with a loss that is not finite, or -1. On the device, so that no iteration waits.
         self._iteration, self._broken = 0, torch.full((), -1, device=device)
         self._last_good = self.result()
 
     def _begin(self) -> None:
-        """Give the kept patches an optimiser and a prior."""
+        """Create the optimiser and the prior of the kept patches."""
         self._steady: SteadySteps | None = None
         self._adam = PixelAdam(take(self._canvas, self.kept), self.task.settings)
         self._prior = Prior(self._canvas, self.kept, self.task.grid, self.task.settings)
 
     def restart(self, kept: Tensor) -> None:
-        """Go on from the pixels as they are with other patches, ``(L,)`` int64 of each image, and a fresh optimiser."""
+        """Continue from the current pixels with a new optimiser and other patches, ``(L,)`` int64 for all images."""
         self._canvas = scatter(self._canvas, self.kept, self._adam.pixels)
         self.kept = kept.to(self._labels.device).repeat(len(self._labels), 1)
         self._begin()
 
     def expect(self, steps: int) -> None:
-        """Say that so many steps follow in which no patch leaves; worth knowing on a GPU (`cuda_graphs.py`).
+        """Announce that no patch is stopped in the next `steps` iterations, so that they can run as a CUDA graph.
 
-        Steps with views or a choice may come all the same, and end it.
+        `cuda_graphs.suits` decides whether they do. An iteration with views or with a choice of patches is still
+        allowed; from then on, iterations run without the graph.
         """
         device = self._labels.device
         if suits(steps, self.task.ensemble, self.task.settings, self._terms, device):
@@ -195,19 +202,21 @@ class InversionBatch:
             self._steady = SteadySteps(self._steady_step, table, self._iteration, self.task.ensemble, device)
 
     def views(self, generator: torch.Generator) -> list[View]:
-        """Draw the looks of an iteration, as the settings ask for."""
+        """Draw the `inversion.copies` random views of one iteration."""
         count, device, grid, settings = len(self._labels), self._labels.device, self.task.grid, self.task.settings
         return [View.draw(count, grid, settings, generator, device) for _ in range(settings.copies)]
 
     def step(self, views: Sequence[View] = (View(),), choose: Choice | None = None) -> Tensor:
-        """One iteration; nothing in it waits for the device.
+        """Run one iteration without waiting for the device.
 
         Parameters
         ----------
         views
-            How the ensemble sees the images; of several, losses, gradients and attention are averaged.
+            Views of the images on which the ensemble is evaluated. Losses, gradients and attention are averaged over
+            them.
         choose
-            Chooses, by their attention, which patches go on; the others leave before the update.
+            Chooses the patches to keep, by their attention; the others are stopped before the update. None: all
+            patches are kept.
 
         Returns
         -------
@@ -227,7 +236,7 @@ class InversionBatch:
         return self._loss
 
     def _steady_step(self, scalars: Tensor, iteration: Tensor) -> Tensor:
-        """Run one iteration on memory that stays in place, see `cuda_graphs.Body`."""
+        """Run one iteration in a form that can be recorded as a CUDA graph; see `cuda_graphs.Body`."""
         update = partial(self._adam.step_by, scalars, low=self._low, high=self._high)
         return self._iterate(iteration, (View(),), None, update)
 
@@ -238,16 +247,16 @@ class InversionBatch:
         choose: Choice | None,
         update: Callable[[Tensor], None],
     ) -> Tensor:
-        """Run one iteration: loss and gradient, perhaps a stop, the prior's gradient, the update of the pixels.
+        """Run one iteration: compute loss and gradient, stop patches if asked to, add the prior, update the pixels.
 
         Parameters
         ----------
         iteration
-            Its number, or ``()`` int64 on the device.
+            Number of the iteration, or the same as ``()`` int64 on the device.
         views, choose
             As for `step`.
         update
-            Moves the pixels, given the ``(B, L, E)`` gradient.
+            Updates the pixels, given the ``(B, L, E)`` gradient.
         """
         looks = zip(*(self._look(view) for view in views), strict=True)
         loss, gradient, attention = (torch.stack(part).mean(0) if len(part) > 1 else part[0] for part in looks)
@@ -263,32 +272,32 @@ class InversionBatch:
         return loss
 
     def _breaks(self, loss: Tensor) -> Tensor:
-        """Whether these losses are the first that are not finite, ``()`` bool."""
+        """Return whether one of these losses is not finite and all earlier ones were, ``()`` bool."""
         return ~torch.isfinite(loss).all() & (self._broken < 0)
 
     def _look(self, view: View) -> tuple[Tensor, Tensor, Tensor]:
-        """Losses ``(B,)``, gradients ``(B, L, E)`` and attention ``(B, L)`` in one view."""
+        """Return losses ``(B,)``, gradients ``(B, L, E)`` and attention ``(B, L)`` of one view."""
         seen, index = view.of(self._adam.pixels), self.task.grid.shifted(self.kept, view.shift)
         out = self.task.ensemble.loss_gradient(seen, index, self._labels, self._dtype, self._terms)
         return out.loss, view.pull_back(out.gradient), out.attention
 
     def release(self) -> None:
-        """Give back the memory of the teachers' activations, and of a graph."""
+        """Free the memory of the teachers' activations and of the CUDA graph."""
         self._steady = None
         self.task.ensemble.release()
 
     def result(self) -> SyntheticImages:
-        """The images as they are now, in new tensors."""
+        """Return the current images in new tensors."""
         images = self.task.grid.to_images(scatter(self._canvas, self.kept, self._adam.pixels))
         return SyntheticImages(images, self._labels, self.kept, self._loss)
 
     def check_finite(self) -> None:
-        """Wait for the device and look.
+        """Check that everything is finite. This waits for the device.
 
         Raises
         ------
         InversionDivergedError
-            If a loss of the iterations so far, or a pixel now, is not finite.
+            If a loss of an iteration so far, or a current pixel, is not finite.
         """
         iteration = int(self._broken)
         if iteration < 0 and not bool(torch.isfinite(self._adam.pixels).all()):
@@ -299,7 +308,7 @@ class InversionBatch:
 
 
 def starting_images(count: int, grid: PatchGrid, settings: InversionSettings, generator: torch.Generator) -> Tensor:
-    """Noise to start from, before it is clipped to the valid range; ``(count, ch, S, S)`` fp32 on the CPU."""
+    """Return the noise that `inversion.start` names, ``(count, ch, S, S)`` fp32 on the CPU, not yet clipped."""
     if settings.start != "white":
         return random_images(settings.start, count, grid, generator)
     white = torch.randn(count, grid.channels, grid.image_size, grid.image_size, generator=generator)

@@ -1,4 +1,4 @@
-"""The ways of inverting, chosen by `inversion.method`, and stage 1 of one batch.
+"""The inversion methods that `inversion.method` can name, and stage 1 for one batch.
 
 Letters: B images, P patches of the full grid.
 """
@@ -23,7 +23,7 @@ from fedmitr_flwr.stages.synthetic import SyntheticImages
 
 
 class Invert(Protocol):
-    """A function that inverts a batch: `sparse.invert`, or another of the same signature."""
+    """Signature of a function that inverts one batch, such as `sparse.invert`."""
 
     def __call__(
         self,
@@ -43,16 +43,16 @@ def _one(settings: InversionSettings) -> int:
 
 @dataclass(frozen=True)
 class InversionMethod:
-    """A way of inverting, and what plans, progress and cost must know about it.
+    """An inversion method, and the numbers that progress reports, diagnostics and the count of FLOPs need.
 
     Attributes
     ----------
     invert
-        Inverts a batch.
+        Inverts one batch.
     images_per_run
-        How many images one label yields, given the settings.
+        Returns how many images one label yields, given the settings.
     kept_after_stops
-        How many of P patches are in the graph after each stop, given P and the settings.
+        Returns how many of P patches remain in the graph after each stop, given P and the settings.
     """
 
     invert: Invert
@@ -64,7 +64,7 @@ INVERSION: dict[str, InversionMethod] = {
     "sparse": InversionMethod(invert),
     "rebirth": InversionMethod(invert_by_rebirth, rebirth.images_per_run, rebirth.kept_after_stops),
 }
-"""By `inversion.method`, in the order of `settings.choices.InversionName`."""
+"""Methods by their name in `inversion.method`, in the order of `settings.choices.InversionName`."""
 
 
 def images_per_run(settings: InversionSettings) -> int:
@@ -73,12 +73,12 @@ def images_per_run(settings: InversionSettings) -> int:
 
 
 def runs(settings: InversionSettings) -> int:
-    """Return how many labels are inverted, for at least `inversion.images` images."""
+    """Return how many labels must be inverted to get at least `inversion.images` images."""
     return -(-settings.images // images_per_run(settings))
 
 
 def patches_left(patches: int, settings: InversionSettings) -> int:
-    """Return how many of P patches a finished image has."""
+    """Return how many of P patches a finished image keeps."""
     return [patches, *INVERSION[settings.method].kept_after_stops(patches, settings)][-1]
 
 
@@ -91,19 +91,19 @@ def invert_batch(
     watch: Watch = NOBODY,
     terms: Sequence[Term] = (),
 ) -> SyntheticImages:
-    """Run stage 1 of one batch. The result does not depend on other batches.
+    """Run stage 1 on one batch. The result does not depend on other batches.
 
     Parameters
     ----------
     task
         Teachers, geometry and settings.
     labels
-        ``(B,)`` int64.
+        ``(B,)`` int64 target classes.
     number
-        Number of the batch in the run, from 0. With the run's seed it decides starting images, teachers, jitter and
-        colours.
+        Number of the batch in the run, from 0. Together with the run's seed it determines the starting images, the
+        teachers of the batch, jitter and colour shifts.
     seed
-        Of the run.
+        Seed of the run.
     watch, terms
         As for `sparse.invert`.
     """

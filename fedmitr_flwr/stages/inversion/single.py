@@ -1,4 +1,4 @@
-"""Sparse model inversion of one timm ViT, without any federation (SMI, arXiv 2510.27186).
+"""Invert a single timm ViT by sparse model inversion (SMI, arXiv 2510.27186), without federated learning.
 
 Letters: B images, C classes.
 """
@@ -23,7 +23,11 @@ from fedmitr_flwr.stages.synthetic import SyntheticImages
 
 
 def spec_of(model: VisionTransformer) -> ImageSpec:
-    """Classes, size and normalisation of a timm model, from its ``pretrained_cfg``."""
+    """Read classes, image size and normalisation from the ``pretrained_cfg`` of a timm model.
+
+    The size and channels of the model's patch embedding take precedence. Missing class names become the class numbers.
+    A mean or standard deviation that is missing or does not fit the channels becomes 0.5.
+    """
     source = cast(dict[str, Any], model.pretrained_cfg or {})
     channels, size, _ = source.get("input_size", (3, 224, 224))
     named = source.get("label_names") or [str(number) for number in range(model.num_classes)]
@@ -50,31 +54,32 @@ def invert_model(
     Parameters
     ----------
     model
-        A timm ViT with a [CLS] token; put into eval mode, frozen and moved to `device`.
+        A timm ViT with a [CLS] token. It is put into eval mode, frozen and moved to `device`.
     labels
-        One class for each image.
+        Target class of each image.
     settings
-        Iterations, stop schedule, optimiser and priors; `InversionSettings.batch_size` images at a time.
+        Iterations, stop schedule, optimiser and priors; `InversionSettings.batch_size` images are inverted together.
     spec
         Geometry and normalisation; None: read from the model.
     seed
-        Of noise and jitter; an image depends on its batch's place, not on how many batches follow.
+        Seed of starting noise and jitter. An image depends on the number of its batch, not on how many batches follow.
     device
-        Where to run.
+        Device on which inversion runs.
     on_iteration
-        As `sparse.invert`, iterations counted over all batches.
+        As `batch.Watch.on_iteration`, but iterations are counted over all batches.
 
     Returns
     -------
     SyntheticImages
-        On `device`; ``images`` are normalised, `ImageSpec.denormalise` makes pixels of them.
+        On `device`. ``images`` are normalised; `ImageSpec.denormalise` turns them into pixels.
 
     Raises
     ------
     SettingsError
-        If the model can't run on a subset of its patches, or a label is out of range.
+        If the model cannot run on a subset of its patches, `inversion.method` makes several images for each label, or
+        a label is out of range.
     InversionDivergedError
-        If pixels or loss stop being finite.
+        If a loss or a pixel is not finite.
     """
     check_supported(model)
     if images_per_run(settings) != 1:

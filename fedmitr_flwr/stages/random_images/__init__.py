@@ -1,1 +1,1 @@
-"""Random images without any meaning, for the ensemble to label or to start inversion from: one file a family."""
+"""Random images that the ensemble labels or that inversion starts from, one module for each family."""

@@ -1,4 +1,4 @@
-"""What the families of random images share."""
+"""Functions that several families of random images use."""
 
 from __future__ import annotations
 
@@ -12,7 +12,19 @@ from fedmitr_flwr.models.patch_grid import PatchGrid
 def enlarged(
     count: int, channels: int, size: int, sides: range | list[int], mode: str, generator: torch.Generator
 ) -> Tensor:
-    """Gaussian noise on grids of random sides, enlarged; ``(count, channels, size, size)``."""
+    """Return Gaussian noise on grids of random side lengths, enlarged to ``(count, channels, size, size)``.
+
+    Parameters
+    ----------
+    count, channels, size
+        Number of images, channels, and side of an image in pixels.
+    sides
+        Side lengths of the grids. Each image has one of them, drawn uniformly.
+    mode
+        Interpolation mode of `torch.nn.functional.interpolate`.
+    generator
+        CPU generator.
+    """
     which = torch.randint(len(sides), (count,), generator=generator)
     images = torch.empty(count, channels, size, size)
     for number, side in enumerate(sides):
@@ -24,5 +36,5 @@ def enlarged(
 
 
 def valid_range(grid: PatchGrid) -> tuple[Tensor, Tensor]:
-    """Return the lowest and highest valid values, ``(ch, 1, 1)`` each, on the CPU."""
+    """Return the lowest and the highest valid pixel values, ``(ch, 1, 1)`` each, on the CPU."""
     return grid.low.cpu()[:, None, None], grid.high.cpu()[:, None, None]

@@ -1,4 +1,4 @@
-"""Bright lines on a dark ground, for writing."""
+"""Random images of bright lines on a dark ground, for writing."""
 
 from __future__ import annotations
 
@@ -10,9 +10,10 @@ from fedmitr_flwr.stages.random_images.common import enlarged, valid_range
 
 
 def contours(count: int, grid: PatchGrid, generator: torch.Generator) -> Tensor:
-    """Bright lines on a dark ground: a level line of a smooth random field, interrupted by a second one.
+    """Draw bright lines on a dark ground, ``(count, ch, S, S)``; see `families.Family`.
 
-    The field has 2 to 6 cells a side; the line is S/23 to S/6 wide, and its edges fall off over about S/28.
+    The line of an image is a level line of a smooth random field, interrupted where a second such field is low. The
+    first field has 2 to 6 cells a side. The line is S/23 to S/6 wide, and its edges fade over about S/28.
     """
     size = grid.image_size
     unit = size / 28

@@ -1,9 +1,9 @@
-"""The families of random images, chosen by `distill.noise-kind` and `inversion.start`.
+"""The families of random images that `distill.noise-kind` and `inversion.start` can name.
 
-Distilling an ensemble on random images is a strong baseline and a useful addition to inverted ones. Which family is
-best depends on the data: the nearer its statistics are to real images, the more of the ensemble's knowledge it draws
-out, and the more it assumes. `fields` assumes nothing, `contours` bright lines on a dark ground, `shapes` objects on a
-ground.
+Distillation on random images is a strong baseline and a useful addition to inverted images. Which family is best
+depends on the data. The closer the statistics of the random images are to those of real images, the more the student
+learns from the ensemble, but the more the family assumes about the data. `fields` assumes nothing; `contours` assumes
+bright lines on a dark ground; `shapes` assumes objects on a plain ground.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ from fedmitr_flwr.stages.random_images.shapes import shapes
 
 
 class Family(Protocol):
-    """A family of random images."""
+    """Signature of a function that draws random images of one family."""
 
     def __call__(self, count: int, grid: PatchGrid, generator: torch.Generator) -> Tensor:
-        """Return ``(count, ch, S, S)`` fp32 images on the CPU within the grid's valid range."""
+        """Return ``(count, ch, S, S)`` fp32 images on the CPU, within the grid's valid range."""
 
 
 FAMILIES: dict[str, Family] = {"fields": fields, "contours": contours, "shapes": shapes}
-"""By name, in the order of `settings.choices.RandomFamily`."""
+"""Families by name, in the order of `settings.choices.RandomFamily`."""
 
 
 def random_images(kind: str, count: int, grid: PatchGrid, generator: torch.Generator) -> Tensor:
@@ -38,15 +38,15 @@ def random_images(kind: str, count: int, grid: PatchGrid, generator: torch.Gener
     kind
         A key of `FAMILIES`.
     count
-        B.
+        Number of images.
     grid
-        Geometry and valid range.
+        Geometry and valid pixel range.
     generator
         CPU generator.
 
     Returns
     -------
     Tensor
-        ``(B, ch, S, S)`` fp32 on the CPU.
+        ``(count, ch, S, S)`` fp32 on the CPU.
     """
     return FAMILIES[kind](count, grid, generator)

@@ -1,4 +1,4 @@
-"""Smooth and rough noise, for any images."""
+"""Random images of smooth and rough noise, for any data."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from fedmitr_flwr.stages.random_images.common import enlarged, valid_range
 
 
 def fields(count: int, grid: PatchGrid, generator: torch.Generator) -> Tensor:
-    """Noise of random coarseness, contrast and mean.
+    """Draw noise of random coarseness, contrast and mean, ``(count, ch, S, S)``; see `families.Family`.
 
     Each image is Gaussian noise on a grid of S/7 to S cells a side, enlarged to the full size. Its contrast is uniform
-    between 0.5 and 2.5 and its mean between -1 and 1, in units of the normalised pixels. Two images of three get white
-    noise of a standard deviation up to 1.5 on top: an ensemble says more of rough images than of smooth ones.
+    between 0.5 and 2.5 and its mean between -1 and 1, in units of normalised pixels. On average two of three images get
+    additional white noise with a standard deviation of up to 1.5, because the ensemble's outputs on rough images carry
+    more information than those on smooth ones.
     """
     size = grid.image_size
     sides = sorted({max(2, size // 7), max(2, size // 4), max(2, size // 2), size})

@@ -1,4 +1,4 @@
-"""Coloured shapes on a plain ground, for pictures of things."""
+"""Random images of coloured shapes on a plain ground, for pictures of objects."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ _AT_A_TIME = 128
 
 
 def shapes(count: int, grid: PatchGrid, generator: torch.Generator) -> Tensor:
-    """One to seven coloured shapes, painted one over another on a plain ground.
+    """Paint one to seven coloured shapes on a plain ground, ``(count, ch, S, S)``; see `families.Family`.
 
-    A kind of dead leaves (Baradad et al. 2021, "Learning to see by looking at noise", section 3.3), but with a thing in
-    the middle: the first shape is large and near the centre, later ones are smaller and lie around it. A shape is an
-    ellipse, a rectangle or a diamond, stretched, half of them turned, with a wavy edge and a light fall of brightness.
-    Half of the images have a white ground, the others one of any colour; half have dark outlines, as in drawings.
-    Half of an image's shapes have one of its three colours, the others each their own.
+    This is a variant of dead leaves (Baradad et al. 2021, "Learning to see by looking at noise", section 3.3) with an
+    object in the middle: the first shape is large and near the centre, and the later shapes are smaller and lie around
+    it. A shape is a stretched ellipse, rectangle or diamond with a wavy edge and a slight gradient of brightness; half
+    of the shapes are rotated. Half of the images have a white ground, and the others have one of a random colour. Half
+    of the images have dark outlines, as in drawings. Half of the shapes of an image have one of its three palette
+    colours, and each of the others has a random colour.
     """
 
     def uniform(*shape: int) -> Tensor:
         return torch.rand(*shape, generator=generator)
 
-    if count > _AT_A_TIME:  # a shape has a dozen planes of the images' size
+    if count > _AT_A_TIME:  # limits memory: painting a shape takes a dozen planes of the images' size
         return torch.cat([shapes(len(part), grid, generator) for part in torch.empty(count).split(_AT_A_TIME)])
     size, channels, most = grid.image_size, grid.channels, 7
     axis = (torch.arange(size) + 0.5) / size * 2 - 1
@@ -48,7 +49,7 @@ def shapes(count: int, grid: PatchGrid, generator: torch.Generator) -> Tensor:
         scaled = (across / (radius * stretch)).abs() ** power + (along * stretch / radius).abs() ** power
         waves = torch.randint(2, 8, (count, 1, 1), generator=generator)
         wavy = 1 + 0.15 * uniform(count, 1, 1) * torch.sin(waves * torch.atan2(along, across))
-        # Distance to the edge in pixels, positive inside, as on a circle of the shape's smaller radius.
+        # Approximate distance to the edge in pixels, positive inside: that of a circle with the smaller radius.
         depth = (1 - scaled ** (1 / power) * wavy) * radius * torch.minimum(stretch, 1 / stretch) * size / 2
         painted = turn < number
         inside = ((depth + 0.5).clamp(0, 1) * painted)[:, None]

@@ -227,10 +227,10 @@ def test_an_upload_under_another_sites_name_is_refused_for_that_whoever_is_first
 def test_a_reply_that_breaks_the_validation_itself_costs_only_itself(
     run: RunDirectory, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def fragile(record: ArrayRecord, store: UploadStore, dtype: object) -> dict[str, Tensor]:
+    def fragile(record: ArrayRecord, layout: UploadStore, dtype: object) -> dict[str, Tensor]:
         if "odd" in record:
             raise TypeError("unhashable type")
-        return decode_state(record, store, dtype)
+        return decode_state(record, layout, dtype)
 
     monkeypatch.setattr(collection, "decode_state", fragile)
     strategy, _ = make(run)

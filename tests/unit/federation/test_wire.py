@@ -56,7 +56,7 @@ GOOD_BYTES = npy(np.zeros((3, 4), np.float32))
     ("name", "dtype"), [("fp32", torch.float32), ("fp16", torch.float16), ("bf16", torch.bfloat16)]
 )
 def test_every_upload_format_round_trips_exactly(store: UploadStore, name: UploadDtype, dtype: torch.dtype) -> None:
-    decoded = decode_state(encode_state(STATE, name), store, name)
+    decoded = decode_state(encode_state(STATE, name), store.layout, name)
     for key, value in STATE.items():
         expected = value.to(dtype) if value.is_floating_point() else value
         assert decoded[key].dtype == expected.dtype
@@ -66,19 +66,19 @@ def test_every_upload_format_round_trips_exactly(store: UploadStore, name: Uploa
 def test_column_major_arrays_keep_their_values(store: UploadStore) -> None:
     record = encode_state(STATE)
     record["w"] = raw(npy(np.asfortranarray(STATE["w"].numpy())))
-    assert torch.equal(decode_state(record, store, "fp32")["w"], STATE["w"])
+    assert torch.equal(decode_state(record, store.layout, "fp32")["w"], STATE["w"])
 
 
 def test_a_header_as_numpy_writes_it_need_not_be_parsed(store: UploadStore, monkeypatch: pytest.MonkeyPatch) -> None:
     record = encode_state(STATE)
     monkeypatch.setattr(records, "_npy_header", None)
-    decoded = decode_state(record, store, "fp32")
+    decoded = decode_state(record, store.layout, "fp32")
     assert all(torch.equal(decoded[key], STATE[key]) for key in STATE)
 
 
 def test_decoding_empties_the_record_so_that_an_upload_is_in_memory_once(store: UploadStore) -> None:
     record = encode_state(STATE)
-    decode_state(record, store, "fp32")
+    decode_state(record, store.layout, "fp32")
     assert len(record) == 0
 
 
@@ -122,7 +122,7 @@ def test_bytes_that_lie_are_refused_without_allocating(store: UploadStore, array
     record["w"] = array
     tracemalloc.start()
     with pytest.raises(UploadRefused, match=reason) as refusal:
-        decode_state(record, store, "fp32")
+        decode_state(record, store.layout, "fp32")
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert peak < 2_000_000
@@ -131,13 +131,13 @@ def test_bytes_that_lie_are_refused_without_allocating(store: UploadStore, array
 
 def test_uint16_is_bfloat16_only_when_the_sender_says_so(store: UploadStore) -> None:
     with pytest.raises(UploadRefused, match="w has dtype 'uint16'"):
-        decode_state(encode_state(STATE, "bf16"), store, "fp16")
+        decode_state(encode_state(STATE, "bf16"), store.layout, "fp16")
 
 
 @pytest.mark.parametrize("dtype", [None, "fp8", 32, "x" * 1000])
 def test_an_unknown_number_format_is_refused(store: UploadStore, dtype: object) -> None:
     with pytest.raises(UploadRefused, match="expected one of fp32, fp16, bf16"):
-        decode_state(encode_state(STATE), store, dtype)
+        decode_state(encode_state(STATE), store.layout, dtype)
 
 
 def test_missing_extra_and_no_arrays_are_refused(store: UploadStore) -> None:
@@ -145,7 +145,7 @@ def test_missing_extra_and_no_arrays_are_refused(store: UploadStore) -> None:
     del missing["w"]
     for record, reason in ((missing, "missing tensor: 'w'"), (extra, "unexpected"), (ArrayRecord(), "no tensors")):
         with pytest.raises(UploadRefused, match=reason):
-            decode_state(record, store, "fp32")
+            decode_state(record, store.layout, "fp32")
 
 
 def test_encoding_leaves_the_state_alone() -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fedmitr_flwr.models.patch_grid import PatchGrid
-from fedmitr_flwr.pipeline.methods.co_boosting import hard_loss, perturbed, reweighted, step_of_say
+from fedmitr_flwr.pipeline.methods.co_boosting import hard_loss, perturbed, reweighted, vote_weight_step
 from fedmitr_flwr.pipeline.methods.dense import boundary_loss
 from fedmitr_flwr.pipeline.methods.generator import Generator, divergence, generate, round_starts
 from fedmitr_flwr.settings import GeneratorSettings
@@ -98,33 +98,33 @@ def test_hard_loss_weights_each_image_by_what_the_ensemble_misses():
     assert torch.allclose(gradient[torch.arange(4), LABELS], -(1 - hit) / hit, atol=1e-4)
 
 
-def test_say_multiplies_the_weights_of_a_teacher():
+def test_a_vote_weight_multiplies_the_weights_of_its_teacher():
     ensemble = tiny_ensemble()
     K = len(ensemble.teachers)
-    say = torch.linspace(0.2, 1.0, K)
-    scaled = ensemble.weights * say[:, None]
-    assert torch.allclose(reweighted(ensemble, say).weights, scaled / scaled.sum(0), atol=1e-6)
+    votes = torch.linspace(0.2, 1.0, K)
+    scaled = ensemble.weights * votes[:, None]
+    assert torch.allclose(reweighted(ensemble, votes).weights, scaled / scaled.sum(0), atol=1e-6)
     assert torch.equal(reweighted(ensemble, torch.zeros(K)).weights, ensemble.weights)
 
 
-def test_say_moves_by_one_step_against_a_difference_quotient():
+def test_vote_weights_move_by_one_step_against_a_difference_quotient():
     ensemble = tiny_ensemble()
     K, C = ensemble.weights.shape
-    say = torch.full((K,), 1 / K)
+    votes = torch.full((K,), 1 / K)
     logits = torch.randn(K, 4, C, generator=seeded())
 
-    def loss(say):
-        seen = reweighted(ensemble, say).combine(logits)
+    def loss(votes):
+        seen = reweighted(ensemble, votes).combine(logits)
         return float(-seen[torch.arange(4), LABELS % C].log().mean())
 
-    got = step_of_say(ensemble, say, logits, LABELS % C, 0.05)
+    got = vote_weight_step(ensemble, votes, logits, LABELS % C, 0.05)
     for k in range(K):
         nudge = torch.zeros(K)
         nudge[k] = 1e-2
-        slope = loss(say + nudge) - loss(say - nudge)
+        slope = loss(votes + nudge) - loss(votes - nudge)
         assert float(got[k]) == pytest.approx(1 / K - 0.05 * (1 if slope > 0 else -1))
-    assert loss(got) < loss(say)
-    edge = step_of_say(ensemble, torch.tensor([0.0] * (K - 1) + [1.0]), logits, LABELS % C, 0.05)
+    assert loss(got) < loss(votes)
+    edge = vote_weight_step(ensemble, torch.tensor([0.0] * (K - 1) + [1.0]), logits, LABELS % C, 0.05)
     assert bool(((edge >= 0) & (edge <= 1)).all())
 
 

@@ -270,7 +270,7 @@ def test_a_metric_is_in_metrics_report_and_card(found: dict[str, dict[str, float
     metrics = json.loads((run / "metrics.json").read_text("utf-8"))["metrics"]
     assert {model: values["dummy"] for model, values in metrics.items()} == dict.fromkeys(metrics, 0.25)
     assert "Dummy metric: Always a quarter." in (run / "report.html").read_text("utf-8")
-    assert "| dummy metric of this model | 25.0 % |" in (run / "model" / "README.md").read_text("utf-8")
+    assert "dummy metric 25.0 %" in (run / "model" / "README.md").read_text("utf-8")
 
 
 def test_a_reported_number_reaches_metrics_events_and_report(found: dict[str, dict[str, float]]) -> None:

@@ -62,6 +62,24 @@ def test_a_name_that_flower_makes_public_is_imported_from_there() -> None:
     assert wrong == []
 
 
+def test_every_module_that_flower_does_not_document_is_on_the_page() -> None:
+    page = (ROOT / "docs" / "flower.md").read_text("utf-8")
+    sources = [path for path in SOURCES if path.relative_to(ROOT).parts[0] in PACKAGES]
+    private = {module for path in sources for module, _ in flower_imports(path) if module not in PUBLIC}
+    assert {module for module in private if f"`{module}`" not in page} == set()
+
+
+def test_every_test_on_the_page_exists_and_every_such_test_is_on_it() -> None:
+    page = (ROOT / "docs" / "flower.md").read_text("utf-8")
+    tests = "".join(path.read_text("utf-8") for path in (ROOT / "tests").rglob("test_*.py"))
+    defined = set(re.findall(r"^def (test_\w+)\(", tests, re.M))
+    rows = [row for row in page.splitlines() if row.count("|") == 6]
+    cells = [name for row in rows for name in re.findall(r"`(\w+)`", row.split("|")[5])]
+    named = {name if name.startswith("test_") else f"test_flower_still_{name}" for name in cells}
+    assert named - defined == set()
+    assert {name for name in defined if name.startswith("test_flower_still_")} - named == set()
+
+
 def commands() -> dict[str, list[list[str]]]:
     """The command lines of each program, from the systemd units and from the compose file, by where they stand."""
     found: dict[str, list[list[str]]] = {program: [] for program in PROGRAMS}

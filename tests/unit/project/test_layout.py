@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import grimp
 import pytest
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -69,3 +70,12 @@ def test_no_module_lies_in_the_root_of_the_package():
 def test_no_folder_holds_more_than_twelve_entries(folder: Path):
     entries = [path.name for path in folder.iterdir() if path.name != "__pycache__"]
     assert len(entries) <= MOST_ENTRIES, sorted(entries)
+
+
+def test_no_benchmark_imports_itself_through_another():
+    graph = grimp.build_graph("benchmarks", "fedmitr_flwr", cache_dir=None)
+    own = [module for module in graph.modules if module.startswith("benchmarks.")]
+    pairs = [(module, other) for module in own for other in graph.find_modules_directly_imported_by(module)]
+    circles = [(module, other) for module, other in pairs if graph.chain_exists(other, module)]
+    assert len(own) > 15
+    assert circles == []

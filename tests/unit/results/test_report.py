@@ -74,7 +74,7 @@ def test_it_says_what_came_out_and_who_is_missing(run: Path) -> None:
     accuracy = json.loads((run / "metrics.json").read_text())["accuracy"]
     for rate in accuracy.values():
         assert f"{100 * rate:.1f} %" in text
-    assert "From 2 of 3 clients in one exchange" in text
+    assert "From the uploads of 2 of 3 clients in one round" in text
     assert "head.weight holds NaN or Inf" in text
     assert "distill.noise" in text
 
@@ -100,8 +100,8 @@ def test_it_shows_the_images_at_every_stop(run: Path) -> None:
     first = shots["labels"].tolist().index(3)
     assert torch.equal(shots["kept"][first], shots["stop.0000004.kept"][3])
     text = Page((run / "report.html").read_text()).text
-    assert "at 2" in text
-    assert "at 4" in text
+    assert "iteration 2" in text
+    assert "iteration 4" in text
 
 
 def test_watching_changes_no_number(run: Path, tmp_path: Path) -> None:
@@ -116,8 +116,8 @@ def test_watching_changes_no_number(run: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("method", "stages", "made"),
     [
-        ("fedavg", set(), "It averaged the uploads by their number of images; nothing was distilled."),
-        ("random-images", {"distill"}, "label random images"),
+        ("fedavg", set(), "It averaged the uploaded weights by the clients' numbers of images. It distilled nothing."),
+        ("random-images", {"distill"}, "labelled random images"),
         ("dense", set(), "24 generated images"),
         ("dense-inversion", {"invert", "invert_dense", "relabel", "distill"}, "inverted the ensemble"),
     ],
@@ -131,7 +131,7 @@ def test_report_and_card_of_a_baseline_tell_what_it_did_and_nothing_more(
     card = (path / "model" / "README.md").read_text()
     assert flops.keys() == stages
     assert flops.get("invert") == flops.get("invert_dense")
-    assert "Patches stop at" not in text
+    assert "Patches are stopped" not in text
     assert "Without stopping patches" not in text
     assert ("Synthetic images" in text) == ("invert" in stages or method == "dense")
     assert made in card
@@ -140,26 +140,26 @@ def test_report_and_card_of_a_baseline_tell_what_it_did_and_nothing_more(
 
 def test_memory_is_drawn_by_stage(run: Path) -> None:
     text = Page((run / "report.html").read_text()).text
-    assert "Memory of the server's process" in text
-    assert len(re.findall(r"[\d,]+ MiB", text.split("Memory of the server's process")[1])) >= 4
+    assert "Memory of the server process" in text
+    assert len(re.findall(r"[\d,]+ MiB", text.split("Memory of the server process")[1])) >= 4
 
 
 def test_what_clients_shared_and_what_their_uploads_tell_stand_side_by_side(run: Path) -> None:
     finished = load_run(run)
-    assert "Label distribution" not in run_page(finished)
+    assert "Label histograms that the clients shared" not in run_page(finished)
     counts = [{"histogram": [7] * 10} if event.get("outcome") == "accepted" else {} for event in finished.events]
     events = [{**event, **more} for event, more in zip(finished.events, counts, strict=True)]
     page = run_page(replace(finished, events=events))
-    assert "Label distribution, as the clients shared it" in page
-    assert "Competence by class, estimated from the uploads" in page
-    assert "No client shared its labels" not in page
+    assert "Label histograms that the clients shared" in page
+    assert "Label histograms estimated from the uploads" in page
+    assert "No client shared its label histogram" not in page
 
 
 def test_without_an_evaluation_it_says_so(tmp_path: Path) -> None:
     path = make_run(tmp_path, "blind", **{"run.evaluate-on": "none"})
     text = Page((path / "report.html").read_text()).text
-    assert "not evaluated" in text
-    assert "Nothing was measured" in text
+    assert "Its accuracy is unknown" in text
+    assert "No accuracy was measured" in text
 
 
 def test_it_can_be_rendered_again_from_the_files(run: Path, tmp_path: Path) -> None:
@@ -179,8 +179,8 @@ def test_runs_are_compared_side_by_side(run: Path, other: Path, tmp_path: Path) 
     assert "inversion.images" not in page.text
     for name in ("first", "second"):
         assert name in page.text
-    assert "cannot be told" not in page.text
-    assert "Arithmetic: inversion" in page.text
+    assert "cannot be compared" not in page.text
+    assert "FLOPs: inversion" in page.text
 
 
 def test_runs_on_other_data_are_not_ranked(run: Path, tmp_path: Path) -> None:
@@ -190,8 +190,8 @@ def test_runs_on_other_data_are_not_ranked(run: Path, tmp_path: Path) -> None:
     config["settings"]["data.split-seed"] = 5
     (copy / "config.json").write_text(json.dumps(config))
     text = Page(comparison_page([load_run(run), load_run(copy)])).text
-    assert "These runs have different splits: which is better cannot be told" in text
-    assert "is best" not in text
+    assert "These runs use different splits, so their accuracies cannot be compared" in text
+    assert "highest accuracy" not in text
 
 
 def unfinished(path: Path) -> None:
@@ -225,7 +225,7 @@ def broken(path: Path) -> None:
         (failed, "failed: QuorumError: few"),
         (from_the_future, "has format 99"),
         (from_the_past, "did not write report.json"),
-        (no_run, "is no run"),
+        (no_run, "is not a run"),
         (broken, "metrics.json is not JSON"),
     ],
 )
@@ -255,14 +255,16 @@ def test_the_verdict_does_not_call_what_chance_explains() -> None:
         "num_images": 100,
         "split": "test",
     }
-    assert "too close" in words.verdict({"asked": 2, "accepted": 2}, evaluation, 1)
+    assert "not significantly different from one-shot FedAvg (80.0 %)" in words.verdict(
+        {"asked": 2, "accepted": 2}, evaluation, 1
+    )
     evaluation["num_images"] = 100_000
     assert "2.0 points above one-shot FedAvg" in words.verdict({"asked": 2, "accepted": 2}, evaluation, 1)
 
 
 def test_a_class_that_nobody_knows_is_named() -> None:
     found = words.cautions({"asked": 2, "accepted": 2}, None, ["cat", "dog", "eel"], [3, 3, 0])
-    assert "No client knows eel" in found[0]
+    assert "no synthetic images of these classes: eel" in found[0]
 
 
 def test_stopping_patches_shows_in_the_flops() -> None:
@@ -330,6 +332,24 @@ def test_charts_place_values_on_their_scale() -> None:
     assert charts.lines([charts.Series("x", [])], x="step", y="loss") == ""
 
 
+@pytest.mark.parametrize(
+    ("values", "log", "ticks"),
+    [
+        ((0.0, 2.3), False, [0, 0.5, 1, 1.5, 2, 2.5]),
+        ((-1.0, 1.0), False, [-1, -0.5, 0, 0.5, 1]),
+        ((0.0, 0.0), False, [0, 0.2, 0.4, 0.6, 0.8, 1]),
+        ((0.02, 0.3), True, [0.01, 0.1, 1]),
+        ((0.5, 0.5), True, [0.1, 1]),
+        ((1e-3, 1e4), True, [1e-3, 1e-1, 1e1, 1e3, 1e5]),
+    ],
+)
+def test_the_axis_of_a_chart_has_round_numbers_that_enclose_the_values(
+    values: tuple[float, float], log: bool, ticks: list[float]
+) -> None:
+    chart = charts.lines([charts.Series("x", list(enumerate(values)))], x="step", y="loss", log=log)
+    assert re.findall(r'<b style="top:[\d.]+%">([^<]+)</b>', chart) == [f"{tick:g}" for tick in ticks]
+
+
 def test_a_run_of_another_version_is_refused_by_its_name(run: Path, tmp_path: Path) -> None:
     copy = tmp_path / "copy"
     shutil.copytree(run, copy)
@@ -337,5 +357,5 @@ def test_a_run_of_another_version_is_refused_by_its_name(run: Path, tmp_path: Pa
     config["settings"]["distill.magic"] = 3
     config["versions"]["fedmitr-flwr"] = "9.9"
     (copy / "config.json").write_text(json.dumps(config))
-    with pytest.raises(SettingsError, match=r"written by version 9\.9, this is .*distill\.magic"):
+    with pytest.raises(SettingsError, match=r"written by version 9\.9, this is version .*distill\.magic"):
         load_run(copy).settings()

@@ -249,7 +249,7 @@ def test_a_mask_without_a_patch_is_refused():
 @pytest.mark.parametrize("place", [-1, 16])
 def test_a_mask_outside_the_grid_is_refused(place):
     kept = torch.tensor([0, place]).repeat(6, 1)
-    with pytest.raises(ValueError, match="the grid has 0 to 15"):
+    with pytest.raises(ValueError, match="patches of the grid are 0 to 15"):
         InversionBatch(
             InversionTask(tiny_ensemble(), tiny_grid(), InversionSettings()), LABELS, torch.zeros(6, 1, 16, 16), kept
         )

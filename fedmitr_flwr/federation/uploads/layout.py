@@ -1,0 +1,72 @@
+"""Names, shapes and dtypes of the tensors that an upload must have."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from fedmitr_flwr.federation.uploads.validation import UploadRefused, brief
+
+UPLOAD_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class TensorLayout:
+    """Shape and dtype of a tensor, as declared before its bytes are read."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The layout of a state dict.
+
+    Attributes
+    ----------
+    tensors
+        By name.
+    """
+
+    tensors: Mapping[str, TensorLayout]
+
+    @classmethod
+    def of(cls, state: Mapping[str, Tensor]) -> Layout:
+        """Return the layout of a state dict."""
+        return cls({key: TensorLayout(tuple(value.shape), value.dtype) for key, value in state.items()})
+
+    def check(self, declared: Layout) -> None:
+        """Compare a declared layout with this one, without allocating memory.
+
+        Floating-point tensors may be declared as fp32, fp16 or bf16, all others exactly as they are here.
+
+        Raises
+        ------
+        UploadRefused
+            If tensors are missing or unexpected (the message names up to three), or one has another shape or dtype.
+        """
+        if not declared.tensors:
+            raise UploadRefused("holds no tensors")
+        _refuse_names("missing", [key for key in self.tensors if key not in declared.tensors])
+        _refuse_names("unexpected", [key for key in declared.tensors if key not in self.tensors])
+        for key, expected in self.tensors.items():
+            found = declared.tensors[key]
+            # Shapes must be equal: (1, 64) instead of (64, 64) would be broadcast in an average without an error.
+            if found.shape != expected.shape:
+                raise UploadRefused(f"{key} has shape {brief(found.shape)}, expected {expected.shape}")
+            allowed = set(UPLOAD_DTYPES.values()) if expected.dtype.is_floating_point else {expected.dtype}
+            if found.dtype not in allowed:
+                raise UploadRefused(f"{key} has dtype {found.dtype}, expected {_dtype_names(allowed)}")
+
+
+def _refuse_names(kind: str, names: list[str]) -> None:
+    if names:
+        shown = ", ".join(brief(name) for name in names[:3]) + (", …" if len(names) > 3 else "")
+        raise UploadRefused(f"{len(names)} {kind} tensor{'s' if len(names) > 1 else ''}: {shown}")
+
+
+def _dtype_names(dtypes: set[torch.dtype]) -> str:
+    return " or ".join(sorted(str(dtype).removeprefix("torch.") for dtype in dtypes))
