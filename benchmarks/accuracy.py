@@ -47,6 +47,8 @@ SKEWS = ("0.05", "0.1", "0.3", "0.5", "iid")
 WITHOUT_GENERATORS = ",".join(name for name in METHODS if not METHODS[name].generates and name not in MOMENT_METHODS)
 NO_INVERSION = ("fedavg", "head-aggregation", "random-images")
 Row = dict[str, Any]
+SINCE = {"run.update-limit": 4.0, "run.update-limit-action": "clip"}
+"""Settings that were added after lines were stored, with the values under which those lines stay the same."""
 
 
 def main(
@@ -229,7 +231,11 @@ def recipe(settings: Settings, changes: dict[str, str]) -> str:
     """Return an eight-digit hash of the settings, except those that a row stores by itself."""
     named = ("partition.", "data.source", "run.method")
     flat = settings.flat().items()
-    kept = {key: value for key, value in flat if key not in changes and not key.startswith(named)}
+    kept = {
+        key: value
+        for key, value in flat
+        if key not in changes and not key.startswith(named) and SINCE.get(key) != value
+    }
     return hashlib.sha256(json.dumps(kept, sort_keys=True).encode()).hexdigest()[:8]
 
 

@@ -1,1 +1,1 @@
-"""Flower ClientApp: local training, once."""
+"""Flower ClientApp: trains once on local images and uploads the weights."""

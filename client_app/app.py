@@ -1,10 +1,11 @@
-"""The ClientApp: train once on local images, upload the weights."""
+"""The ClientApp: trains once on local images and uploads the weights."""
 
 from __future__ import annotations
 
 import json
 import logging
 import traceback
+from contextlib import nullcontext
 
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -13,6 +14,7 @@ from flwr.common.constant import ErrorCode
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.federation.code_digest import check_digest
 from fedmitr_flwr.federation.uploads.records import decode_trusted, encode_state
+from fedmitr_flwr.runs.log import console_log
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.training.client import client_name, train_client
 from fedmitr_flwr.training.time_limit import time_limit
@@ -25,14 +27,16 @@ app = ClientApp()
 
 @app.train()
 def train(message: Message, context: Context) -> Message:
-    """Answer a train message with weights, with zero examples, or with what went wrong.
+    """Return the reply to a train message: weights, a count of zero examples, or an error.
 
-    An exception becomes an error reply here rather than in Flower, which knows neither the client's
-    name nor how to put the reason first.
+    An exception becomes an error reply here and not in Flower. Flower's own reply would lack the client's name and
+    begin with the type of the exception.
     """
     name = client_name(context.node_config, context.node_id)
     try:
-        return Message(_train(message.content, context, name), reply_to=message)
+        # A site's log says which of its images are used. Simulated clients leave that to the server's log.
+        with console_log() if "data-path" in context.node_config else nullcontext():
+            return Message(_train(message.content, context, name), reply_to=message)
     except Exception as error:
         headline = f"{name}: {type(error).__name__}: {error}"
         log.error(headline)
@@ -42,14 +46,14 @@ def train(message: Message, context: Context) -> Message:
 
 @app.query()
 def query(message: Message, context: Context) -> Message:
-    """Say which client this is, so that a run that goes on asks only those whose upload is missing."""
+    """Return this client's name, so that a resumed run asks only the clients whose upload is missing."""
     name = client_name(context.node_config, context.node_id)
     return Message(RecordDict({"config": ConfigRecord({"client": name})}), reply_to=message)
 
 
 def _train(content: RecordDict, context: Context, name: str) -> RecordDict:
     config = content.config_records["config"]
-    digest = check_digest(str(config["digest"]))  # first of all: other code may read the rest differently
+    digest = check_digest(str(config["digest"]))  # first, because other code may read the rest differently
     settings = Settings.from_run_config(json.loads(str(config["settings"])))
     task = ClientTask(
         settings=settings,

@@ -1,3 +1,3 @@
-"""The version of this package. It stands here alone, so that naming it imports nothing else."""
+"""The version of this package, in a module that imports nothing else."""
 
 __version__ = "0.1.0"

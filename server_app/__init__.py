@@ -1,1 +1,1 @@
-"""Flower ServerApp: settings, strategy, evaluation, outputs."""
+"""Flower ServerApp: collects uploads, makes the global model, and writes the results."""

@@ -1,11 +1,10 @@
-"""The ServerApp: settings, strategy, evaluation, results."""
+"""The ServerApp: reads the settings, runs the strategy, evaluates the model and writes the results."""
 
 from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -29,6 +28,7 @@ from fedmitr_flwr.runs.resume import changes_in, is_complete, resumed_settings, 
 from fedmitr_flwr.runs.snapshots import Keeper
 from fedmitr_flwr.runs.tensorboard import boards
 from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.settings.home import expand
 from fedmitr_flwr.training.initial import initial_or_stored, initial_state
 
 log = logging.getLogger("fedmitr.run")
@@ -38,11 +38,11 @@ app = ServerApp()
 
 @app.main()
 def main(grid: Grid, context: Context) -> None:
-    """Run FedMITR from settings to results; any error fails the run."""
+    """Run FedMITR from settings to results. Any error fails the run."""
     with console_log():
         with failures_logged():
             settings = Settings.from_run_config(context.run_config)
-            resumed = Path(settings.run.resume).expanduser().absolute() if settings.run.resume else None
+            resumed = expand(settings.run.resume, "run.resume").absolute() if settings.run.resume else None
             if resumed is not None:
                 if is_complete(resumed):
                     log.info("Complete already: %s", resumed)
@@ -58,6 +58,8 @@ def main(grid: Grid, context: Context) -> None:
                 RunDirectory.resume(resumed) if resumed else RunDirectory.create(settings.run.output, settings.run.name)
             )
         with stopped_with_flower(), run, run.logging(), failures_logged(), _workers(grid):
+            # The console has this line already: the source is loaded before the run has a log file.
+            log.debug("%s", federation.found)
             run.write_json(CONFIG, {**describe_run(settings, federation), "federation": simulation_config(clients)})
             _run(grid, resolved, planned, federation, run)
         log.info("Results: %s", run.path)
@@ -65,7 +67,7 @@ def main(grid: Grid, context: Context) -> None:
 
 @contextmanager
 def _workers(grid: Grid) -> Iterator[None]:
-    """Mend a simulation's workers, and leave none at work that Flower would wait for."""
+    """Replace dead workers of a simulation inside the block, and end all workers after it (see `workers`)."""
     if not isinstance(grid, InMemoryGrid):
         yield
         return
@@ -103,7 +105,7 @@ def _run(grid: Grid, settings: Settings, planned: Settings, federation: Federati
 
 
 def _simulated_clients(grid: Grid, settings: Settings) -> int | None:
-    """Count the clients that will share out the source's images; None when sites bring their own."""
+    """Return the number of simulated clients, or None in a deployment, where each site has its own images."""
     if not isinstance(grid, InMemoryGrid):
         return None
     return len(wait_for_nodes(grid.get_node_ids, settings.run))

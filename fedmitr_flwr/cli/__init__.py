@@ -1,4 +1,4 @@
-"""The command ``fedmitr``: each subcommand is a function in a file of its own and is registered here."""
+"""The command ``fedmitr``. Each subcommand is a function in its own file and is registered here."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Run ``python -m fedmitr_flwr.cli``, for systems without the command ``fedmitr`` on the path."""
+"""Run the command line with ``python -m fedmitr_flwr.cli``, where ``fedmitr`` is not on the path."""
 
 from fedmitr_flwr.cli import main
 

@@ -1,4 +1,4 @@
-"""The command ``fedmitr doctor``."""
+"""The command ``fedmitr doctor``: check whether runs can work on this machine."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command ``fedmitr initial``."""
+"""The command ``fedmitr initial``: make the common initialisation of a run in advance."""
 
 from __future__ import annotations
 

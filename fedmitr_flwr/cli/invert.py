@@ -1,4 +1,4 @@
-"""The command ``fedmitr invert``."""
+"""The command ``fedmitr invert``: invert a timm ViT into images, without a federation."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import typer
 
 from fedmitr_flwr.cli.common import FAILED, bad_input, show_error
 from fedmitr_flwr.settings import InversionSettings, SettingsError
+from fedmitr_flwr.settings.home import expand
 
 
 def invert(
@@ -60,11 +61,13 @@ def invert(
 
         from fedmitr_flwr.cli.invert_files import load_timm, save_images
         from fedmitr_flwr.federation.prepare import choose_device
+        from fedmitr_flwr.runs.log import console_log
         from fedmitr_flwr.stages.inversion.batch import InversionDivergedError
         from fedmitr_flwr.stages.inversion.single import invert_model, spec_of
 
         where = choose_device(device)
-        model = load_timm(name, options, checkpoint)
+        with console_log():
+            model = load_timm(name, options, checkpoint)
         folder = _folder(output)
 
         def report(iteration: int, loss: torch.Tensor) -> None:
@@ -116,7 +119,7 @@ def _settings(iterations: int, stops: str, fraction: float, rate: float, tv: flo
 
 
 def _folder(output: Path) -> Path:
-    folder = output.expanduser().absolute()
+    folder = expand(output, "--output").absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

@@ -12,7 +12,7 @@ from timm.models.vision_transformer import VisionTransformer
 
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.models.build import FROM_DATA, parse_options
-from fedmitr_flwr.models.timm_checkpoint import load_checkpoint
+from fedmitr_flwr.models.timm_checkpoint import load_checkpoint, read_config
 from fedmitr_flwr.models.vit import check_supported
 from fedmitr_flwr.runs.atomic import atomic_path
 from fedmitr_flwr.settings import SettingsError
@@ -80,13 +80,24 @@ def save_images(synthetic: SyntheticImages, spec: ImageSpec, folder: Path) -> li
 def load_weights(model: VisionTransformer, checkpoint: Path) -> None:
     """Load a safetensors file, or a folder with one, into a model.
 
+    The classifier head must be in the file: images of a class are inverted from it. A folder that timm or a run has
+    written also gives the normalisation and the class names.
+
     Raises
     ------
     SettingsError
         If the file cannot be read or does not fit the model.
     """
     try:
-        state = load_checkpoint(f"file:{checkpoint}", model, spec_of(model))
+        state = load_checkpoint(f"file:{checkpoint}", model, spec_of(model), replace_head=False)
     except SettingsError as error:
         raise SettingsError(*(("--checkpoint", str(checkpoint), allowed) for _, _, allowed in error.problems)) from None
     model.load_state_dict({key: value.float() for key, value in state.items()})
+    config = read_config(checkpoint)
+    source = config.get("pretrained_cfg")
+    known = {key: source[key] for key in ("mean", "std") if key in source} if isinstance(source, dict) else {}
+    names = config.get("label_names")
+    if isinstance(names, list) and len(set(names)) == model.num_classes:
+        known["label_names"] = [str(name) for name in names]
+    of_timm = cast(Any, model)
+    of_timm.pretrained_cfg = {**(of_timm.pretrained_cfg or {}), **known}

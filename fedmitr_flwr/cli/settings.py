@@ -1,4 +1,4 @@
-"""The command ``fedmitr settings``."""
+"""The command ``fedmitr settings``: list all settings, or check a settings file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A cache in the user's home directory; several processes may write to it at the same time."""
+"""A cache in the user's home directory, to which several processes may write at the same time."""
 
 from __future__ import annotations
 
@@ -55,16 +55,20 @@ def cached_array(name: str, make: Callable[[], NDArray[np.uint8]]) -> NDArray[np
     return made
 
 
-def is_marked(name: str) -> bool:
-    """Return whether `mark` was called with this name before on this machine."""
-    return (cache_dir() / "marks" / name).is_file()
+def marked(name: str) -> str | None:
+    """Return the text that `mark` stored under this name on this machine, or None."""
+    try:
+        return (cache_dir() / "marks" / name).read_text("utf-8")
+    except (OSError, ValueError):
+        return None
 
 
-def mark(name: str) -> None:
-    """Store a mark under a name that is a digest of all it depends on; a read-only cache stores nothing."""
+def mark(name: str, text: str) -> None:
+    """Store a text under a name that is a digest of all it depends on; a read-only cache stores nothing."""
     path = cache_dir() / "marks" / name
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        with atomic_path(path) as temporary:
+            temporary.write_text(text, "utf-8")
     except OSError as error:
         log.warning("cannot write to the cache %s (%s)", path.parent, error)

@@ -9,14 +9,15 @@ from functools import lru_cache
 import numpy as np
 from numpy.typing import NDArray
 
-from fedmitr_flwr.data.classes import match_classes
-from fedmitr_flwr.data.images import ImageSet
+from fedmitr_flwr.data.classes import match_classes, same_classes
+from fedmitr_flwr.data.images import ImageSet, Labels
 from fedmitr_flwr.data.load import Source, known_geometry, load_source, load_spec, resolve_geometry, split_origin
 from fedmitr_flwr.data.partition import partition_indices
 from fedmitr_flwr.data.presets import Geometry
-from fedmitr_flwr.data.sources.folder import load_folder
+from fedmitr_flwr.data.sources.files import exists
+from fedmitr_flwr.data.sources.folder import HeldOut, load_folder
 from fedmitr_flwr.data.sources.npz import load_npz
-from fedmitr_flwr.data.sources.raw import TRAIN, Origin, RawSource
+from fedmitr_flwr.data.sources.raw import TRAIN, Header, Origin, RawSource
 from fedmitr_flwr.data.spec import ImageSpec
 from fedmitr_flwr.settings import DataSettings, PartitionSettings, Settings, SettingsError
 
@@ -69,14 +70,14 @@ def client_images(
 
 
 def site_images(settings: DataSettings, origin: Origin, spec: ImageSpec) -> ImageSet:
-    """Return the images of a folder or ``.npz`` file, without its test data, converted to a spec.
+    """Return the images of a folder or ``.npz`` file, without the test data of the file, converted to a spec.
 
     Raises
     ------
     SettingsError
-        As for `client_images`; the message names the key of `origin`.
+        As for `client_images`, and if a folder has several splits; the message names the key of `origin`.
     """
-    return _site(settings, origin, spec.class_names, spec)[0]
+    return _site(settings, origin, spec.class_names, spec, held_out="refuse")[0]
 
 
 # A Ray actor trains many clients one after another. It loads and divides the source only once.
@@ -101,13 +102,23 @@ def _place(node_config: NodeConfig) -> tuple[int, int]:
 
 
 def _site(
-    settings: DataSettings, origin: Origin, names: tuple[str, ...] | None, spec: ImageSpec | None
+    settings: DataSettings,
+    origin: Origin,
+    names: tuple[str, ...] | None,
+    spec: ImageSpec | None,
+    *,
+    held_out: HeldOut = "ignore",
 ) -> tuple[ImageSet, ImageSpec]:
     kind, path = split_origin(origin)
-    if kind == "hub" or not path.exists():
+    if kind == "hub" or not exists(path, origin):
         raise origin.error(f"no folder or .npz file {path} exists on this site; set data-path in its node config")
-    raw = load_npz(path, origin) if kind == "npz" else load_folder(path, origin, train_only=True)
-    spec = spec or _site_spec(settings, raw, names or load_spec(settings).class_names)
+    class_names = names or load_spec(settings).class_names
+
+    def accept(header: Header, labels: Labels) -> None:
+        match_classes(labels, header, class_names)
+
+    raw = load_npz(path, origin) if kind == "npz" else load_folder(path, origin, held_out=held_out, accept=accept)
+    spec = spec or _site_spec(settings, raw, class_names)
     rows = np.flatnonzero(raw.split == TRAIN)
     _check_channels(raw.header.geometry, spec, origin)
     images = ImageSet(
@@ -134,6 +145,6 @@ def _check_channels(geometry: Geometry, spec: ImageSpec, origin: Origin) -> None
 def _check_same(here: ImageSpec, there: ImageSpec, settings: Settings) -> None:
     for name in (item.name for item in fields(ImageSpec)):
         mine, other = getattr(here, name), getattr(there, name)
-        if mine != other:
+        if mine != other and not (name == "class_names" and same_classes(mine, other)):
             allowed = f"differs from the server's: {name} is {mine} here and {other} at the server"
             raise SettingsError(("data.source", settings.data.source, allowed))

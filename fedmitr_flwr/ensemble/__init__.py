@@ -1,1 +1,1 @@
-"""The K teachers as one function: ensemble, weights, trust, averages; `engine` runs them fast."""
+"""The ensemble of teachers: its weights, trust, averages, and its fast execution in `engine`."""

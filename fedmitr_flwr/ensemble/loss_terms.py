@@ -1,4 +1,4 @@
-"""Protocol of further terms in the inversion's loss, beside cross-entropy and prior.
+"""Interface of the inversion's loss terms other than cross-entropy and prior.
 
 A term is a function of the ensemble's inputs and outputs. Autograd differentiates it with respect to these tensors, and
 the teachers' hand-written backward pass carries the result to the pixels together with the gradient of the

@@ -1,7 +1,7 @@
-"""A fingerprint of the code, so that server and clients can tell whether they run the same.
+"""A digest of the code, by which server and clients find out whether they run the same code.
 
-Flower can import another project's ``client_app`` without a word (its Ray workers put the SuperLink's
-working directory first on ``sys.path``), and sites may have installed another version.
+They may not: sites can have installed another version, and Flower's Ray workers can import another project's
+``client_app``, because the working directory of the SuperLink is first on their ``sys.path``.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ class CodeMismatchError(RuntimeError):
 
 
 def code_digest() -> str:
-    """Return the SHA-256 over names and contents of all Python files of the three packages, as imported here.
+    """Return the SHA-256 of the names and contents of all Python files of the three packages, as imported here.
 
     Raises
     ------
     RuntimeError
-        If a package cannot be found as a folder.
+        If a package is not found as a folder.
     """
     digest = hashlib.sha256()
     for package in PACKAGES:
@@ -47,12 +47,12 @@ def package_folder(package: str) -> Path:
 
 
 def check_digest(expected: str) -> str:
-    """Compare the server's digest with this process's and return it.
+    """Return the digest of the code here, if it equals the server's.
 
     Raises
     ------
     CodeMismatchError
-        Names both digests and where the code here was imported from.
+        If it differs. The message names both digests and the folders from which the code here was imported.
     """
     own = code_digest()
     if own != expected:
@@ -67,5 +67,5 @@ def check_digest(expected: str) -> str:
 
 
 def short(digest: str) -> str:
-    """Return the first twelve characters, enough to tell versions apart."""
+    """Return the first twelve characters of a digest, which are enough to tell versions apart."""
     return digest[:12]

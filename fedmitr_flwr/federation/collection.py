@@ -1,7 +1,7 @@
-"""From replies to uploads on disk: each is validated, written, counted and dropped, one at a time.
+"""Turn replies into uploads on disk: validate, write, count and drop them one at a time.
 
-While one is on its way to the disk, the next reply is waited for: one more upload in memory, and no client waits for
-the disk.
+A thread writes an upload while the next reply is received. This keeps one more upload in memory, and no client waits
+for the disk.
 """
 
 from __future__ import annotations
@@ -32,25 +32,25 @@ log = logging.getLogger("fedmitr.collection")
 
 
 class Collection:
-    """Takes the replies of one round.
+    """Collects the replies of one round.
 
     Parameters
     ----------
     store
         Validates and keeps the uploads.
     digest
-        Of the code that clients must run.
+        Digest of the code that clients must run.
     histograms
         Whether clients were asked for their label histogram.
     roster
-        Which node may speak for which site; None: names are believed.
+        Which node may upload under which site's name; with None, every node may use any name.
     observer
-        Hears of every client; None: nobody does.
+        Receives one event for each client; with None, no events are sent.
 
     Attributes
     ----------
     working
-        Seconds that validating and writing took so far.
+        Seconds spent on validating and writing so far.
     """
 
     def __init__(
@@ -70,19 +70,19 @@ class Collection:
         self.working = 0.0
 
     def take(self, replies: Iterable[Message], asked: int) -> ClientCounts:
-        """Go through the replies as they come.
+        """Collect the replies as they arrive and return the counts.
 
         Parameters
         ----------
         replies
-            Of nodes that were asked to train.
+            Replies of nodes that were asked to train.
         asked
-            Number of these nodes; those without a reply count as failed.
+            Number of these nodes. Nodes without a reply count as failed.
 
         Raises
         ------
         OSError
-            If an upload cannot be written; the uploads taken before stay.
+            If an upload cannot be written. Earlier uploads stay on disk.
         """
         tally = {"accepted": 0, "refused": 0, "failed": 0, "empty": 0}
         with ThreadPoolExecutor(1, "collection") as writer:
@@ -91,7 +91,7 @@ class Collection:
                 if storing is not None:
                     tally[storing.result()] += 1
                 storing = writer.submit(self._timed, reply)
-                del reply  # Flower makes the next one while this name would still hold the last
+                del reply  # otherwise this name would hold it while the next reply is received
             if storing is not None:
                 tally[storing.result()] += 1
         silent = asked - sum(tally.values())
@@ -110,7 +110,7 @@ class Collection:
             self.working += time.perf_counter() - start
 
     def _receive(self, reply: Message) -> str:
-        """Take one reply and say which count it belongs to."""
+        """Validate and store one reply; return the name of the count that it belongs to."""
         node = reply.metadata.src_node_id
         if reply.has_error():
             reason = reply.error.reason or ""
@@ -125,13 +125,13 @@ class Collection:
             self.observer.client("refused", client=f"node {node}", reason=str(refusal))
             return "refused"
         except (TypeError, ValueError, LookupError, ArithmeticError, RuntimeError, AttributeError) as error:
-            # A reply that breaks the validation itself is a bad upload too: the others cannot be sent again.
+            # A reply that makes the validation itself fail must not end the run: the other uploads would be lost.
             log.warning("\t├──! upload of node %d refused: unreadable (%s)", node, type(error).__name__)
             log.debug("node %d, in full:", node, exc_info=True)
             self.observer.client("refused", client=f"node {node}", reason=f"unreadable ({type(error).__name__})")
             return "refused"
         finally:
-            reply.content.clear()  # Flower holds on to the message; its arrays need not stay in memory
+            reply.content.clear()  # frees the arrays, because Flower keeps a reference to the message
         if upload is None:
             log.info("\t├──> node %d has no data", node)
             self.observer.client("empty", client=f"node {node}")
@@ -155,7 +155,7 @@ class Collection:
         digest = config.get("digest")
         if digest != self.digest:
             raise UploadRefused(f"made by other code: {short(str(digest))}, the server runs {short(self.digest)}")
-        # The roster first: whether the real site was faster has no say in the reason that its operator reads.
+        # Check the roster first, so that an impostor gets the same error whether or not the real site has uploaded.
         self.roster.check(node, check_name(config.get("client")))
         client = self.store.check_client(config.get("client"))
         num_examples = metrics.get("num-examples")
@@ -187,29 +187,33 @@ def closed_collection(path: Path, uploads: Sequence[StoredUpload]) -> ClientCoun
     Raises
     ------
     ValueError
-        If its uploads are no longer what they were.
+        If the uploads on disk differ from those that were collected.
     """
     if not path.exists():
         return None
     closed = json.loads(path.read_text("utf-8"))
     if closed["uploads"] != _checksums(uploads):
-        raise ValueError(f"the uploads beside {path} are not those that were collected; put them back, or start anew")
+        raise ValueError(
+            f"the uploads beside {path} differ from those that were collected; restore them or start a new run"
+        )
     return ClientCounts(**closed["clients"])
 
 
 def nodes_without(have: Container[str], nodes: Sequence[int], grid: Grid, patience: float) -> list[int]:
-    """Leave out the nodes of clients whose upload is there: each says its name, as Flower's ids change with every run.
+    """Return the nodes whose client has not uploaded yet.
+
+    Flower's node ids differ in every run, so each node is asked for the name of its client.
 
     Parameters
     ----------
     have
-        Names of these clients.
+        Names of the clients whose upload is on disk.
     nodes
-        To ask.
+        Ids of the nodes to ask.
     grid
-        To ask them with.
+        The grid of the run.
     patience
-        Seconds to wait for answers; nodes without one stay in.
+        Seconds to wait for answers. Nodes that do not answer are returned too.
     """
     done = set()
     messages = [Message(RecordDict({"config": unguessable({})}), node, MessageType.QUERY) for node in nodes]
@@ -225,9 +229,9 @@ def _checksums(uploads: Sequence[StoredUpload]) -> dict[str, str]:
 
 
 def failure_reason(text: str) -> str:
-    """Return the line of an error reply that says what happened.
+    """Return the line of an error reply that names the error.
 
-    Our ClientApp puts it first; Flower's own replies have it at the end of a traceback.
+    It is the first line in replies of our ClientApp, and the last line, after a traceback, in Flower's own.
     """
     lines = [line.strip() for line in text.splitlines() if line.strip()] or ["no reason given"]
     own = not lines[0].startswith(("Traceback", "<class"))

@@ -1,4 +1,4 @@
-"""How many clients answered, and whether that is enough to go on."""
+"""The number of clients that answered, and whether it is enough to continue."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ _POLL_SECONDS = 0.2
 
 
 class QuorumError(RuntimeError):
-    """Too few clients for the run to mean anything."""
+    """Too few clients connected or answered."""
 
 
 @dataclass(frozen=True)
 class ClientCounts:
-    """What became of the clients that were asked to train.
+    """The number of clients with each outcome.
 
     Attributes
     ----------
     asked
-        Clients that got the train message.
+        Clients that the train message was sent to.
     accepted
-        Those whose upload is used.
+        Clients whose upload is used.
     refused
-        Those whose upload failed the validation.
+        Clients whose upload failed the validation.
     failed
-        Those that raised, died, or did not answer in time.
+        Clients that raised an error, died, or did not answer before the deadline.
     empty
-        Those that said they have no data.
+        Clients that reported that they have no data.
     """
 
     asked: int
@@ -51,12 +51,12 @@ class ClientCounts:
 
 
 def check_quorum(counts: ClientCounts, settings: RunSettings) -> None:
-    """Check `run.min-clients` and `run.min-fraction`.
+    """Check the counts against `run.min-clients` and `run.min-fraction`.
 
     Raises
     ------
     QuorumError
-        Says what came and which key it falls short of.
+        If they are too low. The message has the counts and the key.
     """
     answered = counts.accepted + counts.empty
     if counts.accepted + counts.refused + counts.empty == 0:
@@ -71,12 +71,12 @@ def check_quorum(counts: ClientCounts, settings: RunSettings) -> None:
 
 
 def wait_for_nodes(connected: Callable[[], Iterable[int]], settings: RunSettings) -> list[int]:
-    """Wait until `run.min-clients` nodes are connected and no more are coming in at this moment.
+    """Wait until at least `run.min-clients` nodes are connected and their number no longer changes.
 
     Parameters
     ----------
     connected
-        Looks which nodes there are: a Flower grid's ``get_node_ids``.
+        Returns the ids of the connected nodes: ``get_node_ids`` of a Flower grid.
     settings
         `run.min-clients` and `run.wait-nodes-seconds`.
 
@@ -88,14 +88,14 @@ def wait_for_nodes(connected: Callable[[], Iterable[int]], settings: RunSettings
     Raises
     ------
     QuorumError
-        If there are too few when the time is over.
+        If fewer are connected after `run.wait-nodes-seconds`.
     """
     deadline = time.monotonic() + settings.wait_nodes_seconds
     seen = -1
     while True:
         nodes = sorted(connected())
         if len(nodes) >= settings.min_clients:
-            # Simulated nodes are registered one by one while we look: take them when their number holds still.
+            # Flower connects simulated nodes one by one, so wait until two looks give the same number.
             if len(nodes) == seen:
                 return nodes
         elif time.monotonic() >= deadline:

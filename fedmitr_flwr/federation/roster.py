@@ -1,9 +1,8 @@
-"""Which registered key may speak for which site.
+"""The roster: which node may upload under which site's name.
 
-That a reply comes from the node that was asked, whose key the operator registered, follows from the SuperLink giving
-each message to the holder of that node's key alone, and from ids that nobody else can guess (`records.unguessable`).
-The
-site's name inside the reply is the site's own claim. The roster ties the two together.
+A reply comes from the node that was asked: the SuperLink gives a message only to the holder of that node's registered
+key, and nobody else can guess the message's id (`records.unguessable`). The site's name inside the reply is written by
+the site itself. The roster says which name belongs to which node.
 """
 
 from __future__ import annotations
@@ -15,17 +14,17 @@ KEY = "run.roster"
 
 
 class Roster:
-    """The sites of a federation by node id.
+    """The sites of a federation, by node id.
 
     Parameters
     ----------
     text
-        ``site=node-id`` pairs separated by commas, as in `run.roster`; empty: any node may use any name.
+        ``site=node-id`` pairs separated by commas, as in `run.roster`. If empty, any node may use any name.
 
     Raises
     ------
     SettingsError
-        If a site or a node id is there twice.
+        If a site or a node id occurs twice.
     """
 
     def __init__(self, text: str) -> None:
@@ -35,12 +34,12 @@ class Roster:
             raise SettingsError((KEY, text, "must name each site and each node id once"))
 
     def check(self, node: int, client: str) -> None:
-        """Compare the name that a client gives itself with the node that it answers from.
+        """Check that a client's name belongs to the node from which it answers.
 
         Raises
         ------
         UploadRefused
-            If the node isn't in the roster or belongs to another site.
+            If the node is not in the roster, or belongs to another site.
         """
         if not self._sites:
             return

@@ -1,4 +1,4 @@
-"""A run that is ended from outside: by ``flwr stop``, by a signal, or because its SuperLink is gone."""
+"""Stop a run whose process Flower ends: after ``flwr stop``, a signal, or the end of its SuperLink."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from contextlib import contextmanager
 
 from flwr.supercore.exit import add_exit_handler
 
-# Seconds that Flower's exit waits for the block to end; a step of any stage takes less.
+# Seconds for which Flower's exit waits until the run has stopped. A step of any stage takes less.
 _PATIENCE = 10.0
 
 
 class RunStopped(SystemExit):
-    """Flower ends the process that this run is in."""
+    """Flower ends the process of this run."""
 
 
 @contextmanager
 def stopped_with_flower() -> Iterator[None]:
-    """Raise `RunStopped` in the block when Flower ends its process.
+    """Raise `RunStopped` inside the block when Flower ends the process.
 
-    The ServerApp of a simulation is a thread, which Flower 1.41 lets run for some seconds while it ends the workers. It
-    would take their clients for failed and close the collection without them, so it must stop first. A ServerApp in
-    the main thread, as in a deployment, is left by Flower's own `SystemExit`.
+    In a simulation the ServerApp is a thread. Flower lets it run for some seconds while it ends the workers. In that
+    time the ServerApp would count the workers' clients as failed and close the collection without them, so it is
+    stopped first. In a deployment the ServerApp is in the main thread, where Flower raises `SystemExit` itself.
     """
     if threading.current_thread() is threading.main_thread():
         yield

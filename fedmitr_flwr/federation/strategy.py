@@ -18,6 +18,7 @@ from flwr.serverapp.strategy import Result, Strategy
 from torch import Tensor
 
 from fedmitr_flwr.data import ImageSpec
+from fedmitr_flwr.ensemble.bounds import bounded_counts
 from fedmitr_flwr.federation.code_digest import code_digest, short
 from fedmitr_flwr.federation.collection import Collection, close_collection, closed_collection, nodes_without
 from fedmitr_flwr.federation.exchange.windowed_grid import WindowedGrid
@@ -27,7 +28,7 @@ from fedmitr_flwr.federation.uploads.records import decode_trusted, encode_state
 from fedmitr_flwr.federation.uploads.store import StoredUpload, UploadStore
 from fedmitr_flwr.pipeline.checkpoints import Checkpoints
 from fedmitr_flwr.pipeline.inputs import Pipeline, PipelineInputs, PipelineResult, Upload
-from fedmitr_flwr.pipeline.methods.fedmitr import run_pipeline
+from fedmitr_flwr.pipeline.methods.fedmitr import FEDMITR
 from fedmitr_flwr.runs.directory import COLLECTED, RunDirectory
 from fedmitr_flwr.runs.observer import Observer
 from fedmitr_flwr.settings import Settings
@@ -97,7 +98,7 @@ class FedMITR(Strategy):
         *,
         device: torch.device,
         observer: Observer,
-        pipeline: Pipeline = run_pipeline,
+        pipeline: Pipeline = FEDMITR,
     ) -> None:
         self.settings = settings
         self.spec = spec
@@ -230,7 +231,7 @@ class FedMITR(Strategy):
         if self._closed is None:
             close_collection(self.run.uploads(server_round) / COLLECTED, counts, uploads)
         opened = [
-            Upload(store.open(upload), upload.num_examples, upload.histogram, moments=store.moments(upload))
+            Upload(store.open(upload), upload.num_examples, upload.histogram, upload.client, store.moments(upload))
             for upload in uploads
         ]
         seed = self.settings.run.seed + server_round - 1
@@ -287,13 +288,14 @@ class FedMITR(Strategy):
 
 
 def _metrics(uploads: Sequence[StoredUpload], counts: ClientCounts) -> MetricRecord:
-    total = sum(upload.num_examples for upload in uploads)
-    means = {
-        f"local-{number.name}": sum(upload.numbers[number.name] * upload.num_examples for upload in uploads) / total
-        for number in REPORTED
-    }
+    counts_of = bounded_counts(torch.tensor([upload.num_examples for upload in uploads]))
+    shares = (counts_of / counts_of.sum()).tolist()
+    means = {}
+    for number in REPORTED:
+        values = [upload.numbers[number.name] for upload in uploads]
+        means[f"local-{number.name}"] = sum(value * share for value, share in zip(values, shares, strict=True))
     counted = {f"clients-{name}": number for name, number in counts.as_dict().items()}
-    return MetricRecord({**counted, "num-examples": total, **means})
+    return MetricRecord({**counted, "num-examples": round(float(counts_of.sum())), **means})
 
 
 def _yes(value: bool) -> str:

@@ -1,9 +1,9 @@
-"""Workers of a simulation that die or hang, which Flower 1.41 does not deal with.
+"""Replace simulation workers that die, and end those that hang.
 
-Flower puts a worker (a Ray actor) that died back into its pool, where it is taken first and fails all later clients;
-and a simulation never ends while a worker hangs. `replace_dead_actors` puts a new worker in the place of a dead one;
-`end_busy_actors` ends those that are still at work when nobody waits for them, and `close_pool` lets nothing start any
-more, so that Flower's own shutdown does not wait.
+Flower 1.41 and 1.42 do neither. A worker is a Ray actor. A dead one goes back into Flower's pool, is used first from
+then on, and fails all later clients. A simulation does not end while a worker hangs. `replace_dead_actors` puts a new
+worker in the place of each dead one. `end_busy_actors` kills the workers that are running a client. `close_pool` does
+the same and lets no further client start, so that Flower's shutdown does not wait.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _closed = False
 
 
 def replace_dead_actors() -> None:
-    """Make Flower's pool take a new worker when one died; to be called in the process that simulates."""
+    """Make Flower's pool replace each worker that dies. Call this in the process of the simulation."""
     global _closed
     _closed = False
     BasicActorPool.fetch_result_and_return_actor_to_pool = _fetch  # type: ignore
@@ -36,30 +36,30 @@ def replace_dead_actors() -> None:
 
 
 def end_busy_actors() -> None:
-    """Kill the workers that are running a client at this moment; Flower sees these clients fail."""
+    """Kill the workers that are running a client. Flower reports these clients as failed."""
     for pool in list(_pools):
         for future in list(pool._future_to_actor):
             _kill(pool, future)
 
 
 def close_pool() -> None:
-    """Kill the workers that are running a client, and all that Flower would give a client from now on."""
+    """Kill the workers that are running a client, and every worker to which Flower gives a client from now on."""
     global _closed
     _closed = True
     end_busy_actors()
 
 
 def _submit(pool: BasicActorPool, actor_fn: Any, job: tuple[Any, ...]) -> Any:
-    """Give a client to a worker, its message's arrays as a reference where others get the same."""
+    """Start a client on a worker. Arrays that several messages share are passed as a reference."""
     _, message, *_ = job
     for arrays in message.content.array_records.values():
         if isinstance(arrays, Broadcast):
-            arrays.share()  # here and not earlier: Ray may still be starting when a message is made
+            arrays.share()  # not when the message is made, because Ray may not have started then
     return _flower_submit(pool, actor_fn, job)
 
 
 def _fetch(pool: BasicActorPool, future: Any) -> Any:
-    """Wait for a client; where its worker died, leave a new one for Flower to put into the pool, and fail as before."""
+    """Return a client's result; if its worker died, register a new worker for the pool and raise the error."""
     _pools.add(pool)
     if _closed:
         _kill(pool, future)
@@ -68,7 +68,7 @@ def _fetch(pool: BasicActorPool, future: Any) -> Any:
     except _DEAD:
         if _closed:
             raise
-        log.warning("\t├──! a simulation worker died; starting another")
+        log.warning("\t├──! a simulation worker died; starting a new one")
         pool._future_to_actor[future] = pool.create_actor_fn()  # type: ignore[no-untyped-call]
         raise
 

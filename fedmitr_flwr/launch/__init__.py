@@ -1,1 +1,1 @@
-"""Starting and following Flower from outside; keys, site data, checks of a machine."""
+"""Start Flower and follow its runs; make keys, certificates and site data; check a machine."""

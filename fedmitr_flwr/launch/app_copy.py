@@ -1,7 +1,7 @@
-"""A lean copy of a Flower app for `flwr run` to pack.
+"""Copy the files of a Flower app that `flwr run` packs.
 
-Flower's bundle takes little, but `flwr run` first looks at every file below the app's folder, an environment in it
-included (Flower 1.41): with the 100,000 files of a `.venv` that takes over 10 seconds before anything starts.
+A bundle holds few files, but `flwr run` looks at every file below the app's folder (Flower 1.41 and 1.42). With a
+`.venv` of 100,000 files in that folder, this takes over 10 seconds before the run starts.
 """
 
 from __future__ import annotations
@@ -11,23 +11,23 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
-# What a bundle can hold (flwr.common.constant.FAB_INCLUDE_PATTERNS), and what decides what is left out of it.
+# Files that a bundle can hold (flwr.common.constant.FAB_INCLUDE_PATTERNS), and `.gitignore`, which excludes files.
 _SUFFIXES = (".py", ".toml", ".md", ".yaml", ".yml", ".json", ".jsonl")
 _NAMES = ("LICENSE", ".gitignore")
 
 
 def stage_app(app: Path, target: Path) -> Path:
-    """Copy of an app all that a bundle can hold, and return the copy's folder.
+    """Copy those files of an app that a bundle can hold, and return the copy's folder.
 
-    Environments, hidden folders, caches, folders that the app's ``.gitignore`` names, links, and files of other types
-    stay behind: Flower leaves them out as well, or has no use for them in a run.
+    Not copied are environments, hidden folders, caches, folders that the app's ``.gitignore`` names, links, and files
+    of other types. Flower excludes them too, or does not use them in a run.
 
     Parameters
     ----------
     app
         Folder with the app's ``pyproject.toml``.
     target
-        Folder that does not exist yet.
+        Folder to create.
     """
     for path in _files(app, _ignored(app)):
         copy = target / path.relative_to(app)
@@ -56,7 +56,7 @@ def _left_out(folder: Path, ignored: set[Path]) -> bool:
 
 
 def _ignored(app: Path) -> set[Path]:
-    """Folders that lines such as ``/outputs/`` name; finer patterns are left to Flower."""
+    """Return the folders that lines such as ``/outputs/`` name. Flower applies the other patterns."""
     file = app / ".gitignore"
     lines = file.read_text("utf-8", "replace").split() if file.is_file() else []
     return {app / line.strip("/") for line in lines if line.startswith("/") and line.endswith("/")}

@@ -1,8 +1,8 @@
-"""``fedmitr certs``: what a federation needs to know its members, made once and never overwritten.
+"""``fedmitr certs``: make the keys and certificates of a federation, without overwriting any.
 
-A certificate authority (CA) and the server's certificate make the connections TLS. A key pair for each site's
-SuperNode tells the sites apart: the private key stays at the site, the public one is registered at the SuperLink.
-An executor secret lets only our own executors fetch work from a SuperLink or a SuperNode.
+A certificate authority (CA) signs the server's certificate, which TLS needs. Each site's SuperNode has a key pair: the
+private key stays at the site, and the public key is registered at the SuperLink. An executor secret allows our
+executors, and no other program, to fetch work from a SuperLink or a SuperNode.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ EXECUTOR_SECRET = "executor.secret"
 _PRIVATE, _PUBLIC = 0o600, 0o644
 _LOCAL = ("localhost", "127.0.0.1", "::1")
 _CA_DAYS = 3650
-# Clocks differ: a certificate that begins now isn't valid yet on a machine that is late.
+# Clocks differ: a certificate that is valid from now on is not valid yet on a machine whose clock is late.
 _BACKDATE = timedelta(hours=1)
 _HOST_NAME = re.compile(
     r"(?=.{1,253}$)[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?(\.[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9])?)*", re.I
@@ -39,32 +39,35 @@ _SITE_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def make(directory: Path, names: Sequence[str], sites: Sequence[str], days: int = 397) -> list[Path]:
-    """Make what is asked for, or nothing.
+    """Make the files of a server, of sites, or of both.
+
+    Names and existing files are checked before the first file is written.
 
     Parameters
     ----------
     directory
-        Made with mode 700 if it isn't there.
+        Created with mode 700 if it does not exist.
     names
-        Host names and IP addresses of the server; with none no certificate is made.
+        Host names and IP addresses of the server. Without any, no server certificate is made.
     sites
-        Names of sites.
+        Names of the sites.
     days
-        Validity of the server's certificate.
+        Validity of the server's certificate in days.
 
     Returns
     -------
     list
-        The files, in the order in which they were made. Private ones have mode 600, the others 644.
+        The files in the order in which they were made. Private files have mode 600, the others 644.
 
     Raises
     ------
     SettingsError
-        If a name can't be one, a file is there already, the CA is there by half, or the disk refuses.
+        If a name is not valid, a file exists already, only one of the CA's two files exists, or a file cannot be
+        written.
     """
     if not names and not sites:
         raise SettingsError(
-            ("fedmitr certs", "", "needs --name for the server's certificate, --site for a site, or both")
+            ("fedmitr certs", "", "needs --name for the server's certificate, --site for a site's keys, or both")
         )
     alternatives = [_alternative(name) for name in dict.fromkeys((*names, *_LOCAL))]
     for site in sites:
@@ -75,7 +78,7 @@ def make(directory: Path, names: Sequence[str], sites: Sequence[str], days: int 
     for path in wanted:
         if path.exists():
             raise SettingsError(
-                ("file", str(path), "is there already and is never overwritten; move it away to replace it")
+                ("file", str(path), "exists already and is never overwritten; move it away to replace it")
             )
     try:
         content = _server(directory, names[0], alternatives, days) if names else {}
@@ -85,7 +88,7 @@ def make(directory: Path, names: Sequence[str], sites: Sequence[str], days: int 
         for path, (mode, text) in content.items():
             _write(path, mode, text)
     except OSError as error:
-        raise SettingsError(("DIR", str(directory), f"can't be written: {error.strerror or error}")) from None
+        raise SettingsError(("DIR", str(directory), f"cannot be written: {error.strerror or error}")) from None
     return list(content)
 
 
@@ -93,12 +96,12 @@ _Content = dict[Path, tuple[int, bytes]]
 
 
 def _server(directory: Path, common_name: str, alternatives: Sequence[x509.GeneralName], days: int) -> _Content:
-    """Return the server's files, and those of the CA if it has to be made."""
+    """Return the server's files, and those of the CA if there is none yet."""
     content: _Content = {}
     key_path, certificate_path = directory / CA_KEY, directory / CA_CERTIFICATE
     if key_path.exists() != certificate_path.exists():
         there, lacking = (key_path, CA_CERTIFICATE) if key_path.exists() else (certificate_path, CA_KEY)
-        raise SettingsError(("file", str(there), f"is there without {lacking}; a server's certificate needs both"))
+        raise SettingsError(("file", str(there), f"exists without {lacking}; a server's certificate needs both"))
     if key_path.exists():
         ca_key, ca = _read_ca(key_path, certificate_path)
     else:
@@ -124,7 +127,7 @@ def _server(directory: Path, common_name: str, alternatives: Sequence[x509.Gener
 
 
 def _ca_certificate(key: ec.EllipticCurvePrivateKey) -> x509.Certificate:
-    # Two authorities of the same name would be mistaken for each other when one replaces the other.
+    # A random name, so that a program does not confuse a new CA with the one that it replaces.
     name = _name(f"FedMITR federation CA {secrets.token_hex(4)}")
     return (
         _builder(name, name, key.public_key(), _CA_DAYS)
@@ -139,16 +142,16 @@ def _read_ca(key_path: Path, certificate_path: Path) -> tuple[ec.EllipticCurvePr
         key = serialization.load_pem_private_key(key_path.read_bytes(), password=None)
         certificate = x509.load_pem_x509_certificate(certificate_path.read_bytes())
     except (ValueError, TypeError) as error:
-        raise SettingsError(("file", str(key_path), f"or {certificate_path.name} can't be read: {error}")) from None
+        raise SettingsError(("file", str(key_path), f"or {certificate_path.name} cannot be read: {error}")) from None
     if not isinstance(key, ec.EllipticCurvePrivateKey) or key.public_key() != certificate.public_key():
-        raise SettingsError(("file", str(key_path), f"isn't the key of {certificate_path}"))
+        raise SettingsError(("file", str(key_path), f"is not the key of {certificate_path}"))
     return key, certificate
 
 
 def _days_left(ca: x509.Certificate, path: Path) -> int:
     left = (ca.not_valid_after_utc - datetime.now(UTC)).days
     if left < 1:
-        raise SettingsError(("file", str(path), f"has expired on {ca.not_valid_after_utc:%Y-%m-%d}; make a new CA"))
+        raise SettingsError(("file", str(path), f"expired on {ca.not_valid_after_utc:%Y-%m-%d}; make a new CA"))
     return left
 
 
@@ -183,7 +186,7 @@ def _key_usage(*, signs_certificates: bool) -> x509.KeyUsage:
 
 
 def _site(folder: Path, site: str) -> _Content:
-    """Return a site's files: Flower wants a key on a NIST curve, the public one as OpenSSH writes it."""
+    """Return a site's files. Flower requires a key on a NIST curve, with the public key in OpenSSH's format."""
     key = ec.generate_private_key(ec.SECP384R1())
     private = key.private_bytes(
         serialization.Encoding.PEM, serialization.PrivateFormat.OpenSSH, serialization.NoEncryption()
@@ -203,7 +206,7 @@ def _pem(key: ec.EllipticCurvePrivateKey) -> bytes:
 
 
 def _secret() -> bytes:
-    """32 random bytes, in hexadecimal so that they survive an editor; Flower takes the file's bytes as they are."""
+    """Return 32 random bytes in hexadecimal, which an editor does not change. Flower uses all bytes of the file."""
     return secrets.token_hex(32).encode()
 
 
@@ -223,14 +226,14 @@ def _alternative(name: str) -> x509.GeneralName:
 
 def _check_site(site: str, sites: Sequence[str]) -> None:
     if site == SERVER or site in (CA_KEY, CA_CERTIFICATE) or not _SITE_NAME.fullmatch(site):
-        allowed = f"must be 1 to 64 letters, digits, dots, - or _, beginning with a letter or digit, and not {SERVER!r}"
+        allowed = f"must be 1 to 64 letters, digits, dots, - or _, begin with a letter or digit, and not be {SERVER!r}"
         raise SettingsError(("--site", site, allowed))
     if sites.count(site) > 1:
-        raise SettingsError(("--site", site, "is named twice"))
+        raise SettingsError(("--site", site, "is given twice"))
 
 
 def _write(path: Path, mode: int, content: bytes) -> None:
-    """Create a file with exactly this mode, never following or replacing what is there."""
+    """Create a file with exactly this mode. An existing file or link is an error."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
     with os.fdopen(descriptor, "wb") as file:

@@ -1,8 +1,8 @@
-"""``fedmitr run``: a run in a deployed federation, followed to its end.
+"""``fedmitr run``: start a run in a deployed federation and follow it to its end.
 
-The run is a plain ``flwr run APP SUPERLINK`` of a lean copy of the app. Taken away are its surprises: settings are
-checked before anything is sent, a file and single keys combine, the log comes back when the SuperLink does, and the
-exit code is the run's.
+The run is a plain ``flwr run APP SUPERLINK``, of a copy of the app without unneeded files. `fedmitr run` adds what
+Flower lacks: it checks the settings before it sends them, combines a settings file with single keys, shows the log
+again after a restart of the SuperLink, and exits with the result of the run.
 """
 
 from __future__ import annotations
@@ -26,23 +26,23 @@ _STARTED = re.compile(r"Successfully started run (\d+)")
 _NOISE = ("Starting logstream for run_id", "Listing all runs")
 _NO_CONNECTION = "not found in the Flower configuration"
 _FRAME = re.compile(r"[\u2500-\u257f]+( Error )?")  # Flower draws a box around its errors
-# A command imports Flower, packs the app and waits for the SuperLink, which is slow on a machine that is busy.
+# A command imports Flower, packs the app and waits for the SuperLink. On a busy machine this is slow.
 _ANSWER_SECONDS = 300.0
 _PAUSE_SECONDS = 2.0
 
 
 @dataclass
 class Deployment:
-    """A SuperLink, as Flower's command line reaches it.
+    """A SuperLink that Flower's command line can reach.
 
     Attributes
     ----------
     superlink
         Name of the connection in Flower's ``config.toml``.
     echo
-        Gets each line of a run's log.
+        Called with each line of a run's log.
     patience
-        Seconds to wait for a SuperLink that doesn't answer, once the run has started.
+        Seconds to wait for a SuperLink that stops answering after the run has started.
     """
 
     superlink: str
@@ -50,7 +50,7 @@ class Deployment:
     patience: float = 600.0
 
     def run(self, app: Path, settings: Settings) -> str:
-        """Start a run and wait for its end; return why it failed, or an empty string.
+        """Start a run and wait for its end; return the reason of its failure, or an empty string.
 
         Raises
         ------
@@ -77,7 +77,7 @@ class Deployment:
         return f"run {run_id} is {status}: {details}" if details not in ("", "N/A") else f"run {run_id} is {status}"
 
     def follow(self, run_id: str) -> tuple[str, str]:
-        """Pass a run's log on until the run has ended; return its status and Flower's details."""
+        """Show a run's log until the run has ended; return its status and Flower's details."""
         shown, silent_since = 0, None
         while True:
             shown = self._log(run_id, shown)
@@ -87,14 +87,14 @@ class Deployment:
                 if time.monotonic() - silent_since > self.patience:
                     return "unknown", f"the SuperLink has not answered for {self.patience:g} seconds"
             elif answer[0].startswith("finished"):
-                self._log(run_id, shown)  # what came between the last line and the end
+                self._log(run_id, shown)  # the lines since the last look
                 return answer
             else:
                 silent_since = None
             time.sleep(_PAUSE_SECONDS)
 
     def _log(self, run_id: str, skip: int) -> int:
-        """Pass on the log from a line on, which always comes from its start; return how many lines are known now."""
+        """Show the log after its first `skip` lines, because Flower sends it from its start; return its length."""
         count = 0
         with self._start("log", run_id, self.superlink, "--stream") as process:
             assert process.stdout is not None
@@ -107,7 +107,7 @@ class Deployment:
         return max(count, skip)
 
     def _status(self, run_id: str) -> tuple[str, str] | None:
-        """Ask for status, as ``finished:completed``, and details; None without an answer."""
+        """Ask for a run's status, such as ``finished:completed``, and details; return None without an answer."""
         answer = self._ask("ls", self.superlink, "--run-id", run_id, "--format", "json")
         try:
             entry = json.loads(answer)["runs"][0]
@@ -116,7 +116,7 @@ class Deployment:
             return None
 
     def _ask(self, *arguments: str) -> str:
-        """Run a short ``flwr`` command and return what it prints."""
+        """Run a short ``flwr`` command and return its output; empty if it does not end in time."""
         with self._start(*arguments) as process:
             try:
                 return process.communicate(timeout=_ANSWER_SECONDS)[0]
@@ -139,6 +139,6 @@ class Deployment:
 
 
 def _in_a_line(output: str) -> str:
-    """What ``flwr`` said, without its box and its news of a configuration file that it made."""
+    """Return the output of ``flwr`` in one line, without its box and its notice of a new configuration file."""
     lines = [line for line in output.splitlines() if not line.startswith("Flower configuration not found")]
     return " ".join(_FRAME.sub(" ", " ".join(lines)).split())

@@ -1,4 +1,4 @@
-"""Look at a machine for what runs need, and say what to do about what is missing."""
+"""Check whether a machine has what runs need, and say how to supply what is missing."""
 
 from __future__ import annotations
 
@@ -19,11 +19,12 @@ import psutil
 from packaging.requirements import InvalidRequirement, Requirement
 
 from fedmitr_flwr.launch.private_flower import bin_dir
+from fedmitr_flwr.settings.home import expand
 from fedmitr_flwr.version import __version__
 
 Level = Literal["ok", "note", "problem"]
 
-# Flower 1.41's own defaults for the SuperLink that `flwr run` starts and leaves behind.
+# The default ports of the local SuperLink that `flwr run` starts (Flower 1.41 and 1.42).
 SUPERLINK_PORTS = {"FLWR_LOCAL_SUPERLINK_HTTP_API_PORT": 39091, "FLWR_LOCAL_CONTROL_API_PORT": 39093}
 _LEAST_MEMORY_GB = 4.0
 _LEAST_DISK_GB = 5.0
@@ -31,16 +32,16 @@ _LEAST_DISK_GB = 5.0
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes
     ----------
     name
-        What.
+        Name of the check.
     level
-        ``ok``; ``note``: works, but worth knowing; ``problem``: runs will fail.
+        ``ok``; ``note`` if runs work but the user should know; ``problem`` if runs will fail.
     found
-        In words, with what to do about a problem.
+        What was found, and how to solve a problem.
     """
 
     name: str
@@ -49,7 +50,7 @@ class Finding:
 
 
 def examine(output: Path) -> list[Finding]:
-    """Run all checks; `output` is where results would go."""
+    """Run all checks; `output` is the folder for results."""
     checks: list[Callable[[], Finding]] = [
         _python,
         _packages,
@@ -66,9 +67,9 @@ def examine(output: Path) -> list[Finding]:
     for check in checks:
         try:
             found.append(check())
-        except Exception as error:  # one check that breaks on an odd machine must not hide the others
+        except Exception as error:  # one failing check must not hide the results of the others
             name = getattr(check, "__name__", "check").strip("_<>")
-            found.append(Finding(name, "note", f"could not be looked at: {type(error).__name__}: {error}"))
+            found.append(Finding(name, "note", f"this check failed: {type(error).__name__}: {error}"))
     return found
 
 
@@ -80,14 +81,12 @@ def _python() -> Finding:
 
 
 def _packages() -> Finding:
-    """Compare what is installed with what this package asks for."""
+    """Compare the installed packages with this package's requirements."""
     wrong, seen = [], []
     try:
         asked = requires("fedmitr-flwr") or []
     except PackageNotFoundError:
-        return Finding(
-            "packages", "note", "fedmitr-flwr itself is not installed here, only importable; pip install -e ."
-        )
+        return Finding("packages", "note", "fedmitr-flwr is importable here but not installed; pip install -e .")
     for text in asked:
         with contextlib.suppress(InvalidRequirement):
             requirement = Requirement(text)
@@ -103,7 +102,7 @@ def _packages() -> Finding:
             if not requirement.specifier.contains(here, prereleases=True):
                 wrong.append(f"{requirement.name} {here}, needs {requirement.specifier}")
     if wrong:
-        return Finding("packages", "problem", f"{'; '.join(wrong)}; pip install -e . mends it")
+        return Finding("packages", "problem", f"{'; '.join(wrong)}; solve it with pip install -e .")
     return Finding("packages", "ok", f"fedmitr-flwr {__version__}, {', '.join(seen)}")
 
 
@@ -137,12 +136,12 @@ def _gpu() -> Finding:
         and subprocess.run(["nvidia-smi", "-L"], capture_output=True, check=False).returncode == 0
     ):
         built = f"torch is built for CUDA {torch.version.cuda}" if torch.version.cuda else "torch is built without CUDA"
-        return Finding("GPU", "note", f"there is one, but torch does not see it ({built}); runs will use the CPU")
+        return Finding("GPU", "note", f"there is one, but torch does not find it ({built}); runs will use the CPU")
     return Finding("GPU", "note", "none; runs use the CPU")
 
 
 def _disk(what: str, path: Path) -> Finding:
-    path = path.expanduser().absolute()
+    path = expand(path).absolute()
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     if not os.access(there, os.W_OK):
         return Finding(f"disk for {what}", "problem", f"{there} cannot be written")
@@ -157,7 +156,7 @@ def _memory() -> Finding:
     found = f"{free:.1f} of {total:.1f} GiB free"
     if free < _LEAST_MEMORY_GB:
         return Finding(
-            "memory", "note", f"{found}; each client on Ray takes about 0.7 GiB: use --cpus to have fewer at a time"
+            "memory", "note", f"{found}; each client on Ray takes about 0.7 GiB; --cpus limits how many run at a time"
         )
     return Finding("memory", "ok", found)
 
@@ -173,27 +172,27 @@ def _ports() -> Finding:
         return Finding(
             "ports",
             "note",
-            f"{', '.join(taken)} in use; `flwr run` may meet another SuperLink there, `fedmitr simulate` not",
+            f"{', '.join(taken)} in use; `flwr run` may find another SuperLink there; `fedmitr simulate` will not",
         )
-    return Finding("ports", "ok", "those of a local SuperLink are free")
+    return Finding("ports", "ok", "the ports of a local SuperLink are free")
 
 
 def _superlink() -> Finding:
-    """Find SuperLinks that an earlier ``flwr run`` left behind: they keep their environment, directory and code."""
+    """Find SuperLinks that an earlier ``flwr run`` left running, with its environment, directory and code."""
     left = []
     for process in psutil.process_iter(["pid", "cmdline", "cwd"]):
         line = process.info["cmdline"] or []
         if any(Path(word).name == "flower-superlink" for word in line[:3]) and not _is_private(process):
             left.append(f"process {process.info['pid']} in {process.info['cwd']}")
     if left:
-        told = "`flwr run` would use it with its old environment; end it first, or use `fedmitr simulate`"
+        told = "`flwr run` would use it and its old environment; end it first, or use `fedmitr simulate`"
         told = f"{'; '.join(left)}: {told}"
         return Finding("leftover SuperLink", "note", told)
     return Finding("leftover SuperLink", "ok", "none")
 
 
 def _is_private(process: psutil.Process) -> bool:
-    """Whether it belongs to a `fedmitr simulate` that is running now, and ends with it."""
+    """Return whether the process belongs to a `fedmitr simulate`, which ends it."""
     with contextlib.suppress(psutil.Error, OSError):
         return Path(process.environ().get("FLWR_HOME", "")).name.startswith("fedmitr-")
     return False

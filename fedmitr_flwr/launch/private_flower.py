@@ -1,9 +1,9 @@
-"""A Flower of one's own for one run: home, ports, environment and processes, all gone afterwards.
+"""Give one run its own Flower home, ports, environment and processes, and remove them afterwards.
 
-``flwr run`` starts a SuperLink that stays behind, keeps the environment, working directory and ports of
-whoever started it first, and is shared by all projects of the user (Flower 1.41). `PrivateFlower` gives a
-run its own instead. Its processes detach into sessions of their own, so neither a process group nor the
-process tree finds them; they all inherit ``FLWR_HOME``, which is unique to the run, and are found by it.
+``flwr run`` starts a SuperLink and leaves it running. All projects of the user share it, and it keeps the environment,
+working directory and ports with which it was started first (Flower 1.41 and 1.42). `PrivateFlower` gives a run a
+SuperLink of its own. Flower's processes detach into their own sessions, so neither a process group nor the process
+tree contains them all. They all inherit ``FLWR_HOME``, which is unique to the run, and are found by it.
 """
 
 from __future__ import annotations
@@ -23,34 +23,34 @@ from typing import Self
 
 import psutil
 
-# Ray adds about 70 characters to its folder for a socket, whose path may have 107.
+# Ray adds about 70 characters to its folder for the path of a socket, which may have 107 characters.
 _LONGEST_RAY_FOLDER = 36
 _PR_SET_CHILD_SUBREAPER = 36
 
 
 def bin_dir() -> Path:
-    """Folder with the commands of the environment that runs this code."""
+    """Return the folder with the commands of the environment that runs this code."""
     return Path(sys.executable).parent
 
 
 class PrivateFlower:
-    """Context manager that owns a temporary Flower home and every process that belongs to it.
+    """Context manager that owns a temporary Flower home and all processes that belong to it.
 
     Parameters
     ----------
     patience
-        Seconds that processes get to end after SIGTERM, before SIGKILL.
+        Seconds between SIGTERM and SIGKILL when processes are ended.
 
     Attributes
     ----------
     home
-        The temporary folder: Flower's home, Ray's files and `cwd`, the empty working directory that the
-        SuperLink, the ServerApp and the clients run in, so that no code is imported from elsewhere.
+        The temporary folder. It is Flower's home, and holds Ray's files and `cwd`. `cwd` is the empty working directory
+        of the SuperLink, the ServerApp and the clients, so that they import no code from another project.
 
     Raises
     ------
     FileNotFoundError
-        On entering, when there is no ``flwr`` command in this environment.
+        On entering, if this environment has no ``flwr`` command.
     """
 
     def __init__(self, patience: float = 8.0) -> None:
@@ -60,7 +60,7 @@ class PrivateFlower:
 
     @property
     def cwd(self) -> Path:
-        """Working directory of the run's processes."""
+        """The working directory of the run's processes."""
         return self.home / "cwd"
 
     def __enter__(self) -> Self:
@@ -81,7 +81,11 @@ class PrivateFlower:
         shutil.rmtree(self.home, ignore_errors=True)
 
     def renew(self) -> None:
-        """Choose free ports and set up the environment of all commands anew."""
+        """Choose free ports, set up the environment of all commands, and remove what an earlier SuperLink left.
+
+        A SuperLink that is killed while it makes its database leaves one that no other can open.
+        """
+        shutil.rmtree(self.home / "local-superlink", ignore_errors=True)
         http, control = _free_ports(2)
         environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
         environment |= {
@@ -103,7 +107,7 @@ class PrivateFlower:
             raise FileNotFoundError(f"no `flwr` command in {bin_dir()}: install Flower into this environment")
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
-        """Start a ``flwr`` command, its output and errors in one text stream; Ctrl-C doesn't reach it."""
+        """Start a ``flwr`` command with stdout and stderr in one text stream. Ctrl-C does not reach it."""
         return subprocess.Popen(
             ["flwr", *arguments],
             cwd=self.cwd,
@@ -118,7 +122,7 @@ class PrivateFlower:
         )
 
     def ask(self, *arguments: str, timeout: float = 60.0) -> str:
-        """Run a short ``flwr`` command and return what it prints; empty when it doesn't answer in time."""
+        """Run a short ``flwr`` command and return its output; empty if it does not end in time."""
         process = self.start(*arguments)
         try:
             return process.communicate(timeout=timeout)[0]
@@ -128,11 +132,11 @@ class PrivateFlower:
             return ""
 
     def processes(self) -> list[psutil.Process]:
-        """Every running process that belongs to this Flower home."""
+        """Return all running processes that belong to this Flower home."""
         return processes_of(self.home)
 
     def server_apps(self) -> list[psutil.Process]:
-        """The process of a simulation's ServerApp, if it runs."""
+        """Return the process of a simulation's ServerApp, if it is running."""
         found = []
         for process in self.processes():
             with contextlib.suppress(psutil.Error):
@@ -141,22 +145,22 @@ class PrivateFlower:
         return found
 
     def kill_server_app(self) -> None:
-        """Kill the ServerApp of a simulation before anything else ends.
+        """Kill the ServerApp of a simulation, before other processes end.
 
-        It keeps what is finished on disk at all times; if it saw its clients end, it would take them for failed and go
-        on without them.
+        If its clients ended first, it would count them as failed and continue without them. Killing it loses nothing,
+        because finished parts are on disk.
         """
         for process in self.server_apps():
             with contextlib.suppress(psutil.Error):
                 process.kill()
 
     def end_processes(self) -> None:
-        """End all processes of this home, first politely, and return when none is left.
+        """End all processes of this home, with SIGTERM and then SIGKILL, and wait for their end.
 
         Raises
         ------
         RuntimeError
-            Some survive even SIGKILL (stuck in the kernel); names them.
+            If processes survive SIGKILL, because they hang in the kernel. The message has their ids.
         """
         deadline = time.monotonic() + self.patience
         left = self.processes()
@@ -174,7 +178,7 @@ class PrivateFlower:
         psutil.wait_procs(list(seen.values()), timeout=0.5)
         _reap_orphans()
         if left:
-            raise RuntimeError(f"processes that don't end: {', '.join(str(process.pid) for process in left)}")
+            raise RuntimeError(f"processes do not end: {', '.join(str(process.pid) for process in left)}")
 
 
 def _without_proxy() -> dict[str, str]:
@@ -188,7 +192,7 @@ def _without_proxy() -> dict[str, str]:
 
 
 def processes_of(home: Path) -> list[psutil.Process]:
-    """Every running process, this one excepted, whose ``FLWR_HOME`` is the given folder."""
+    """Return all running processes, without this one, whose ``FLWR_HOME`` is the given folder."""
     found = []
     for process in psutil.process_iter():
         with contextlib.suppress(psutil.Error, OSError):
@@ -198,10 +202,10 @@ def processes_of(home: Path) -> list[psutil.Process]:
 
 
 def _adopt_orphans() -> None:
-    """Become the parent of descendants whose own parent ends, so that ended ones can be reaped (Linux only).
+    """Become the parent of descendants whose parent ends, so that this process can reap them (Linux only).
 
-    Flower's SuperLink is such an orphan. Left to process 1, it and its children stay as zombies in the many
-    containers whose process 1 reaps nobody.
+    Flower's SuperLink is such an orphan. Otherwise process 1 becomes its parent. In many containers process 1 reaps no
+    children, and the SuperLink and its children would stay as zombies.
     """
     if sys.platform == "linux":
         with contextlib.suppress(OSError, AttributeError):
@@ -209,7 +213,7 @@ def _adopt_orphans() -> None:
 
 
 def _reap_orphans() -> None:
-    """Reap adopted processes that have ended; they are children of a session other than this process's."""
+    """Reap adopted processes that have ended. They are the children whose session is not that of this process."""
     for child in psutil.Process().children():
         with contextlib.suppress(psutil.Error, OSError):
             if child.status() == psutil.STATUS_ZOMBIE and os.getsid(child.pid) != os.getsid(0):
@@ -217,7 +221,7 @@ def _reap_orphans() -> None:
 
 
 def _free_ports(count: int) -> list[int]:
-    """Ports of the local machine that nobody listens on at this moment, all different."""
+    """Return different ports of the local machine on which no program listens at this moment."""
     with contextlib.ExitStack() as stack:
         sockets = [stack.enter_context(socket.socket()) for _ in range(count)]
         for each in sockets:

@@ -1,7 +1,7 @@
-"""Read what a user gives for a run: a settings file, single keys, a federation file.
+"""Read a user's input for a run: a settings file, single keys and a federation file.
 
-All of it becomes one validated `Settings` and one simulation config; every mistake is a `SettingsError`
-that names the key or file, the value and what is allowed.
+The result is a validated `Settings` and a simulation config. Every mistake is a `SettingsError` that names the key or
+file, the value and the allowed values.
 """
 
 from __future__ import annotations
@@ -15,10 +15,11 @@ from typing import Any
 from fedmitr_flwr.runs.resume import resumed_settings, stored_config
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError, flat_fields
 from fedmitr_flwr.settings.docs import CONFIG_TABLE, flatten, takes_text, toml_value
+from fedmitr_flwr.settings.home import expand
 
 FederationValue = bool | int | float | str
 
-# Flower's simulation config (flwr.proto.federation_config_pb2.SimulationConfig), in the kebab case of its files.
+# Keys of Flower's simulation config (flwr.proto.federation_config_pb2.SimulationConfig), as written in its files.
 _FEDERATION: dict[str, tuple[type | tuple[type, ...], str]] = {
     "num-supernodes": (int, "an integer >= 1"),
     "client-resources-num-cpus": (int, "an integer >= 1"),
@@ -34,17 +35,17 @@ _AT_LEAST_ONE = {"num-supernodes", "client-resources-num-cpus", "init-args-num-c
 
 
 def app_directory(given: Path | None = None) -> Path:
-    """Find the Flower app: the given folder, or the checkout that this code was imported from.
+    """Return the folder of the Flower app: the given one, or the checkout from which this code was imported.
 
     Raises
     ------
     SettingsError
-        There is no ``pyproject.toml`` with a ``[tool.flwr.app]`` table.
+        If the folder has no ``pyproject.toml`` with a ``[tool.flwr.app]`` table.
     """
-    app = (given or Path(__file__).parents[2]).expanduser().resolve()
+    app = expand(given or Path(__file__).parents[2], "--app").resolve()
     table = _read_toml(app / "pyproject.toml", "--app")
     if "app" not in table.get("tool", {}).get("flwr", {}):
-        allowed = "its pyproject.toml has no [tool.flwr.app] table; name the folder of a Flower app"
+        allowed = "its pyproject.toml has no [tool.flwr.app] table; give the folder of a Flower app"
         raise SettingsError(("--app", str(app), allowed))
     return app
 
@@ -57,7 +58,7 @@ def run_settings(
     *,
     absolute: bool = True,
 ) -> Settings:
-    """Merge an app's defaults, a settings file and single keys, the later ones winning, and validate them.
+    """Merge an app's defaults, a settings file and single keys, and validate the result. Later values win.
 
     Parameters
     ----------
@@ -66,27 +67,23 @@ def run_settings(
     conf
         TOML file with run-config keys, dotted or in tables.
     overrides
-        ``key=value`` strings; the value may be written with or without quotes.
+        ``key=value`` strings. Quotes around a value are optional.
     output
-        Wins over ``run.output``.
+        Value for ``run.output``; wins over all others.
     absolute
-        Relative paths count from the current directory. False: they are another machine's, and stay as they are.
-
-    Returns
-    -------
-    Settings
-        With absolute paths, unless `absolute` is false.
+        If true, relative paths are made absolute from the current directory. If false, they are paths of another
+        machine and are not changed.
 
     Raises
     ------
     SettingsError
-        For a file that can't be read and for all keys that are wrong, in one error.
+        If a file cannot be read, or keys are wrong. One error names all wrong keys.
     """
     table = _read_toml(app / "pyproject.toml", "--app")
     config: dict[str, Any] = dict(flatten(table.get("tool", {}).get("flwr", {}).get("app", {}).get("config", {})))
     missing = [key for key in flat_fields() if key not in config]
     if missing:
-        allowed = f"{CONFIG_TABLE} must declare {', '.join(missing)}, or Flower refuses them; run `make settings`"
+        allowed = f"{CONFIG_TABLE} must declare {', '.join(missing)}, or Flower refuses the keys; run `make settings`"
         raise SettingsError(("--app", str(app), allowed))
     if conf is not None:
         config |= dict(flatten(_read_toml(conf, "settings file")))
@@ -95,37 +92,37 @@ def run_settings(
         config["run.output"] = str(output)
     lists = [(key, value) for key, value in config.items() if not isinstance(value, bool | int | float | str)]
     if lists:
-        example = 'a list is written as a string with commas, such as "50,100"'
+        example = 'a list is written as a string with commas, for example "50,100"'
         raise SettingsError(*((key, str(value), example) for key, value in lists))
     settings = Settings.from_run_config(config)
     return settings.replace(**_absolute_paths(settings)) if absolute else settings
 
 
 def resumed_run(run: Path, overrides: Sequence[str] = ()) -> tuple[Settings, Mapping[str, Any]]:
-    """Read what it takes to go on with a simulation.
+    """Read the settings and the simulation config with which a simulation is resumed.
 
     Parameters
     ----------
     run
         Directory of the run.
     overrides
-        ``key=value`` strings to change in its settings.
+        ``key=value`` strings that change its settings.
 
     Returns
     -------
     settings
-        Of the run, to be run again.
+        The settings of the run, with the changes.
     federation
-        Its simulation config.
+        The simulation config of the run.
 
     Raises
     ------
     SettingsError
-        If there is no such run, it was no simulation, or a change contradicts what is finished.
+        If there is no such run, it was not a simulation, or a change affects a stage that is finished.
     """
     federation = stored_config(run).get("federation")
     if not federation:
-        allowed = "was not simulated here; go on with it by `flwr run` with run.resume in the run-config"
+        allowed = "was not simulated on this machine; resume it with `fedmitr run` and the setting run.resume"
         raise SettingsError(("run.resume", str(run), allowed))
     return resumed_settings(run, dict(_override(text) for text in overrides)), federation
 
@@ -136,24 +133,24 @@ def federation_config(
     cpus: int | None = None,
     base: Mapping[str, Any] | None = None,
 ) -> dict[str, FederationValue]:
-    """Resolve the simulation config: a federation file over defaults for this machine.
+    """Return the simulation config: defaults for this machine, then a federation file, then single values.
 
     Parameters
     ----------
     file
         TOML file with keys of Flower's simulation config, as in ``conf/federation/``.
     clients
-        Number of simulated clients; wins over the file; 10 when neither says.
+        Number of simulated clients; wins over the file. The default is 10.
     cpus
-        CPU cores for the clients; wins over the file. When neither says: all that this process may use,
-        as long as there are clients to use them.
+        Number of CPU cores for the clients; wins over the file. The default is the number of cores that this process
+        may use, but at most as many as the clients need.
     base
-        In place of a file: the simulation config of an earlier run.
+        Simulation config of an earlier run, used in place of a file.
 
     Raises
     ------
     SettingsError
-        Unknown key, wrong type or value out of range.
+        If a key is unknown, or a value has the wrong type or is out of range.
     """
     config: dict[str, Any] = {"num-supernodes": 10, "client-resources-num-cpus": 1, "client-resources-num-gpus": 0.0}
     given = dict(flatten(_read_toml(file, "federation file"))) if file is not None else dict(base or {})
@@ -167,7 +164,7 @@ def federation_config(
     available = _cpu_count()
     if each > config.get("init-args-num-cpus", available):
         most = config.get("init-args-num-cpus", available)
-        raise SettingsError(("client-resources-num-cpus", each, f"must not exceed the {most} CPU cores there are"))
+        raise SettingsError(("client-resources-num-cpus", each, f"must not exceed the {most} CPU cores available"))
     config.setdefault("init-args-num-cpus", max(each, min(available, each * number)))
     return config
 
@@ -179,7 +176,7 @@ def federation_toml(config: Mapping[str, FederationValue]) -> str:
 
 def _federation_problem(key: str, value: object) -> tuple[str, object, str] | None:
     if key not in _FEDERATION:
-        return key, value, "unknown key; known are " + ", ".join(_FEDERATION)
+        return key, value, "unknown key; known keys are " + ", ".join(_FEDERATION)
     kind, allowed = _FEDERATION[key]
     if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool):
         return key, value, f"must be {allowed}"
@@ -190,7 +187,7 @@ def _federation_problem(key: str, value: object) -> tuple[str, object, str] | No
 
 
 def _cpu_count() -> int:
-    """CPU cores that this process may use."""
+    """Return the number of CPU cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -198,20 +195,20 @@ def _cpu_count() -> int:
 
 def _read_toml(path: Path, what: str) -> dict[str, Any]:
     try:
-        with path.expanduser().open("rb") as file:
+        with expand(path, what).open("rb") as file:
             return tomllib.load(file)
     except OSError as error:
-        raise SettingsError((what, str(path), f"can't be read: {error.strerror or error}")) from None
+        raise SettingsError((what, str(path), f"cannot be read: {error.strerror or error}")) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise SettingsError((what, str(path), f"is not TOML: {error}")) from None
 
 
 def _override(text: str) -> tuple[str, RunConfigValue]:
-    """Parse ``key=value``; what is a string in the run-config needs no quotes."""
+    """Parse ``key=value``. A value that is a string in the run-config needs no quotes."""
     key, sign, raw = text.partition("=")
     key, raw = key.strip(), raw.strip()
     if not sign or not key:
-        raise SettingsError(("--set", text, "must be key=value, such as run.seed=7"))
+        raise SettingsError(("--set", text, "must be key=value, for example run.seed=7"))
     try:
         value = tomllib.loads(f"value = {raw}")["value"]
     except tomllib.TOMLDecodeError:
@@ -226,10 +223,10 @@ def _override(text: str) -> tuple[str, RunConfigValue]:
 
 
 def _absolute_paths(settings: Settings) -> dict[str, RunConfigValue]:
-    """Make the settings that name files absolute; relative ones count from the current directory."""
-    changes: dict[str, RunConfigValue] = {"run.output": str(Path(settings.run.output).expanduser().resolve())}
+    """Return the settings that name files, with relative paths made absolute from the current directory."""
+    changes: dict[str, RunConfigValue] = {"run.output": str(expand(settings.run.output, "run.output").resolve())}
     for key, value in (("data.source", settings.data.source), ("model.init", settings.model.init)):
         kind, _, path = value.partition(":")
-        if kind in ("npz", "folder", "file"):
-            changes[key] = f"{kind}:{Path(path).expanduser().resolve()}"
+        if kind in ("npz", "folder", "file") or (kind == "hub" and expand(path, key).is_dir()):
+            changes[key] = f"{kind}:{expand(path, key).resolve()}"
     return changes

@@ -1,4 +1,4 @@
-"""Signals that ask a command to end, as an exception that its cleanup can rely on."""
+"""Turn signals that end a command into an exception, so that the command cleans up."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Interrupted(BaseException):
 
 
 class Signals:
-    """Make the first SIGINT, SIGTERM or SIGHUP an `Interrupted`, and keep all of them from disturbing the cleanup."""
+    """Raise `Interrupted` at the first SIGINT, SIGTERM or SIGHUP, and ignore further ones during the cleanup."""
 
     def __init__(self) -> None:
         self._number: int | None = None
@@ -29,7 +29,7 @@ class Signals:
         self._before: dict[int, _Handler] = {}
 
     def __enter__(self) -> Self:
-        # Elsewhere Python takes no handlers; the caller's main thread deals with signals then.
+        # Python allows handlers in the main thread only; in another thread, the caller handles signals.
         if threading.current_thread() is threading.main_thread():
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
                 self._before[number] = signal.signal(number, self._handle)
@@ -41,7 +41,7 @@ class Signals:
 
     @contextlib.contextmanager
     def raised(self) -> Iterator[None]:
-        """Let a signal interrupt this block, also one that came before it."""
+        """Raise `Interrupted` in this block, also for a signal that arrived before it."""
         self._raising = True
         try:
             if self._number is not None:

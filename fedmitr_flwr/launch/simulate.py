@@ -1,8 +1,8 @@
-"""Run the Flower app in a simulation, the way a user expects it to behave.
+"""Run the Flower app in a simulation on this machine.
 
-The run is a real ``flwr run APP --stream`` on Ray. Taken away are Flower's surprises: settings are checked
-before anything starts, a file and single keys can be combined, paths count from the user's directory, no
-process stays behind, and the exit code is 0 only when the run completed.
+The run is a ``flwr run APP --stream`` on Ray. `fedmitr simulate` adds what Flower lacks: it checks the settings before
+the start, combines a settings file with single keys, reads relative paths from the user's directory, leaves no process
+running, and exits with 0 only if the run completed.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ _STARTED = re.compile(r"Successfully started run (\d+)")
 _NO_SUPERLINK = "Failed to start local SuperLink"
 _COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 _EMPTY_LOG_LINE = re.compile(r"^\s*(INFO|WARNING)\s*:\s*$")
-# Lines of Flower and Ray that say nothing about this run, or advise what `fedmitr simulate` has done already.
+# Lines of Flower and Ray that do not concern this run, or advise what `fedmitr simulate` has already done.
 _NOISE = (
     "Flower configuration not found. Created default",
     "Since flwr 1.32, default simulated SuperNodes",
@@ -43,22 +43,22 @@ _NOISE = (
     "FutureWarning: Tip: In future versions of Ray",
     "  warnings.warn(",
 )
-# Failures that are no defects: their message says all.
+# Failures whose message explains them, so that no traceback is shown.
 _EXPLAINED = ("The run failed. SettingsError", "The run failed. QuorumError")
 
 
 @dataclass(frozen=True)
 class RunOutcome:
-    """How a run ended.
+    """The end of a run.
 
     Attributes
     ----------
     exit_code
-        0 completed, 1 failed, 128 + number of the signal that interrupted it (130 for Ctrl-C).
+        0 if the run completed, 1 if it failed, 128 + the number of the signal that interrupted it (130 for Ctrl-C).
     error
-        Why it isn't 0, in a sentence or the ServerApp's own words; empty for a completed run.
+        The reason of a failure, from us or from the ServerApp; empty for a completed run.
     directory
-        The run's results, absolute; None when the run never got as far as making it.
+        Absolute path of the run's directory; None if the run failed before it was made.
     """
 
     exit_code: int
@@ -82,15 +82,15 @@ def simulate(
     app
         Folder with the app's ``pyproject.toml``.
     settings
-        All settings of the run. Relative paths must be absolute already (see `settings_files.run_settings`).
+        All settings of the run. Paths must be absolute (see `settings_files.run_settings`).
     federation
-        Kebab-case keys of Flower's simulation config, see `settings_files.federation_config`.
+        Flower's simulation config, see `settings_files.federation_config`.
     echo
-        Gets each line of the run's log.
+        Called with each line of the run's log.
     verbose
-        Pass on Flower's and Ray's own messages that are left out otherwise.
+        Show the messages of Flower and Ray that are otherwise left out.
     quiet
-        Pass on nothing, unless the run fails: then the last lines.
+        Show no log; if the run fails, show its last lines.
     """
     settings = settings if settings.run.name else settings.replace(**{"run.name": fresh_name()})
     directory = Path(settings.run.output) / settings.run.name
@@ -121,7 +121,7 @@ def _run(
     log: _Log,
     status: _StatusFile,
 ) -> str:
-    """Run the app; return why it failed, or an empty string."""
+    """Run the app; return the reason of its failure, or an empty string."""
     run_config, federation_config = flower.home / "run.toml", flower.home / "federation.toml"
     run_config.write_text(to_toml(settings.flat()), "utf-8")
     federation_config.write_text(federation_toml(federation), "utf-8")
@@ -132,7 +132,7 @@ def _run(
         code, run_id = _follow(flower, command, log)
         if run_id is not None or not log.holds(_NO_SUPERLINK):
             break
-        # Flower gives its SuperLink 15 seconds to start, too little on a busy machine; or the port was taken.
+        # The SuperLink did not start in the 15 seconds that Flower allows, or its port was taken. Try other ports.
         flower.end_processes()
         flower.renew()
     if run_id is None:
@@ -145,7 +145,7 @@ def _run(
 
 
 def _follow(flower: PrivateFlower, command: list[str], log: _Log) -> tuple[int, str | None]:
-    """Pass a ``flwr run``'s output on until it ends; return its exit code and the id of the run it started."""
+    """Show the output of ``flwr run`` until it ends; return its exit code and the id of the run, or None."""
     run_id = None
     process = flower.start(*command)
     assert process.stdout is not None
@@ -158,9 +158,9 @@ def _follow(flower: PrivateFlower, command: list[str], log: _Log) -> tuple[int, 
 
 
 def _flower_status(flower: PrivateFlower, run_id: str, patience: float = 20.0) -> tuple[str, str]:
-    """Ask Flower how a run ended: its status, as ``finished:completed``, and details.
+    """Ask Flower for the status of a run, such as ``finished:completed``, and for details.
 
-    ``flwr run`` itself returns 0 even for a run that crashed (Flower 1.41).
+    The exit code of ``flwr run`` does not tell: it is 0 even if the run crashed (Flower 1.41 and 1.42).
     """
     deadline = time.monotonic() + patience
     status, details = "unknown", "the SuperLink does not answer"
@@ -175,29 +175,29 @@ def _flower_status(flower: PrivateFlower, run_id: str, patience: float = 20.0) -
 
 
 def _outlive_superlink(flower: PrivateFlower, status: _StatusFile, log: _Log) -> None:
-    """Wait for a ServerApp that is still at work although its log has ended.
+    """Wait for the ServerApp if it is still running after its log has ended.
 
-    The SuperLink of a simulation passes the log on and no more: clients and ServerApp do without it.
+    In a simulation the SuperLink only passes the log on. Clients and ServerApp continue without it.
     """
     told = False
     while status.read()[0] == "running" and flower.server_apps():
         if not told:
-            log.line("The SuperLink is gone; the run goes on without it, and its log is in log.txt alone")
+            log.line("The SuperLink is gone; the run continues without it and writes its log to log.txt only")
             told = True
         time.sleep(0.5)
 
 
 def _why_unfinished(status: str, details: str) -> str:
-    """Say why a run failed whose ServerApp left no word of it, from what Flower says."""
+    """Return the reason of a failure that the ServerApp did not report, from Flower's status and details."""
     if status == "finished:completed":
-        # Flower counts a ServerApp that leaves early, or that all clients failed, as completed.
+        # Flower reports a run as completed if its ServerApp ends early, or if all clients fail.
         return "the ServerApp ended before the run was completed"
     told = details.removeprefix("Simulation failed with exception: ")
-    return f"Flower says {status}" if told in ("", "N/A") else told
+    return f"Flower reports the status {status}" if told in ("", "N/A") else told
 
 
 class _StatusFile:
-    """The run's ``status.json``; what an earlier run of the same name left there doesn't count."""
+    """The run's ``status.json``. A file that an earlier run of the same name left is ignored."""
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -214,13 +214,13 @@ class _StatusFile:
         return self._stamp() not in (None, self._before)
 
     def close(self, state: str, error: str) -> None:
-        """Say how the run ended where the ServerApp had no time to."""
+        """Write how the run ended, if the ServerApp did not."""
         if self.read()[0] == "running":
             with contextlib.suppress(OSError, ValueError):
                 write_json(self._path, {**json.loads(self._path.read_text("utf-8")), "state": state, "error": error})
 
     def read(self) -> tuple[str, str]:
-        """State and error that the ServerApp wrote; empty strings when it wrote none."""
+        """Return the state and the error that the ServerApp wrote; empty strings if it wrote none."""
         if not self.is_new():
             return "", ""
         try:
@@ -231,7 +231,7 @@ class _StatusFile:
 
 
 class _Log:
-    """The run's log: passed on without noise, its last lines remembered."""
+    """The run's log: shows its lines without noise, and keeps the last ones."""
 
     def __init__(self, echo: Echo, *, verbose: bool, quiet: bool) -> None:
         self._echo, self._verbose, self._quiet = echo, verbose, quiet
@@ -241,7 +241,7 @@ class _Log:
     def line(self, line: str) -> None:
         plain = _COLOURS.sub("", line)
         noise = any(noise in plain for noise in _NOISE) or not plain.strip() or _EMPTY_LOG_LINE.match(plain)
-        # The ServerApp has said in a sentence what the traceback that Flower adds only repeats.
+        # After a message that explains the failure, leave out the traceback that Flower adds.
         self._explained = self._explained or any(error in plain for error in _EXPLAINED)
         self._over = self._over or (self._explained and "raised an exception" in plain)
         if (noise or self._over) and not self._verbose:
@@ -254,7 +254,7 @@ class _Log:
         return any(text in line for line in self._lines)
 
     def last(self) -> str:
-        """Join the last lines, without the frames that Flower draws around its errors."""
+        """Join the last lines, without the box that Flower draws around its errors."""
         text = " ".join(_COLOURS.sub("", line).strip("│╭╰╮╯─ ").removesuffix("Error") for line in self._lines)
         return " ".join(text.split())[-400:]
 

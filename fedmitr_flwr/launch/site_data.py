@@ -1,4 +1,4 @@
-"""``fedmitr split``: a source divided among sites as a simulation divides it, each part in a file of its own."""
+"""``fedmitr split``: divide a data source among sites in the same way as a simulation, one file for each site."""
 
 from __future__ import annotations
 
@@ -12,34 +12,34 @@ FILE = "images.npz"
 
 
 def write_parts(settings: Settings, clients: int, directory: Path) -> list[tuple[Path, int, int]]:
-    """Write each client's training images as an archive that ``data-path`` can name.
+    """Write the training images of each client as an archive for the node config's ``data-path``.
 
     Parameters
     ----------
     settings
-        `data` and `partition` are used.
+        The groups `data` and `partition` are used.
     clients
         Number of parts K.
     directory
-        Gets folders ``site-0`` to ``site-(K-1)``.
+        Folder in which ``site-0`` to ``site-(K-1)`` are created.
 
     Returns
     -------
     list
-        For each part its file, number of images and number of classes in it.
+        For each part its file, its number of images and its number of classes.
 
     Raises
     ------
     SettingsError
-        If the source or its division is impossible, a file is there already, or the disk refuses.
+        If the source cannot be loaded or divided, a file exists already, or a file cannot be written.
     """
-    # PyTorch takes seconds to import, and most commands do without it.
+    # Imported here because PyTorch takes seconds to import, and most commands do not need it.
     from fedmitr_flwr.data import load_source, partition_indices
 
     paths = [directory / f"site-{client}" / FILE for client in range(clients)]
     for path in paths:
         if path.exists():
-            raise SettingsError(("file", str(path), "is there already and is never overwritten; move it away first"))
+            raise SettingsError(("file", str(path), "exists already and is never overwritten; move it away first"))
     source = load_source(settings.data)
     parts = partition_indices(source.train, settings.partition, clients)
     told = []
@@ -56,6 +56,6 @@ def write_parts(settings: Settings, clients: int, directory: Path) -> list[tuple
                 class_names=np.array(source.spec.class_names),
             )
         except OSError as error:
-            raise SettingsError(("DIR", str(directory), f"can't be written: {error.strerror or error}")) from None
+            raise SettingsError(("DIR", str(directory), f"cannot be written: {error.strerror or error}")) from None
         told.append((path, len(images), int(np.count_nonzero(images.histogram(source.spec.num_classes)))))
     return told

@@ -1,4 +1,4 @@
-"""Geometry of images that are divided into patches.
+"""Divide images into patches and join patches to images.
 
 Letters: B images, ch channels, S side in pixels, P patches of the full grid, E pixels of a patch (all channels).
 """

@@ -14,7 +14,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from timm.layers.attention import Attention
@@ -25,10 +24,12 @@ from torch import Tensor
 
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.models.build import build_model, parse_options
+from fedmitr_flwr.models.checkpoint_keys import SeveralModelsError, timm_names
 from fedmitr_flwr.models.vit import grid_size
 from fedmitr_flwr.runs.atomic import Json, write_json
 from fedmitr_flwr.runs.tensors import write_tensors
 from fedmitr_flwr.settings import ModelSettings, SettingsError
+from fedmitr_flwr.settings.home import expand
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # names that timm requires
 
@@ -106,21 +107,28 @@ def _timm_config(model: VisionTransformer, settings: ModelSettings, spec: ImageS
 log = logging.getLogger("fedmitr.models")
 
 
-def load_checkpoint(init: str, model: VisionTransformer, spec: ImageSpec) -> dict[str, Tensor]:
+def load_checkpoint(
+    init: str, model: VisionTransformer, spec: ImageSpec, *, replace_head: bool = True
+) -> dict[str, Tensor]:
     """Read the checkpoint that ``model.init = file:PATH`` names.
 
-    A prefix ``module.`` or ``model.`` of all keys is removed. A classifier head that is missing, has another number of
-    classes or (in a folder) other class names is replaced by the head of `model`. A position embedding of another
-    square grid is resampled by timm. Both changes are logged; any other difference is an error.
+    The names of the weights may have any common prefix, and may be those of transformers or torchvision
+    (`checkpoint_keys`). A position embedding of another square grid is resampled by timm. These changes are logged;
+    any other difference is an error.
 
     Parameters
     ----------
     init
-        ``file:PATH``, where PATH is a .safetensors file or a folder that `save_timm` wrote.
+        ``file:PATH``, where PATH is a .safetensors file or a folder with ``model.safetensors``, such as one that
+        `save_timm` wrote.
     model
-        The run's model, whose head is the replacement. It is not changed.
+        The run's model. It is not changed.
     spec
         Class names.
+    replace_head
+        Whether a classifier head that is missing, has another number of classes or (in a folder) other class names is
+        replaced by the head of `model`, which is logged. False: the head must fit, and the class names of a folder are
+        not compared.
 
     Returns
     -------
@@ -130,62 +138,100 @@ def load_checkpoint(init: str, model: VisionTransformer, spec: ImageSpec) -> dic
     Raises
     ------
     SettingsError
-        If the file cannot be read or does not fit the model. The message names ``model.init``, the file, and the first
-        keys that do not fit with both shapes.
+        If the file cannot be read or does not fit the model. The message names ``model.init``, the file, the first
+        keys that do not fit with both shapes, and keys of the file.
     """
-    path = Path(init.removeprefix("file:")).expanduser().resolve()
-    config = _read_config(init, path) if path.is_dir() else {}
-    path = path / "model.safetensors" if path.is_dir() else path
+    path = expand(init.removeprefix("file:"), "model.init").resolve()
+    try:
+        config = read_config(path)
+    except ValueError as error:
+        raise SettingsError(("model.init", init, f"{path / CONFIG} is not valid JSON: {error}")) from error
+    path = path / WEIGHTS if path.is_dir() else path
     if path.suffix != ".safetensors" or not path.is_file():
         allowed = f"must name a .safetensors file or a folder with model.safetensors; {path} is neither"
         raise SettingsError(("model.init", init, allowed))
     try:
-        state = _strip_prefix(load_file(path))
+        stored = load_file(path)
+        state, notes = timm_names(stored)
     except (SafetensorError, OSError) as error:
         raise SettingsError(("model.init", init, f"{path} cannot be read as safetensors: {error}")) from error
+    except SeveralModelsError as error:
+        allowed = f"{path} has the weights of several models ({error}); write a file with one of them"
+        raise SettingsError(("model.init", init, allowed)) from None
+    if notes:
+        log.info("checkpoint %s: %s", path, "; ".join(notes))
     reference = model.state_dict()
+    problems = []
     head = {key: value for key, value in reference.items() if key.startswith("head")}
-    names = config.get("label_names")
-    if names not in (None, list(spec.class_names)) or any(
-        key not in state or state[key].shape[:1] != value.shape[:1] for key, value in head.items()
-    ):
-        log.info("common initialisation: the classifier head of %s does not fit and is replaced by a new one", path)
+    unfit = _unfit_head(state, head)
+    if not replace_head and unfit:
+        problems = [unfit]
+    elif unfit or (replace_head and _class_names(config) not in (None, list(spec.class_names))):
+        reason = unfit or "its config.json has other class names"
+        log.warning("checkpoint %s: the classifier head is replaced by a new one (%s)", path, reason)
         state = {key: value for key, value in state.items() if not key.startswith("head")} | head
     _resample_positions(state, model)
-    problems = describe_mismatch(state, reference)
-    problems += _other_heads(config, model)
-    if not problems and not all(bool(torch.isfinite(value).all()) for value in state.values()):
+    problems += [text for text in describe_mismatch(state, reference) if not problems or not text.startswith("head")]
+    problems += _other_model(config, model)
+    problems += [f"{key} is {value.dtype}" for key, value in state.items() if not value.is_floating_point()]
+    if not problems and not all(bool(value.float().isfinite().all()) for value in state.values()):
         problems = ["some values are not finite"]
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
-        allowed = f"{path} does not fit the model of model.name and model.options: {'; '.join(problems[:3])}{more}"
-        raise SettingsError(("model.init", init, allowed))
+        allowed = f"{path} does not fit the model: {'; '.join(problems[:3])}{more}"
+        names = f"; the file has the keys {', '.join(list(stored)[:4])}" + (", ..." if len(stored) > 4 else "")
+        raise SettingsError(("model.init", init, allowed + names))
     return state
 
 
-def _read_config(init: str, folder: Path) -> dict[str, object]:
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    except ValueError as error:
-        raise SettingsError(("model.init", init, f"{file} is not valid JSON: {error}")) from error
+def _unfit_head(state: Mapping[str, Tensor], head: Mapping[str, Tensor]) -> str:
+    """Return why the classifier head of a checkpoint cannot be that of the model; empty if it can."""
+    missing = [key for key in head if key not in state]
+    if missing:
+        return f"the file has no classifier head ({', '.join(missing)})"
+    wrong = [key for key, value in head.items() if state[key].shape[:1] != value.shape[:1]]
+    if wrong:
+        there, here = (tuple(side[wrong[0]].shape) for side in (state, head))
+        return f"the classifier head {wrong[0]} is {there} in the file and {here} in the model"
+    return ""
+
+
+def read_config(path: Path) -> dict[str, object]:
+    """Return the content of ``config.json`` in a checkpoint's folder; empty if there is none.
+
+    Raises
+    ------
+    ValueError
+        If the file is not valid JSON.
+    """
+    file = expand(path) / CONFIG
+    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return config if isinstance(config, dict) else {}
 
 
-def _other_heads(config: dict[str, object], model: VisionTransformer) -> list[str]:
-    """Return an error text if the number of attention heads differs, which weight shapes do not show."""
+def _class_names(config: Mapping[str, object]) -> list[str] | None:
+    """Return the class names in a configuration of timm or transformers; None if it has none."""
+    names = config.get("label_names")
+    if isinstance(names, list):
+        return [str(name) for name in names]
+    by_number = config.get("id2label")
+    if not isinstance(by_number, dict):
+        return None
+    found = [str(by_number.get(str(number))) for number in range(len(by_number))]
+    # transformers writes these names for a model whose classes have none.
+    return None if found == [f"LABEL_{number}" for number in range(len(found))] else found
+
+
+def _other_model(config: Mapping[str, object], model: VisionTransformer) -> list[str]:
+    """Return a text for each property in a folder's configuration that differs and that weights do not show."""
     arguments = config.get("model_args")
-    there = arguments.get("num_heads") if isinstance(arguments, dict) else None
+    heads = arguments.get("num_heads") if isinstance(arguments, dict) else config.get("num_attention_heads")
     here = cast(Attention, cast(Block, model.blocks[0]).attn).num_heads
-    return [] if there in (None, here) else [f"num_heads: {there} in config.json, {here} in the model"]
-
-
-def _strip_prefix(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Remove the prefixes ``module.`` and ``model.``, which wrappers add to every key."""
-    for prefix in ("module.", "model.", "module."):
-        if state and all(key.startswith(prefix) for key in state):
-            state = {key.removeprefix(prefix): value for key, value in state.items()}
-    return state
+    problems = [] if heads in (None, here) else [f"num_heads: {heads} in config.json, {here} in the model"]
+    activation = config.get("hidden_act", "gelu")
+    if activation != "gelu":
+        problems.append(f"hidden_act: {activation} in config.json, gelu in the model")
+    return problems
 
 
 def _resample_positions(state: dict[str, Tensor], model: VisionTransformer) -> None:
@@ -198,7 +244,7 @@ def _resample_positions(state: dict[str, Tensor], model: VisionTransformer) -> N
     if side * side + prefix != old.shape[1] or side == 0:
         return
     grid = grid_size(model)
-    log.info("common initialisation: position embedding resampled from %d x %d to %d x %d patches", side, side, *grid)
+    log.info("checkpoint: the position embedding is resampled from %d x %d to %d x %d patches", side, side, *grid)
     state["pos_embed"] = resample_abs_pos_embed(old, list(grid), [side, side], num_prefix_tokens=prefix)
 
 

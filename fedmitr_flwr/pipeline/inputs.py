@@ -15,6 +15,7 @@ from torch import Tensor
 
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.ensemble.averaging import fedavg
+from fedmitr_flwr.ensemble.bounds import bounded_counts
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.models.moments import Moments
 from fedmitr_flwr.models.patch_grid import PatchGrid
@@ -39,6 +40,8 @@ class Upload:
         Number of images on which the model was trained.
     histogram
         Number of these images in each of the C classes; None if the client withheld it.
+    name
+        Name of the client, for messages.
     moments
         Moments of the features of these images under the common initialisation; None if the run does not ask for them.
     """
@@ -46,6 +49,7 @@ class Upload:
     state: Mapping[str, Tensor]
     num_examples: int
     histogram: tuple[int, ...] | None
+    name: str = ""
     moments: Moments | None = None
 
 
@@ -84,8 +88,21 @@ class PipelineInputs:
 
     @property
     def num_examples(self) -> Tensor:
-        """``(K,)`` int64 number of examples of each client."""
-        return torch.tensor([upload.num_examples for upload in self.uploads])
+        """``(K,)`` fp64 number of examples of each client, bounded by the others' (`bounds.bounded_counts`)."""
+        return bounded_counts(torch.tensor([upload.num_examples for upload in self.uploads]))
+
+    @property
+    def histograms(self) -> Tensor | None:
+        """``(K, C)`` fp64 examples of each class, bounded likewise; None if some client withheld its histogram."""
+        shared = [upload.histogram for upload in self.uploads if upload.histogram is not None]
+        if len(shared) < len(self.uploads):
+            return None
+        counts = torch.tensor(shared, dtype=torch.float64)
+        return counts * (self.num_examples / counts.sum(1).clamp_min(1.0))[:, None].clamp(max=1.0)
+
+    def named(self, place: int) -> str:
+        """Return the name of a client, or its number."""
+        return self.uploads[place].name or f"client {place + 1}"
 
     @property
     def states(self) -> list[Mapping[str, Tensor]]:
@@ -137,6 +154,8 @@ class PipelineResult:
         Diagnostics of inverted images; None if the method inverts none.
     seconds
         Wall-clock seconds of each of the stages ``invert``, ``relabel`` and ``distill`` that the method has.
+    warnings
+        Sentences about clients that were bounded or that dominate the result.
     """
 
     state: dict[str, Tensor]
@@ -146,6 +165,7 @@ class PipelineResult:
     split: PatchSplit | None
     diagnostics: Diagnostics | None
     seconds: dict[str, float]
+    warnings: tuple[str, ...] = ()
 
 
 class Pipeline(Protocol):

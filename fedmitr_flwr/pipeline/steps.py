@@ -43,18 +43,14 @@ def make_ensemble(inputs: PipelineInputs) -> tuple[Ensemble, Tensor]:
     known
         ``(C',)`` int64 classes for which at least one client has evidence above 0.
     """
-    settings, uploads, device = inputs.settings, inputs.uploads, inputs.device
+    settings, device = inputs.settings, inputs.device
     limits = MemoryLimits(settings.inversion.activation_memory_mb, settings.inversion.teacher_memory_mb)
     blank = build_model(settings.model, inputs.spec)
     teachers = load_teachers(blank, inputs.states, limits, device)
     if isinstance(teachers, PagedTeachers):
         reason = "read from disk for every pass, because they exceed inversion.teacher-memory-mb"
         inputs.observer.event("ensemble", teachers=reason)
-    num_examples = inputs.num_examples.double()
-    shared = [upload.histogram for upload in uploads if upload.histogram is not None]
-    histograms = torch.tensor(shared, dtype=torch.float64) if len(shared) == len(uploads) else None
-    head_updates = torch.stack([state["head.weight"] - inputs.initial["head.weight"] for state in inputs.states])
-    known_of = evidence(settings.ensemble.weighting, Knowledge(num_examples, histograms, head_updates))
+    known_of = evidence_of(inputs)
     heard = None
     if settings.ensemble.outlier_guard:
         grid = PatchGrid.of(blank, inputs.spec)
@@ -63,6 +59,13 @@ def make_ensemble(inputs: PipelineInputs) -> tuple[Ensemble, Tensor]:
     inputs.observer.snapshot("ensemble", evidence=known_of, weights=weights)
     known = (known_of.sum(0) > 0).nonzero().squeeze(1)
     return Ensemble(teachers, weights.to(device), limits), known.to(device)
+
+
+def evidence_of(inputs: PipelineInputs) -> Tensor:
+    """Return how much each client knows of each class, ``(K, C)``, by `ensemble.weighting`."""
+    head_updates = torch.stack([state["head.weight"] - inputs.initial["head.weight"] for state in inputs.states])
+    known = Knowledge(inputs.num_examples, inputs.histograms, head_updates)
+    return evidence(inputs.settings.ensemble.weighting, known)
 
 
 def invert_all(context: StageContext, classes: Tensor, inputs: PipelineInputs) -> SyntheticImages:

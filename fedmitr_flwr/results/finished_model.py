@@ -10,15 +10,18 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
 import timm
 import torch
-from PIL import Image
 from torch import Tensor, nn
 
 from fedmitr_flwr.data import ImageSet, ImageSpec, Source, load_source
-from fedmitr_flwr.data.classes import listed
+from fedmitr_flwr.data.classes import listed, same_classes
 from fedmitr_flwr.data.client_images import site_images
-from fedmitr_flwr.data.sources.decode import DECODE_ERRORS, fit_image
+from fedmitr_flwr.data.sources.decode import FileReader, inspect_files
+from fedmitr_flwr.data.sources.depth import white_of
+from fedmitr_flwr.data.sources.files import exists
+from fedmitr_flwr.data.sources.names import shown
 from fedmitr_flwr.data.sources.raw import Origin
 from fedmitr_flwr.results.evaluate import batches
 from fedmitr_flwr.results.finished_run import FinishedRun
@@ -82,27 +85,34 @@ def load_run_model(run: FinishedRun) -> RunModel:
     return RunModel(model.eval(), spec)
 
 
-def read_image(path: Path, spec: ImageSpec) -> Tensor:
-    """Read an image file as input of the model.
+def read_images(paths: Sequence[Path], spec: ImageSpec) -> Tensor:
+    """Read image files as input of the model: upright, the central square, resized, grey or colour.
+
+    For images of more than 8 bits, the value of white is determined from all files together, as in training.
 
     Returns
     -------
     Tensor
-        ``(ch, S, S)`` uint8: the central square, resized and converted to grey or colour.
+        ``(B, ch, S, S)`` uint8.
 
     Raises
     ------
     SettingsError
-        If the file cannot be read as an image, or if the model takes neither 1 nor 3 channels.
+        If a file cannot be read as an image, the model takes neither 1 nor 3 channels, or the value of white is not
+        known.
     """
+    first = Origin("IMAGE", shown(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""))
     if spec.channels not in (1, 3):
-        raise SettingsError(("IMAGE", str(path), f"the model needs {spec.channels} channels, image files have 1 or 3"))
+        raise first.error(f"the model needs {spec.channels} channels, image files have 1 or 3")
+    found = inspect_files(paths)
+    if found.damaged:
+        path, why = found.damaged[0]
+        raise Origin("IMAGE", shown(path)).error(why)
     try:
-        with Image.open(path) as image:
-            return torch.from_numpy(fit_image(image, spec.channels, spec.image_size).copy())
-    except DECODE_ERRORS as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else "cannot be read as an image"
-        raise SettingsError(("IMAGE", str(path), reason)) from None
+        white = white_of(found.peaks)
+    except ValueError as error:
+        raise first.error(str(error)) from None
+    return FileReader(tuple(paths), first, white).read(np.arange(len(paths)), spec.channels, spec.image_size)
 
 
 def evaluation_images(run: FinishedRun, spec: ImageSpec, data: str | None, split: str) -> ImageSet:
@@ -111,9 +121,9 @@ def evaluation_images(run: FinishedRun, spec: ImageSpec, data: str | None, split
     Parameters
     ----------
     data
-        ``folder:PATH`` or ``npz:PATH``: all labelled images at this path; classes are matched by name. Any other value
-        of `data.source`: the part `split` of that source, which must have the model's classes. None: the part `split`
-        of the run's own source.
+        ``folder:PATH`` or ``npz:PATH``: all labelled images at this path; classes are matched by name, and a folder
+        must not have several splits. Any other value of `data.source`: the part `split` of that source, which must
+        have the model's classes. None: the part `split` of the run's own source.
     split
         ``test`` or ``validation``.
 
@@ -127,9 +137,10 @@ def evaluation_images(run: FinishedRun, spec: ImageSpec, data: str | None, split
     if data is None or kind not in ("folder", "npz"):
         source = _source_of(settings, spec, data)
         return source.test if split == "test" else source.validation
-    if not Path(path).expanduser().exists():
-        raise SettingsError(("--data", data, "does not exist"))
-    images = site_images(settings.data, Origin("--data", data), spec)
+    origin = Origin("--data", data)
+    if not exists(Path(path).expanduser(), origin):
+        raise origin.error("does not exist")
+    images = site_images(settings.data, origin, spec)
     if len(images) == 0:
         raise SettingsError(("--data", data, "contains no images"))
     return images
@@ -143,7 +154,7 @@ def _source_of(settings: Settings, spec: ImageSpec, data: str | None) -> Source:
         source = load_source(settings.replace(**{"data.source": data}).data)
     except SettingsError as error:
         raise SettingsError(*(("--data", data, allowed) for _, _, allowed in error.problems)) from None
-    if source.spec.class_names != spec.class_names:
+    if not same_classes(source.spec.class_names, spec.class_names):
         names = f"{listed(source.spec.class_names, 6)}; the classes of the model are {listed(spec.class_names, 6)}"
         raise SettingsError(("--data", data, f"has other classes than the model: {names}"))
     if source.spec.channels != spec.channels and {source.spec.channels, spec.channels} != {1, 3}:

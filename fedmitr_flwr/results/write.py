@@ -70,7 +70,7 @@ def write_results(
         save_synthetic(result.synthetic, spec, PatchGrid.of(result.ensemble.teachers[0], spec), run.path / SYNTHETIC)
     found = None if result.diagnostics is None else {**result.diagnostics.as_dict()}
     metrics = make_metrics(evaluation, clients, observer, settings.run.memory_mb)
-    run.write_json(METRICS, {**metrics, "diagnostics": found})
+    run.write_json(METRICS, {**metrics, "diagnostics": found, "warnings": list(result.warnings)})
     write_report(run, settings, spec, result, evaluation, keeper)
     for line in accuracy_table(evaluation, settings.run.evaluate_on):
         log.info("%s", line)

@@ -112,6 +112,18 @@ class RunSettings(Stage):
         description="Largest L2 distance of an upload's weights from the common initialisation, as a multiple of the "
         "initialisation's L2 norm; an upload above it is refused. 0: no limit.",
     )
+    update_limit: float = Field(
+        4.0,
+        ge=0.0,
+        description="Limit of the length of an upload's update, as a multiple of the median length of the other "
+        "clients' updates; a single tensor's update may reach twice that multiple of its own median. Used from three "
+        "clients on. 0: no limit.",
+    )
+    update_limit_action: Literal["clip", "refuse"] = Field(
+        "clip",
+        description="What the server does with an update above `run.update-limit`. `clip`: it shortens the update to "
+        "the limit. `refuse`: it leaves the upload out of the model.",
+    )
     memory_mb: int = Field(
         0,
         ge=0,

@@ -118,5 +118,8 @@ def problems_of(error: ValidationError, known: Mapping[str, FieldInfo]) -> list[
             problems.extend(cause.problems)
             continue
         key = ".".join(kebab(str(part)) for part in item["loc"][:2])
+        if item["type"] == "string_unicode":
+            problems.append((key, item["input"], "must be valid UTF-8; rename the file or folder that it names"))
+            continue
         problems.append((key, item["input"], f"must be {allowed_values(known[key])}"))
     return problems

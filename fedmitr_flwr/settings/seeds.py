@@ -1,4 +1,4 @@
-"""How the seeds of a run's parts derive from `run.seed`, so that no two parts of a kind draw the same numbers."""
+"""Derive the seeds of batches and clients from `run.seed`, so that different ones get different seeds."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""The stages of the method: pure functions of tensors and settings."""
+"""The four stages of FedMITR, as functions of tensors and settings that use neither files nor Flower."""

@@ -1,4 +1,4 @@
-"""The command ``fedmitr certs``."""
+"""The command ``fedmitr certs``: make the keys and certificates of a federation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command ``fedmitr run``."""
+"""The command ``fedmitr run``: start a run in a deployed federation and follow it to its end."""
 
 from __future__ import annotations
 

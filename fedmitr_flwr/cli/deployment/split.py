@@ -1,4 +1,4 @@
-"""The command ``fedmitr split``."""
+"""The command ``fedmitr split``: write one data file for each site, to try a deployment."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from fedmitr_flwr.cli.common import AppOption, ConfArgument, SetOption, bad_input
 from fedmitr_flwr.launch import settings_files
 from fedmitr_flwr.launch.site_data import write_parts
+from fedmitr_flwr.runs.log import console_log
 
 
 def split(
@@ -24,11 +25,13 @@ def split(
     The source is the setting data.source. Site K gets DIR/site-K/images.npz with the training images that client K has
     in a simulation under the same settings and seed; name this file in the site's node config as data-path. Test and
     validation images are left out. Existing files are never overwritten. The command prints for each file its number
-    of images and of classes.
+    of images and of classes, and on stderr what the source has and what of it is not used.
 
     Exit code: 0 written, 2 invalid input.
     """
     with bad_input():
         settings = settings_files.run_settings(settings_files.app_directory(app_dir), conf, overrides or [])
-        for path, images, classes in write_parts(settings, clients, directory):
+        with console_log():
+            parts = write_parts(settings, clients, directory)
+        for path, images, classes in parts:
             typer.echo(f"{path}: {images} images of {classes} classes")

@@ -1,4 +1,4 @@
-"""The command ``fedmitr evaluate``."""
+"""The command ``fedmitr evaluate``: measure a run's global model on labelled images."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ def evaluate(
 ) -> None:
     """Measure a run's global model on labelled images.
 
-    The class folders of a folder: source are matched to the model's classes by name. The command prints the accuracy
-    and the accuracy of each class.
+    The class folders of a folder: source are matched to the model's classes by name; a folder with several splits is
+    invalid, so name the folder of one split. The command prints the accuracy and the accuracy of each class.
 
     Exit code: 0 measured, 2 invalid input.
     """
@@ -47,10 +47,12 @@ def evaluate(
         from fedmitr_flwr.results.finished_run import load_run
         from fedmitr_flwr.results.metrics import METRICS
         from fedmitr_flwr.results.report.words import percent, wilson
+        from fedmitr_flwr.runs.log import console_log
 
         finished = load_run(run)
         model = load_run_model(finished)
-        images = evaluation_images(finished, model.spec, data, split.value)
+        with console_log():
+            images = evaluation_images(finished, model.spec, data, split.value)
         found = measure(model, images, torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     names = model.spec.class_names
     if as_json:

@@ -1,4 +1,4 @@
-"""The command ``fedmitr predict``."""
+"""The command ``fedmitr predict``: classify images with a run's global model."""
 
 from __future__ import annotations
 
@@ -19,19 +19,18 @@ def predict(
 ) -> None:
     """Classify images with a run's global model.
 
-    The command prints the most probable classes of each image with their probabilities. An image is cropped to its
-    central square and resized to the model's input size.
+    The command prints the most probable classes of each image with their probabilities. An image is turned
+    as its EXIF data says, cropped to its central square and resized to the model's input size.
 
     Exit code: 0 classified, 2 invalid input and nothing classified.
     """
     with bad_input():
-        import torch
-
-        from fedmitr_flwr.results.finished_model import load_run_model, read_image, top
+        from fedmitr_flwr.data.sources.names import shown
+        from fedmitr_flwr.results.finished_model import load_run_model, read_images, top
         from fedmitr_flwr.results.finished_run import load_run
 
         model = load_run_model(load_run(run))
-        pixels = torch.stack([read_image(path, model.spec) for path in images])
+        pixels = read_images(images, model.spec)
     names = model.spec.class_names
     found = [
         top(row, names, len(names) if as_json else count)
@@ -46,4 +45,4 @@ def predict(
         typer.echo(json.dumps(answer, indent=2))
         return
     for path, ranks in zip(images, found, strict=True):
-        typer.echo(f"{path}: " + ", ".join(f"{name} {100 * rate:.1f} %" for name, rate in ranks))
+        typer.echo(f"{shown(path)}: " + ", ".join(f"{name} {100 * rate:.1f} %" for name, rate in ranks))

@@ -1,4 +1,4 @@
-"""The command ``fedmitr simulate``."""
+"""The command ``fedmitr simulate``: simulate a federation on this machine."""
 
 from __future__ import annotations
 

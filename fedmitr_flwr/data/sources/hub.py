@@ -5,8 +5,8 @@ A local copy is a folder that ``save_to_disk`` of `datasets` wrote, or a folder 
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -17,11 +17,14 @@ from torch import Tensor
 from fedmitr_flwr.data.images import Column
 from fedmitr_flwr.data.presets import FOLDER, Geometry, Preset, default_geometry, find_preset
 from fedmitr_flwr.data.sources.decode import DECODE_ERRORS, fit_image
+from fedmitr_flwr.data.sources.labels import ALLOWED, LabelColumn, LabelError, match_splits, read_arrow
 from fedmitr_flwr.data.sources.raw import TEST, TRAIN, VALIDATION, Header, Origin, RawSource
 from fedmitr_flwr.settings import DataSettings, SettingsError
+from fedmitr_flwr.settings.home import expand
 
 if TYPE_CHECKING:
     from datasets import Dataset
+    from pyarrow import ChunkedArray
 
 # Without a preset, square images up to this side keep their size. Others are resized to FOLDER.image_size.
 LARGEST_NATIVE_SIZE = 128
@@ -69,42 +72,82 @@ def load_hub(name: str, origin: Origin, settings: DataSettings) -> RawSource:
     """Open a dataset; without a preset, a few images are decoded to find their size.
 
     Without a preset, the splits test, validation, valid and val are used in this order: the first that exists is the
-    test set, the second the validation set. A split whose labels are withheld (-1) is ignored.
+    test set, the second the validation set. Names of splits may be in capitals. A split without any label is not used.
+    The classes are those of the training split; the labels of the other splits are matched to them by name.
 
     Raises
     ------
     SettingsError
-        If the dataset cannot be loaded or does not have a required split or column.
+        If the dataset cannot be loaded, does not have a required split or column, or if labels do not name one class
+        for each image.
     """
-    import datasets
-
     preset = find_preset(name)
     splits = _open(name, origin)
-    if _train_name(preset) not in splits:
-        raise origin.error(f"has no split {_train_name(preset)!r}; its splits are: {', '.join(splits)}")
-    train = splits[_train_name(preset)]
-    image_column = _image_column(train, settings, preset)
-    label_column = _label_column(train, settings, preset, image_column)
-    parts = _parts(splits, {"data.image-column": image_column, "data.label-column": label_column}, preset, origin)
-    tables = list(parts.values())
-    values = np.concatenate([_values(table, label_column) for table in tables])
-    names, named, labels = _classes(train, label_column, values, preset, origin)
-    images = datasets.concatenate_datasets([_images(table, image_column) for table in tables])
+    train_name = _find(splits, preset.train if preset else "train")
+    if train_name is None:
+        wanted = preset.train if preset else "train"
+        raise origin.error(f"has no split {wanted!r}; its splits are: {', '.join(splits)}")
+    if len(splits[train_name]) == 0:
+        raise origin.error(f"has no image in the split {train_name!r}")
+    image_column = _image_column(splits[train_name], settings, preset)
+    label_column = _label_column(splits[train_name], settings, preset, image_column)
+    chosen, left_out = _used_splits(splits, train_name, preset)
+    names = {"data.image-column": image_column, "data.label-column": label_column}
+    labels: dict[str, LabelColumn] = {}
+    for split in chosen:
+        _check_columns(splits[split], split, names)
+        column = _labels(splits[split], label_column, split, settings)
+        if split != train_name and column.missing == len(column.rows):
+            left_out.append(f"the split {split} ({len(column.rows)} images without labels)")
+        else:
+            labels[split] = column
+    return _joined(splits, labels, names, preset, origin, tuple(left_out))
+
+
+def _joined(
+    splits: dict[str, Dataset],
+    labels: dict[str, LabelColumn],
+    columns: dict[str, str],
+    preset: Preset | None,
+    origin: Origin,
+    left_out: tuple[str, ...],
+) -> RawSource:
+    """Join the training split and at most two other splits, of which the first is the test set."""
+    import datasets
+
+    image_column, label_column = columns["data.image-column"], columns["data.label-column"]
+    if preset and preset.test and not any(_same(split, preset.test) for split in labels):
+        raise origin.error(f"has no labelled split {preset.test!r}; its splits are: {', '.join(splits)}")
+    used, spare = list(labels)[:3], list(labels)[3:]
+    left_out += tuple(f"the split {split} ({len(labels[split].rows)} images)" for split in spare)
+    try:
+        for split in used:
+            labels[split].check_complete()
+        names, named, numbers = match_splits({split: labels[split] for split in used})
+    except LabelError as error:
+        raise SettingsError(("data.label-column", label_column, f"the column of {origin.value} {error}")) from None
+    if preset and not named and int(names[-1]) < preset.classes:
+        # A preset knows how many classes there are, also those of which a copy has no image.
+        numbers = [np.array([int(name) for name in names], np.int64)[rows] for rows in numbers]
+        names = tuple(str(number) for number in range(preset.classes))
+    tables = [splits[split] for split in used]
+    images = datasets.concatenate_datasets([_images(table, image_column, origin) for table in tables])
     geometry = preset.geometry if preset else _probe(images, image_column, origin)
-    split = np.concatenate([np.full(len(table), part, np.int8) for part, table in parts.items()])
+    parts = zip((TRAIN, TEST, VALIDATION), tables, strict=False)
     return RawSource(
-        Header(origin, names, named, geometry),
+        Header(origin, names, named, geometry, labels[used[0]].listed or preset is not None),
         HubReader(images, image_column, origin),
-        labels,
-        split,
+        np.concatenate(numbers),
+        np.concatenate([np.full(len(table), part, np.int8) for part, table in parts]),
         _other_columns(tables, {image_column, label_column}),
+        left_out,
     )
 
 
 def _open(name: str, origin: Origin) -> dict[str, Dataset]:
     import datasets
 
-    path = Path(name).expanduser()
+    path = expand(name, origin.key)
     local = path.is_dir()
     if not local and name.startswith(("/", ".", "~")):
         raise origin.error(f"the folder {path} does not exist")
@@ -119,56 +162,95 @@ def _open(name: str, origin: Origin) -> dict[str, Dataset]:
     return {"train": found} if isinstance(found, datasets.Dataset) else dict(found)
 
 
-def _train_name(preset: Preset | None) -> str:
-    return preset.train if preset else "train"
+def _find(splits: Iterable[str], wanted: str) -> str | None:
+    """Return the split of this name, or else one that differs from it only by capitals."""
+    there = [split for split in splits if _same(split, wanted)]
+    return wanted if wanted in there else there[0] if there else None
 
 
-def _images(table: Dataset, column: str) -> Dataset:
+def _same(split: str, wanted: str) -> bool:
+    return split.casefold() == wanted.casefold()
+
+
+def _used_splits(splits: dict[str, Dataset], train: str, preset: Preset | None) -> tuple[list[str], list[str]]:
+    """Return the splits that may be used, the training split first, and a phrase for each other split."""
+    wanted = [preset.test, preset.validation] if preset else ["test", "validation", "valid", "val"]
+    found = [train]
+    for name in wanted:
+        split = _find(splits, name) if name else None
+        if split and split not in found and len(splits[split]):
+            found.append(split)
+    return found, [f"the split {name} ({len(table)} images)" for name, table in splits.items() if name not in found]
+
+
+def _check_columns(table: Dataset, split: str, columns: dict[str, str]) -> None:
+    for key, column in columns.items():
+        if column not in table.column_names:
+            allowed = f"must be a column of the split {split!r}; its columns are: {_list(table)}"
+            raise SettingsError((key, column, allowed))
+
+
+def _images(table: Dataset, column: str, origin: Origin) -> Dataset:
+    """Return the image column alone, decoded in every read; refuse it if images are missing."""
+    import datasets
+    from pyarrow import compute
+
+    images = table.select_columns([column])
+    kind = images.features[column]
+    reason = _not_images(kind)
+    if reason:
+        raise SettingsError(("data.image-column", column, f"the column of {origin.value} {reason}"))
+    # A dataset may have been saved with decoding of its image column turned off, or with encoded files as bytes.
+    if not isinstance(kind, datasets.Image) or not kind.decode:
+        images = images.cast_column(column, datasets.Image())
+    if images._indices is None:
+        stored = images.data.column(column)
+        empty = compute.is_null(stored)
+        fields = [compute.is_null(compute.struct_field(stored, name)) for name in ("bytes", "path")]
+        missing = np.flatnonzero(compute.or_(empty, compute.and_(*fields)).to_numpy())
+        if missing.size:
+            allowed = f"the column of {origin.value} has no image in {missing.size} of {len(images)} rows"
+            raise SettingsError(("data.image-column", column, f"{allowed} (row {missing[0]} is the first)"))
+    return images
+
+
+def _not_images(kind: object) -> str:
+    """Return why a column of this type cannot be read as images; empty if it can."""
     import datasets
 
-    # A dataset may have been saved with decoding of its image column turned off.
-    images = table.select_columns([column])
-    return images if images.features[column].decode else images.cast_column(column, datasets.Image())
+    if isinstance(kind, datasets.Image) or getattr(kind, "dtype", "") in ("binary", "large_binary"):
+        return ""
+    if isinstance(kind, dict) and "bytes" in kind and set(kind) <= {"bytes", "path"}:
+        return ""
+    allowed = "must hold one image a row: the feature Image, or the bytes of an image file"
+    more = "; arrays of pixels can be read from an archive, see npz:PATH" if _is_nested(kind) else ""
+    return f"holds {_kind(kind)}, but {allowed}{more}"
 
 
-def _parts(
-    splits: dict[str, Dataset], columns: dict[str, str], preset: Preset | None, origin: Origin
-) -> dict[int, Dataset]:
-    """Return the table of each split, without splits whose labels are withheld."""
-    label = columns["data.label-column"]
-    if preset:
-        wanted = [name for name in (preset.test, preset.validation) if name]
-    else:
-        wanted = ["test", "validation", "valid", "val"]
-    parts = {TRAIN: splits[_train_name(preset)]}
-    for name in wanted:
-        table = splits.get(name)
-        if table is None:
-            continue
-        for key, column in columns.items():
-            if column not in table.column_names:
-                raise SettingsError(
-                    (key, column, f"must be a column of the split {name!r}; its columns are: {_list(table)}")
-                )
-        withheld = _is_number(table, label) and len(table) > 0 and _values(table, label).max() < 0
-        if not withheld and len(parts) < 3:
-            parts[TEST if TEST not in parts else VALIDATION] = table
-    if preset and preset.test and TEST not in parts:
-        raise origin.error(f"has no labelled split {preset.test!r}; its splits are: {', '.join(splits)}")
-    return parts
+def _is_nested(kind: object) -> bool:
+    return type(kind).__name__ in ("Array2D", "Array3D", "List", "LargeList", "Sequence")
+
+
+def _kind(kind: object) -> str:
+    """Return the type of a column as `datasets` writes it, such as ``Value('string')``."""
+    text = str(kind)
+    return text if len(text) <= 80 else f"{text[:77]}..."
 
 
 def _image_column(table: Dataset, settings: DataSettings, preset: Preset | None) -> str:
     import datasets
 
-    candidates = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
+    there = [name for name, kind in table.features.items() if isinstance(kind, datasets.Image)]
+    candidates = there or [name for name, kind in table.features.items() if not _not_images(kind)]
     chosen = settings.image_column or (preset.image_column if preset else "")
     if not chosen and len(candidates) == 1:
         return str(candidates[0])
-    if chosen not in candidates:
+    reason = _not_images(table.features[chosen]) if chosen in table.column_names else "no such column"
+    if reason:
         allowed = f"must be an image column of {settings.source}; its image columns are: "
+        allowed += (", ".join(candidates) or "none") + f" (all: {_list(table)})"
         raise SettingsError(
-            ("data.image-column", chosen, allowed + (", ".join(candidates) or "none") + f" (all: {_list(table)})")
+            ("data.image-column", chosen, f"{allowed}; {chosen} {reason}" if chosen in table.column_names else allowed)
         )
     return chosen
 
@@ -181,31 +263,28 @@ def _label_column(table: Dataset, settings: DataSettings, preset: Preset | None,
         usual = [name for name in ("label", "labels") if name in table.column_names]
         classes = [name for name, kind in table.features.items() if isinstance(kind, datasets.ClassLabel)]
         chosen = usual[0] if usual else classes[0] if len(classes) == 1 else ""
-    if chosen not in table.column_names or chosen == image or not _is_scalar(table, chosen):
+    if chosen not in table.column_names or chosen == image:
         allowed = f"must be the label column of {settings.source}; its columns are: {_list(table)}"
         raise SettingsError(("data.label-column", chosen, allowed))
     return chosen
 
 
-def _classes(
-    train: Dataset, column: str, values: NDArray[np.generic], preset: Preset | None, origin: Origin
-) -> tuple[tuple[str, ...], bool, NDArray[np.int64]]:
-    """Return class names, whether they come with the data, and labels ``(N,)`` int64."""
-    if values.dtype.kind not in "iubU":
-        raise origin.error(f"has images without a label in the column {column!r}")
-    if not _is_number(train, column):
-        names, labels = np.unique(values.astype(str), return_inverse=True)
-        return tuple(names.tolist()), True, labels.astype(np.int64)
-    labels = values.astype(np.int64)
-    if labels.min() < 0:
-        raise origin.error(
-            f"has images with the label {labels.min()} in the column {column!r}; labels must be 0 or above"
-        )
-    known = getattr(train.features[column], "names", None)
-    if known:
-        return tuple(str(name) for name in known), True, labels
-    count = max(int(labels.max()) + 1, preset.classes if preset else 0)
-    return tuple(str(label) for label in range(count)), False, labels
+def _labels(table: Dataset, column: str, split: str, settings: DataSettings) -> LabelColumn:
+    kind = table.features[column]
+    # The feature of a list is the list itself or its `feature`, depending on the version of `datasets`.
+    inner = getattr(kind, "feature", None) or (kind[0] if isinstance(kind, list) and kind else kind)
+    try:
+        if isinstance(kind, dict):
+            raise LabelError(f"holds values with several fields ({', '.join(kind)}); {ALLOWED}")
+        return read_arrow(_arrow(table, column), getattr(inner, "names", None))
+    except LabelError as error:
+        allowed = f"the column of {settings.source} {error} (split {split!r}; the columns are: {_list(table)})"
+        raise SettingsError(("data.label-column", column, allowed)) from None
+
+
+def _arrow(table: Dataset, column: str) -> ChunkedArray:
+    """Return a column without its feature's decoding."""
+    return table.select_columns([column]).with_format("arrow")[:].column(column)
 
 
 def _other_columns(tables: list[Dataset], taken: set[str]) -> dict[str, Column]:
@@ -214,12 +293,10 @@ def _other_columns(tables: list[Dataset], taken: set[str]) -> dict[str, Column]:
     for name in tables[0].column_names:
         if name in taken or any(name not in t.column_names or not _is_scalar(t, name) for t in tables):
             continue
-        values = np.concatenate([_values(table, name) for table in tables])
-        names = getattr(tables[0].features[name], "names", None)
-        if names and values.dtype.kind in "iu" and values.min() >= 0:
-            values = np.asarray(names)[values]
-        if values.dtype.kind in "iuU":
-            columns[name] = values
+        # Each split may have its own list of names.
+        parts = [_values(table, name) for table in tables]
+        if all(part.dtype.kind in "iuU" for part in parts):
+            columns[name] = np.concatenate(parts)
     return columns
 
 
@@ -229,6 +306,8 @@ def _probe(table: Dataset, column: str, origin: Origin) -> Geometry:
         images = table[rows.tolist()][column]
     except DECODE_ERRORS as error:
         raise origin.error(f"an image among the rows {rows.tolist()} cannot be read: {error}") from None
+    if any(image is None for image in images):
+        raise origin.error(f"an image among the rows {rows.tolist()} is missing")
     channels = 1 if all(image.mode in ("1", "L") or image.mode.startswith("I") for image in images) else 3
     sizes = {image.size for image in images}
     width, height = min(sizes)
@@ -237,15 +316,16 @@ def _probe(table: Dataset, column: str, origin: Origin) -> Geometry:
 
 
 def _values(table: Dataset, column: str) -> NDArray[np.generic]:
-    return np.asarray(table.select_columns([column]).with_format("numpy")[:][column])
+    values: NDArray[np.generic] = np.asarray(table.select_columns([column]).with_format("numpy")[:][column])
+    names = getattr(table.features[column], "names", None)
+    if names and values.dtype.kind in "iu" and values.size and values.min() >= 0 and values.max() < len(names):
+        values = np.asarray(names)[values]
+    return values
 
 
 def _is_scalar(table: Dataset, column: str) -> bool:
-    return _is_number(table, column) or getattr(table.features[column], "dtype", "") in ("string", "large_string")
-
-
-def _is_number(table: Dataset, column: str) -> bool:
-    return str(getattr(table.features[column], "dtype", "")).startswith(("int", "uint", "bool"))
+    kind = str(getattr(table.features[column], "dtype", ""))
+    return kind.startswith(("int", "uint", "bool")) or kind in ("string", "large_string")
 
 
 def _list(table: Dataset) -> str:

@@ -45,15 +45,18 @@ class Header:
         Names of all classes of the source; the position of a name is the raw label.
     named
         Whether the names come with the data; classes are then matched by name. Otherwise the names are the label
-        numbers, and the settings may replace them.
+        numbers in ascending order. If these are 0 to C-1, the settings may replace them.
     geometry
         Shape and normalisation of the source's images.
+    declared
+        Whether the data lists its classes. False: the classes are the different labels of its images.
     """
 
     origin: Origin
     class_names: tuple[str, ...]
     named: bool
     geometry: Geometry
+    declared: bool = True
 
 
 @dataclass(frozen=True)
@@ -72,6 +75,8 @@ class RawSource:
         ``(N,)`` int8: TRAIN, VALIDATION or TEST as given by the source; all TRAIN if it has no split.
     columns
         Further columns, each ``(N,)``.
+    left_out
+        What the source holds and a run does not use, each a phrase for the log, such as ``3 files that end in .gif``.
     """
 
     header: Header
@@ -79,3 +84,4 @@ class RawSource:
     labels: Labels
     split: NDArray[np.int8]
     columns: Mapping[str, Column] = field(default_factory=dict)
+    left_out: tuple[str, ...] = ()

@@ -1,4 +1,4 @@
-"""Number format that the frozen teachers compute in: the rule behind ``inversion.precision = auto``."""
+"""Choose the number format in which the frozen teachers compute (`inversion.precision`)."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Messages on their way: a few at a time, lost clients asked again, one copy of the model for all."""
+"""The exchange of messages with the clients: a bounded window, retries, and one copy of the model for all."""

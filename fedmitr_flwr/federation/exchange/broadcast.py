@@ -1,8 +1,8 @@
-"""One model for many simulated clients, serialised once.
+"""Serialise the model once for all simulated clients.
 
-Flower 1.41 serialises each message of a simulation into Ray's object store, so that a model of 23 MB costs 23 MB of
-copying and of shared memory for every client that gets it. `share_arrays` makes messages that hold the same arrays
-refer to one object there instead; the rest of a message stays its own.
+Flower 1.41 and 1.42 serialise each message of a simulation into Ray's object store. A model of 23 MB then costs 23 MB
+of copying and of shared memory for every client. `share_arrays` makes messages with the same arrays refer to one object
+in the store. The other parts of a message are not shared.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from flwr.app import ArrayRecord, Message
 
 
 class Broadcast(ArrayRecord):
-    """Arrays that travel to the workers as a reference, once `share` was called; a client sees a plain record."""
+    """Arrays that are sent to the workers as a reference after `share` was called. A client gets a plain record."""
 
     def __init__(self, arrays: ArrayRecord) -> None:
         super().__init__(array_dict=dict(arrays))
@@ -24,25 +24,25 @@ class Broadcast(ArrayRecord):
         self._reference: Any = None
 
     def share(self) -> None:
-        """Put the arrays into Ray's object store, where they stay as long as this object.
+        """Put the arrays into Ray's object store, where they stay as long as this object exists.
 
-        Not when it is pickled: Ray would then take the reference for one that nobody keeps track of, and never drop it.
+        This must not happen while the record is pickled: Ray would then not track the reference, and never drop it.
         """
         with self._lock:
             if self._reference is None:
                 self._reference = ray.put(ArrayRecord(array_dict=dict(self)))
 
     def __reduce__(self) -> tuple[Any, tuple[Any, ...]]:
-        """Pickle as the reference, or as the arrays while there is none."""
+        """Pickle the reference, or the arrays as long as there is no reference."""
         return (ArrayRecord, (dict(self),)) if self._reference is None else (ray.get, (self._reference,))
 
 
 def share_arrays(messages: Iterable[Message]) -> None:
-    """Let messages that hold the same array record hold one `Broadcast` of it."""
+    """Replace array records that several messages hold by one `Broadcast`."""
     shared: dict[int, tuple[ArrayRecord, Broadcast]] = {}
     for message in messages:
         for name, arrays in message.content.array_records.items():
             if isinstance(arrays, Broadcast):
-                continue  # of a content that another message holds too
-            # The original is kept beside its number, which would else be given to another object.
+                continue  # this message's content is also that of another one, which was handled before
+            # The record is kept beside its id, because Python could otherwise give the id to another object.
             _, message.content[name] = shared.setdefault(id(arrays), (arrays, Broadcast(arrays)))

@@ -1,7 +1,7 @@
-"""Replies over a network, each waited for apart: one that hangs holds up no other.
+"""Fetch replies over a network, so that one slow reply does not delay the others.
 
-Flower's grid of a deployment takes a reply's arrays piece by piece, and waits for those that the site has not sent yet
-(1.41): after a site that died while it sent, for minutes, and past any deadline.
+In a deployment Flower's grid fetches the arrays of a reply one by one, and waits for those that the site has not sent
+yet (1.41 and 1.42). If a site dies while it sends, that takes minutes and exceeds any deadline.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ log = logging.getLogger("fedmitr.exchange")
 
 
 class Pulls:
-    """Looks for replies one by one, and goes on to the next when one is there but does not arrive.
+    """Fetches replies in threads of their own, and returns to slow ones later.
 
-    What has not arrived yet is taken at a later look. At most one reply more than those that hang is in memory.
+    Memory holds the replies that are still being fetched and one more.
 
     Parameters
     ----------
     grid
-        The grid of the run; its `pull_messages` is called from several threads.
+        The grid of the run. Its `pull_messages` is called from several threads.
     patience
-        Seconds to wait for a reply before the next one gets its turn.
+        Seconds to wait for a reply before the next one is fetched.
     """
 
     def __init__(self, grid: Grid, patience: float = 5.0) -> None:
@@ -36,14 +36,14 @@ class Pulls:
         self._late: dict[str, Future[list[Message]]] = {}
 
     def look(self, names: Iterable[str], end: float) -> Iterator[Message]:
-        """Yield the replies to these messages that have come.
+        """Yield the replies to these messages that have arrived.
 
         Parameters
         ----------
         names
             Ids of messages.
         end
-            Point of `time.monotonic` after which nothing is waited for.
+            Value of `time.monotonic` after which this does not wait.
         """
         for name in names:
             pull = self._late.get(name) or self._start(name)
@@ -52,9 +52,9 @@ class Pulls:
             if pull.done():
                 self._late.pop(name, None)
                 yield from pull.result()
-                del pull  # with the reply
+                del pull  # it holds the reply
             elif name not in self._late:
-                log.debug("a reply is on its way for more than %g s, looking for others meanwhile", self._patience)
+                log.debug("a reply has been arriving for more than %g s; fetching others meanwhile", self._patience)
                 self._late[name] = pull
 
     def _start(self, name: str) -> Future[list[Message]]:
@@ -63,9 +63,9 @@ class Pulls:
         def work() -> None:
             try:
                 pull.set_result(list(self._grid.pull_messages([name])))
-            except BaseException as error:  # for the thread that asks for the result
+            except BaseException as error:  # raised again in the thread that reads the result
                 pull.set_exception(error)
 
-        # A daemon: the process may end while it hangs.
+        # A daemon thread, so that the process can end while the thread waits.
         threading.Thread(target=work, name="pull", daemon=True).start()
         return pull

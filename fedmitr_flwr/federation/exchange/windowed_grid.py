@@ -1,8 +1,8 @@
-"""Messages to the clients and their replies, a few at a time.
+"""Send messages to the clients and receive their replies, a bounded number at a time.
 
-Flower's own grids send everything at once and hold all replies in memory until the last one came (1.41).
-`WindowedGrid` keeps a bounded number of clients asked and not answered, hands over each reply as it comes,
-stops at the deadline, and asks a client again whose process or connection was lost.
+Flower's own grids send all messages at once and hold all replies in memory until the last one arrives (1.41 and 1.42).
+`WindowedGrid` limits the number of unanswered messages, yields each reply when it arrives, stops at the deadline, and
+asks a client again if its process or connection was lost.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from fedmitr_flwr.settings import RunSettings
 
 log = logging.getLogger("fedmitr.exchange")
 
-# What Flower says for a client that had no chance to answer. UNKNOWN is a dead worker of a simulation; an exception of
-# the ClientApp itself has a code of its own and would only come again.
+# Error codes of clients that could not answer. UNKNOWN is a dead worker of a simulation. An exception in the ClientApp
+# has another code; such a client is not asked again, because it would raise again.
 _LOST = frozenset(
     {
         ErrorCode.UNKNOWN,
@@ -45,7 +45,19 @@ _NETWORK = 1.0
 
 @dataclass
 class _Asked:
-    """A client that is waited for."""
+    """A client that has been asked and has not answered.
+
+    Attributes
+    ----------
+    message
+        The message to the client.
+    retries_left
+        Number of times that it may still be asked again.
+    lost
+        Flower's error, if the client was lost; None before.
+    give_up
+        Value of `time.monotonic` until which a lost client may connect again.
+    """
 
     message: Message
     retries_left: int
@@ -57,7 +69,7 @@ class _Asked:
         return self.message.metadata.dst_node_id
 
     def again(self) -> None:
-        """Replace the message by a new one: Flower takes no message twice."""
+        """Replace the message by a new one with the same content, because Flower sends no message twice."""
         old = self.message.metadata
         self.message = Message(
             self.message.content, old.dst_node_id, old.message_type, ttl=old.ttl, group_id=old.group_id
@@ -72,10 +84,10 @@ class WindowedGrid(Grid):
     grid
         The grid of the run.
     settings
-        `run.window`, `run.retries` and `run.wait-nodes-seconds`: how long a client that lost its connection has to
-        come back.
+        `run.window`, `run.retries` and `run.wait-nodes-seconds` are used. The last one is the time in which a client
+        that lost its connection may connect again.
     on_deadline
-        Called when the deadline passes with clients that have not answered.
+        Called if clients have not answered when the deadline passes.
     """
 
     def __init__(self, grid: Grid, settings: RunSettings, on_deadline: Callable[[], None] | None = None) -> None:
@@ -87,20 +99,20 @@ class WindowedGrid(Grid):
         self._pulls = Pulls(grid)
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
-        """Send messages and yield their replies as they come.
+        """Send messages and yield their replies as they arrive.
 
         Parameters
         ----------
         messages
             One for each node.
         timeout
-            Seconds until no more replies are waited for; None: for ever.
+            Seconds to wait for replies; None waits without a limit.
 
         Yields
         ------
         Message
-            The reply of each node that answered; for one that was lost and did not come back, Flower's error. Errors
-            that the SuperLink makes itself carry the id of the node they are about.
+            The reply of each node that answered, and Flower's error for each node that was lost and did not connect
+            again. The sender of such an error is set to the id of the lost node.
         """
         end = float("inf") if timeout is None else time.monotonic() + timeout
         messages = list(messages)
@@ -121,8 +133,8 @@ class WindowedGrid(Grid):
                 if reply.has_error() and reply.error.code in _LOST and asked.retries_left > 0:
                     self._put_aside(asked, reply, away)
                     continue
-                _say_who(reply, asked.node)
-                self._refill(waiting, flying, away, window)  # so that clients work while the caller does
+                _set_sender(reply, asked.node)
+                self._refill(waiting, flying, away, window)  # before the yield, so that clients and caller work at once
                 yield reply
                 del reply
             yield from self._come_back(away, waiting)
@@ -144,12 +156,12 @@ class WindowedGrid(Grid):
             ids = [name for name in self._grid.push_messages([asked.message]) if name]
             if ids:
                 flying[ids[0]] = asked
-            else:  # the node left since it was listed
+            else:  # the node has disconnected since it was listed
                 asked.give_up = asked.give_up or time.monotonic() + self._settings.wait_nodes_seconds
                 away.append(asked)
 
     def _pull(self, flying: dict[str, _Asked], end: float) -> Iterator[Message]:
-        """Look once for every message; replies come one at a time."""
+        """Look once for the reply to each message, and yield the replies one by one."""
         if self._simulated:
             for name in list(flying):
                 yield from self._grid.pull_messages([name])
@@ -157,7 +169,7 @@ class WindowedGrid(Grid):
             yield from self._pulls.look(list(flying), end)
 
     def _put_aside(self, asked: _Asked, reply: Message, away: list[_Asked]) -> None:
-        log.warning("\t├──! node %d was lost (code %d), asking it again", asked.node, reply.error.code)
+        log.warning("\t├──! node %d was lost (code %d); asking it again", asked.node, reply.error.code)
         log.debug("node %d, in full: %s", asked.node, (reply.error.reason or "")[:10_000])
         asked.retries_left -= 1
         asked.lost, asked.give_up = reply, time.monotonic() + self._settings.wait_nodes_seconds
@@ -165,7 +177,7 @@ class WindowedGrid(Grid):
         away.append(asked)
 
     def _come_back(self, away: list[_Asked], waiting: deque[_Asked]) -> Iterator[Message]:
-        """Queue lost clients whose node is connected; yield the errors of those that stayed away."""
+        """Queue lost clients whose node is connected again; yield the errors of those whose time is over."""
         if not away:
             return
         online = set(self._grid.get_node_ids())
@@ -175,17 +187,17 @@ class WindowedGrid(Grid):
             elif time.monotonic() < asked.give_up:
                 continue
             elif asked.lost is not None:
-                _say_who(asked.lost, asked.node)
+                _set_sender(asked.lost, asked.node)
                 yield asked.lost
             away.remove(asked)
 
     def set_run(self, run: Any) -> None:
-        """Pass on."""
+        """Set the run of the grid."""
         self._grid.set_run(run)
 
     @property
     def run(self) -> Any:
-        """The run of the grid."""
+        """Return the run of the grid."""
         return self._grid.run
 
     def create_message(
@@ -195,17 +207,17 @@ class WindowedGrid(Grid):
         return Message(content, dst_node_id, message_type, ttl=ttl, group_id=group_id)
 
     def get_node_ids(self) -> Iterable[int]:
-        """Pass on."""
+        """Return the ids of the connected nodes."""
         return self._grid.get_node_ids()
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
-        """Pass on."""
+        """Send messages and return their ids."""
         return self._grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
-        """Pass on."""
+        """Return the replies to these messages that have arrived."""
         return self._grid.pull_messages(message_ids)
 
 
-def _say_who(reply: Message, node: int) -> None:
+def _set_sender(reply: Message, node: int) -> None:
     reply.metadata.__dict__["_src_node_id"] = node

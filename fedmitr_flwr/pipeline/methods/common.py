@@ -7,6 +7,7 @@ from dataclasses import dataclass, field, replace
 
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.pipeline.inputs import Pipeline, PipelineInputs, PipelineResult
+from fedmitr_flwr.pipeline.safeguards import bounded_uploads, vote_warnings
 from fedmitr_flwr.pipeline.steps import make_ensemble
 from fedmitr_flwr.settings import RunConfigValue, Settings
 
@@ -46,8 +47,16 @@ class Method:
         return settings.replace(**self.changes) if self.changes else settings
 
     def __call__(self, inputs: PipelineInputs) -> PipelineResult:
-        """Run the method with its resolved settings; see `fedmitr.run_pipeline`."""
-        return self.pipeline(replace(inputs, settings=self.resolve(inputs.settings)))
+        """Run the method with its resolved settings on bounded uploads; see `fedmitr.run_pipeline`."""
+        resolved = replace(inputs, settings=self.resolve(inputs.settings))
+        bounded, warnings = bounded_uploads(resolved)
+        for warning in warnings:
+            inputs.observer.event("ensemble", warning=warning)
+        result = self.pipeline(bounded)
+        dominance = vote_warnings(bounded, result.ensemble.weights)
+        for warning in dominance:
+            inputs.observer.event("ensemble", warning=warning)
+        return replace(result, warnings=(*result.warnings, *warnings, *dominance))
 
 
 def untrained_result(inputs: PipelineInputs, ensemble: Ensemble | None = None) -> PipelineResult:

@@ -72,7 +72,7 @@ def write_report_data(
         "flops": dict(_flops(settings, result, grid)),
         "synthetic": _synthetic(result, spec, grid, settings),
         "diagnostics": None if result.diagnostics is None else {**result.diagnostics.as_dict()},
-        "warnings": [] if result.diagnostics is None else list(result.diagnostics.warnings()),
+        "warnings": [*result.warnings, *(result.diagnostics.warnings() if result.diagnostics else ())],
     }
     stops = shots.get("stop", [])
     tensors = (

@@ -1,4 +1,4 @@
-"""The loss of distillation, term by term.
+"""Compute the loss terms of distillation.
 
 Letters: B images, K teachers, C classes, P patches of the full grid.
 """

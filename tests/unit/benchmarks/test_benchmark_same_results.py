@@ -42,6 +42,7 @@ def today(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
 
 def compare(**options: Any) -> None:
     defaults = {"data": "digits", "skews": "0.1", "seeds": "44", "methods": "", "clients": 10, "cache": Path("cache")}
+    defaults |= {"against": None}
     same_results.main(**{**defaults, **options})
 
 
@@ -83,3 +84,36 @@ def test_lines_of_other_machines_and_settings_are_not_compared(today, monkeypatc
     monkeypatch.setattr(same_results, "run_again", lambda _, row, __: seen.append(row) or today)
     compare()
     assert [row["method"] for row in seen] == ["hard-labels"]
+
+
+def older(path: Path, code: str, found: dict[str, Any]) -> Path:
+    """A checkout whose code is `code` and computes `found`."""
+    package = path / "older" / "benchmarks"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "fingerprint.py").write_text(f"def results_code(data):\n    return {code!r}\n")
+    again = f"def name_of(data):\n    return data\n\n\ndef run_again(data, row, cache):\n    return {found!r}\n"
+    (package / "same_results.py").write_text(again)
+    return path / "older"
+
+
+def test_on_another_processor_the_older_code_runs_too_and_its_numbers_count(today, tmp_path, capsys):
+    today["global"] = 0.81
+    compare(against=older(tmp_path, "stored", {**today, "seconds": 1.0}))
+    assert "all 1 lines are equal" in capsys.readouterr().err
+    assert json.loads(fingerprint.SAME.read_text())["digits"][fingerprint.fingerprint()]["both_run"] is True
+
+
+def test_numbers_that_differ_from_the_older_code_s_are_named(today, tmp_path, capsys):
+    with pytest.raises(typer.Exit) as stop:
+        compare(against=older(tmp_path, "stored", {**today, "global": 0.7}))
+    assert stop.value.exit_code == 1
+    assert "global: 0.7 by older code, 0.8 now" in capsys.readouterr().err
+
+
+def test_a_checkout_of_other_code_is_no_proof(today, tmp_path, capsys):
+    with pytest.raises(typer.Exit) as stop:
+        compare(against=older(tmp_path, "another", today))
+    assert stop.value.exit_code == 2
+    assert "the stored lines are those of code stored" in capsys.readouterr().err
+    assert not fingerprint.SAME.exists()

@@ -44,6 +44,9 @@ record.write_text(json.dumps(dict(argv=sys.argv[1:], config=config, federation=f
 tries = Path({record!r} + ".tries")
 tries.write_text(tries.read_text() + "x" if tries.exists() else "x")
 if scenario == "slow-start" and len(tries.read_text()) < 3:
+    half_made = Path(os.environ["FLWR_HOME"], "local-superlink", "state.db")
+    half_made.parent.mkdir()  # fails where an earlier try has left its database
+    half_made.touch()
     print("Error: Failed to start local SuperLink within 15s.")
     sys.exit(1)
 if scenario == "refused":
@@ -152,7 +155,7 @@ def test_what_an_earlier_run_of_the_same_name_left_does_not_count(simulate: Simu
     assert str(tmp_path / "outputs") not in result.stdout
 
 
-def test_flower_s_slow_start_is_tried_again_with_other_ports(simulate: Simulate, stage: Stage):
+def test_flower_s_slow_start_is_tried_again_with_other_ports_and_without_its_database(simulate: Simulate, stage: Stage):
     assert simulate("slow-start").exit_code == 0
     assert (stage.folder / "record.json.tries").read_text() == "xxx"
 
@@ -198,11 +201,11 @@ def test_stops_without_their_fractions_end_before_flower_starts(simulate: Simula
         (["--set", "run.sed=1"], "run.sed = 1: unknown key; did you mean run.seed?"),
         (["--set", "run.seed"], '--set = "run.seed": must be key=value'),
         (["--set", "train.epochs=-1"], "train.epochs = -1: must be an integer >= 0"),
-        (["none.toml"], 'settings file = "none.toml": can\'t be read: No such file'),
+        (["none.toml"], 'settings file = "none.toml": cannot be read: No such file'),
         (["broken.toml"], 'settings file = "broken.toml": is not TOML'),
         (["list.toml"], 'inversion.stops = "[3, 7]": a list is written as a string with commas'),
         (["--clients", "0"], "num-supernodes = 0: must be an integer >= 1"),
-        (["--federation", "unknown.toml"], "num-clients = 3: unknown key; known are num-supernodes"),
+        (["--federation", "unknown.toml"], "num-clients = 3: unknown key; known keys are num-supernodes"),
         (["--federation", "wrong.toml"], "client-resources-num-gpus = -1: must be a number >= 0"),
         (["--cpus", "1", "--federation", "big.toml"], "client-resources-num-cpus = 2: must not exceed the 1 CPU"),
         (["--app", "."], "pyproject.toml"),

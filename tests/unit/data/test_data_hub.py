@@ -150,10 +150,9 @@ def test_a_dataset_without_a_training_split_is_refused(tmp_path):
         load_source(save(tmp_path / "own", test=table()))
 
 
-@pytest.mark.parametrize("content", [b"not an image", None])
-def test_a_corrupt_image_is_named_by_its_source(tmp_path, content):
+def test_a_corrupt_image_is_named_by_its_source(tmp_path):
     encoded = table(12, image="img").cast_column("img", datasets.Image(decode=False))
-    broken = encoded.map(lambda _: {"img": content and {"bytes": content, "path": None}})
+    broken = encoded.map(lambda _: {"img": {"bytes": b"not an image", "path": None}})
     source = load_source(save(tmp_path / "uoft-cs/cifar10", train=broken, test=encoded))
     assert source.test.images([0]).shape == (1, 3, 32, 32)
     with pytest.raises(SettingsError, match=r'data.source = "hub:.*": an image among the rows \[\d+\] cannot be read'):

@@ -251,7 +251,7 @@ def test_a_collection_that_was_closed_stays_closed(tmp_path: Path) -> None:
         assert counts(strategy) == {"asked": 3, "accepted": 2, "refused": 0, "failed": 1, "empty": 0}
     assert all(torch.equal(first[key], second[key]) for key in INITIAL)
     (tmp_path / "run" / "uploads" / "round-1" / "partition-1.safetensors").unlink()
-    with RunDirectory.resume(tmp_path / "run") as run, pytest.raises(ValueError, match="not those that were collected"):
+    with RunDirectory.resume(tmp_path / "run") as run, pytest.raises(ValueError, match="those that were collected"):
         start(make(run)[0], FakeGrid([honest] * 3))
 
 

@@ -129,7 +129,7 @@ def test_a_key_of_another_ca_is_found_out(tmp_path: Path):
     make(tmp_path / "b", ["fl.example.org"], [])
     (tmp_path / "a" / "ca.key").write_bytes((tmp_path / "b" / "ca.key").read_bytes())
     (tmp_path / "a" / "server").rename(tmp_path / "old")
-    with pytest.raises(SettingsError, match="isn't the key of"):
+    with pytest.raises(SettingsError, match="is not the key of"):
         make(tmp_path / "a", ["fl.example.org"], [])
 
 
@@ -169,5 +169,5 @@ def test_the_command_prints_what_it_made_and_refuses_with_code_2(tmp_path: Path)
 
 def test_an_unwritable_place_is_named(tmp_path: Path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(SettingsError, match="can't be written"):
+    with pytest.raises(SettingsError, match="cannot be written"):
         make(tmp_path / "file", [], ["north"])

@@ -76,5 +76,5 @@ def test_a_check_that_breaks_does_not_hide_the_others(monkeypatch: pytest.Monkey
 
     monkeypatch.setattr(doctor, "requires", broken)
     findings = doctor.examine(tmp_path)
-    assert finding(findings, "packages").found == "could not be looked at: RuntimeError: boom"
+    assert finding(findings, "packages").found == "this check failed: RuntimeError: boom"
     assert finding(findings, "python").level == "ok"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 import shutil
 from pathlib import Path
@@ -69,6 +70,59 @@ def test_predict_as_json_holds_every_class_and_adds_to_one(run: Path, tmp_path: 
     assert rates["3"] == pytest.approx(float(expected[3]), abs=1e-5)
 
 
+def probabilities(run: Path, *files: Path) -> list[dict[str, float]]:
+    result = fedmitr("predict", run, *files, "--json")
+    assert result.exit_code == 0, result.output
+    return [
+        {entry["name"]: entry["probability"] for entry in answer["classes"]} for answer in json.loads(result.stdout)
+    ]
+
+
+def test_predict_gives_a_digit_the_same_classes_however_its_file_stores_it(run: Path, tmp_path: Path) -> None:
+    plain = save_digit(tmp_path / "plain.png", 0)
+    digit = Image.open(plain)
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    digit.transpose(Image.Transpose.ROTATE_90).save(tmp_path / "turned.png", exif=exif)
+    Image.fromarray(np.asarray(digit).astype(np.uint16) * 257).save(tmp_path / "16-bits.png")
+    Image.fromarray((np.asarray(digit) / 255).astype(np.float32)).save(tmp_path / "float.tif")
+    digit.save(tmp_path / os.fsdecode(b"caf\xe9"), "GIF")
+    (tmp_path / "link").symlink_to("plain.png")
+    names = ("turned.png", "16-bits.png", "float.tif", os.fsdecode(b"caf\xe9"), "link")
+    expected, *found = probabilities(run, plain, *(tmp_path / name for name in names))
+    for name, rates in zip(names, found, strict=True):
+        assert rates == pytest.approx(expected, abs=1e-6), name
+
+
+def test_predict_names_a_file_whose_name_is_not_utf8(run: Path, tmp_path: Path) -> None:
+    file = save_digit(tmp_path / "a.png", 0).rename(tmp_path / os.fsdecode(b"caf\xe9.png"))
+    result = fedmitr("predict", run, file)
+    assert result.exit_code == 0, result.output
+    assert result.stdout.startswith(f"{tmp_path}/caf\\xe9.png: ")
+
+
+def test_evaluate_matches_the_classes_of_an_old_model_in_any_form(run: Path, tmp_path: Path) -> None:
+    config = json.loads((run / "model" / "config.json").read_text())
+    shutil.copytree(run, tmp_path / "old")
+    config["label_names"][0] = "cafe\u0301"
+    (tmp_path / "old" / "model" / "config.json").write_text(json.dumps(config))
+    (tmp_path / "mine" / "caf\u00e9 ").mkdir(parents=True)
+    save_digit(tmp_path / "mine" / "caf\u00e9 " / "0.png", 0)
+    found = json.loads(fedmitr("evaluate", tmp_path / "old", "--data", f"folder:{tmp_path / 'mine'}", "--json").stdout)
+    assert found["num_images"] == 1
+    assert sum(found["confusion"][0]) == 1
+
+
+def test_evaluate_says_on_stderr_what_it_found(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "3").mkdir()
+    save_digit(tmp_path / "3" / "0.png", 0)
+    (tmp_path / "3" / "notes.txt").write_text("none")
+    result = fedmitr("evaluate", run, "--data", f"folder:{tmp_path}", "--json")
+    assert "1 images of 1 classes (1 .png)" in result.stderr
+    assert "left out: 1 files that are no image that can be read (1 .txt)" in result.stderr
+    assert json.loads(result.stdout)["num_images"] == 1
+
+
 def test_evaluate_repeats_the_accuracy_of_the_run(run: Path) -> None:
     found = json.loads(fedmitr("evaluate", run, "--json").stdout)
     metrics = json.loads((run / "metrics.json").read_text())
@@ -104,8 +158,14 @@ def test_evaluate_takes_another_source_with_the_same_classes(run: Path) -> None:
     ("arguments", "message"),
     [
         (["predict", "RUN", "none.png"], 'IMAGE = "none.png": No such file'),
-        (["predict", "RUN", "text.png"], 'IMAGE = "text.png": cannot be read as an image'),
+        (["predict", "RUN", "text.png"], 'IMAGE = "text.png": it is no image that can be read'),
         (["predict", "nowhere", "text.png"], "is not a run"),
+        (["predict", "RUN", "12-bits.png"], 'IMAGE = "12-bits.png": the images of 16 or more bits have no value above'),
+        (["predict", "RUN", "dangling.png"], 'IMAGE = "dangling.png": No such file'),
+        (["predict", "RUN", "circle.png"], 'IMAGE = "circle.png": Too many levels of symbolic links'),
+        (["predict", "RUN", "other"], 'IMAGE = "other": Is a directory'),
+        (["evaluate", "RUN", "--data", "folder:split"], "has the splits Train, Test; name the folder of one of them"),
+        (["evaluate", "RUN", "--data", "folder:circle"], "leads in a circle"),
         (["evaluate", "RUN", "--data", "mnist"], '--data = "mnist": '),
         (["evaluate", "RUN", "--data", "npz:other.npz"], '--data = "npz:other.npz": does not exist'),
         (["evaluate", "RUN", "--data", "folder:none"], "does not exist"),
@@ -124,6 +184,14 @@ def test_bad_input_is_one_line_and_exit_code_2(
     for name in ("cat", "dog"):
         Path("other", name).mkdir(parents=True)
         save_digit(Path("other", name, "a.png"), 0)
+    Image.fromarray(np.full((8, 8), 4095, np.uint16)).save("12-bits.png")
+    Path("dangling.png").symlink_to("nowhere.png")
+    Path("circle.png").symlink_to("circle.png")
+    for name in ("split/Train/3", "split/Test/3", "circle/3", "dangling/3"):
+        Path(name).mkdir(parents=True)
+        save_digit(Path(name, "a.png"), 0)
+    Path("circle/3/again").symlink_to("..")
+    Path("dangling/3/b.png").symlink_to("nowhere.png")
     shutil.copytree(run, "damaged")
     Path("damaged/model/model.safetensors").write_bytes(b"nothing")
     names = {"RUN": str(run), "DAMAGED": "damaged"}

@@ -72,6 +72,7 @@ def test_every_key_says_what_it_does_and_what_it_takes(entry: settings_docs.Entr
         ({"model.name": 3}, "model.name = 3: must be a string"),
         ({"data.source": "mnist"}, 'data.source = "mnist": must be a string matching'),
         ({"data.source": "hub:"}, 'data.source = "hub:": must be a string matching'),
+        ({"data.source": "folder:caf\udce9"}, "must be valid UTF-8; rename the file or folder that it names"),
         ({"partition.alpha": 0.0}, "partition.alpha = 0.0: must be a number > 0"),
         ({"inversion.beta1": 1.0}, "inversion.beta1 = 1.0: must be a number >= 0.0 and < 1.0"),
         ({"partition.kind": "iif"}, 'partition.kind = "iif": must be one of "dirichlet", "iid"'),

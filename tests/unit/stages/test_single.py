@@ -6,12 +6,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
-from fedmitr_flwr import InversionSettings, SettingsError, build_model, initial_state, invert_model, save_timm
+from fedmitr_flwr import (
+    ImageSpec,
+    InversionSettings,
+    SettingsError,
+    build_model,
+    initial_state,
+    invert_model,
+    save_timm,
+)
 from fedmitr_flwr.cli import app
 from fedmitr_flwr.cli.invert import parse_labels
+from fedmitr_flwr.cli.invert_files import load_timm
 from fedmitr_flwr.stages.inversion.single import spec_of
 from tests.unit.pipeline.test_pipeline import SETTINGS, SOURCE
 
@@ -92,3 +101,29 @@ def test_bad_input_is_exit_code_2(folder: Path, tmp_path: Path, changes: list[st
 
 def test_labels_are_numbers_and_ranges() -> None:
     assert parse_labels("0-3, 3,10-10") == [0, 1, 2, 3, 3, 10]
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+@pytest.mark.parametrize("head", [None, 7])
+def test_a_checkpoint_without_a_fitting_head_is_refused(folder: Path, tmp_path: Path, head: int | None) -> None:
+    state = {key: value for key, value in weights(folder).items() if not key.startswith("head")}
+    if head:
+        state |= {"head.weight": torch.zeros(head, 32), "head.bias": torch.zeros(head)}
+    save_file(state, tmp_path / "w.safetensors")
+    plain = ["--labels", "0", "--iterations", 20, "--stops", "2", "-o", tmp_path / "out", "--device", "cpu"]
+    result = invert(*options(folder)[:-1], tmp_path / "w.safetensors", *plain)
+    assert result.exit_code == 2, result.output
+    assert "--checkpoint" in result.stderr
+    assert "classifier head" in result.stderr
+    assert not (tmp_path / "out").exists()
+
+
+def test_class_names_and_normalisation_come_with_a_folder_and_its_head_is_kept(folder: Path, tmp_path: Path) -> None:
+    spec = ImageSpec(tuple("abcdefghij"), 1, 8, (0.1,), (0.2,))
+    save_timm(weights(folder), SETTINGS.model, spec, tmp_path, {})
+    model = load_timm("vit_tiny_patch16_224", str(options(folder)[3]), tmp_path)
+    assert torch.equal(model.head.weight, weights(folder)["head.weight"])
+    assert spec_of(model) == spec

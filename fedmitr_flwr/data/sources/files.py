@@ -1,0 +1,155 @@
+"""Files below a folder: what is there, what is left out, and what stops the search.
+
+A folder that may not be read and a link that leads nowhere or in a circle are errors, because the images behind them
+would be missing without a word.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from fedmitr_flwr.data.sources.names import shown
+from fedmitr_flwr.data.sources.raw import Origin
+
+
+@dataclass
+class Entries:
+    """The content of one folder.
+
+    Attributes
+    ----------
+    folders, files
+        Visible folders and regular files, sorted; links to them count as what they lead to.
+    hidden
+        Names that begin with a dot, and folders that begin with two underscores, such as ``__MACOSX``.
+    special
+        Pipes, sockets and devices.
+    """
+
+    folders: list[Path] = field(default_factory=list)
+    files: list[Path] = field(default_factory=list)
+    hidden: list[Path] = field(default_factory=list)
+    special: list[Path] = field(default_factory=list)
+
+
+def entries(folder: Path, origin: Origin) -> Entries:
+    """List one folder.
+
+    Raises
+    ------
+    SettingsError
+        If the folder does not exist or may not be read, or if a link in it leads nowhere or in a circle.
+    """
+    found = Entries()
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError as error:
+        raise origin.error(f"the folder {shown(folder)} cannot be read: {error.strerror or error}") from None
+    for name in names:
+        path = folder / name
+        if name.startswith("."):
+            found.hidden.append(path)
+            continue
+        mode = _status(path, origin).st_mode
+        if stat.S_ISDIR(mode):
+            (found.hidden if name.startswith("__") else found.folders).append(path)
+        else:
+            (found.files if stat.S_ISREG(mode) else found.special).append(path)
+    return found
+
+
+def walk(folder: Path, origin: Origin) -> Iterator[Entries]:
+    """Yield the entries of a folder and of all visible folders below it, also of those behind links.
+
+    Raises
+    ------
+    SettingsError
+        As for `entries`; also if a link leads to a folder that it lies in.
+    """
+    yield from _walk(folder, origin, _above(folder))
+
+
+def exists(path: Path, origin: Origin, *, folder: bool = False) -> bool:
+    """Return whether there is a file or folder of this path, or a folder only.
+
+    Raises
+    ------
+    SettingsError
+        If a folder above it may not be entered.
+    """
+    try:
+        mode = os.stat(path).st_mode
+        return stat.S_ISDIR(mode) or not folder
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except (OSError, ValueError) as error:
+        raise origin.error(f"{shown(path)} cannot be read: {getattr(error, 'strerror', None) or error}") from None
+
+
+@dataclass
+class Files:
+    """The files of a source so far, to notice a file that is reached twice through links.
+
+    Attributes
+    ----------
+    by_inode
+        Device and inode of each file, and the path under which it was first found.
+    """
+
+    by_inode: dict[tuple[int, int], Path] = field(default_factory=dict)
+
+    def earlier(self, path: Path, origin: Origin) -> Path | None:
+        """Return the path under which this file was found before; None at the first time.
+
+        The content is not compared: a copy of a file is another file.
+        """
+        status = _status(path, origin)
+        key = (status.st_dev, status.st_ino)
+        first = self.by_inode.setdefault(key, path)
+        # Some network file systems give two files the same inode number.
+        same = status.st_nlink > 1 or os.path.realpath(first) == os.path.realpath(path)
+        return first if first != path and same else None
+
+
+def by_ending(paths: list[Path]) -> str:
+    """Count files by their ending: ``12 .png, 1 without an ending``."""
+    counts = Counter(path.suffix.lower() or "without an ending" for path in paths)
+    order = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+    return ", ".join(f"{count} {shown(ending)}" for ending, count in order)
+
+
+def _walk(folder: Path, origin: Origin, above: tuple[tuple[int, int], ...]) -> Iterator[Entries]:
+    found = entries(folder, origin)
+    yield found
+    for path in found.folders:
+        status = _status(path, origin)
+        inode = (status.st_dev, status.st_ino)
+        if inode in above and path.is_symlink():
+            raise origin.error(f"the link {shown(path)} leads in a circle, to a folder that it lies in; remove it")
+        yield from _walk(path, origin, (*above, inode, *(_above(path) if path.is_symlink() else ())))
+
+
+def _above(folder: Path) -> tuple[tuple[int, int], ...]:
+    """Return device and inode of a folder and of all folders above it, by its real path."""
+    real = Path(os.path.realpath(folder))
+    statuses = [os.stat(place) for place in (real, *real.parents) if os.access(place, os.F_OK)]
+    return tuple((status.st_dev, status.st_ino) for status in statuses)
+
+
+def _status(path: Path, origin: Origin) -> os.stat_result:
+    try:
+        return os.stat(path)
+    except FileNotFoundError:
+        if not path.is_symlink():
+            raise origin.error(f"{shown(path)} has been removed while the folder was read") from None
+        raise origin.error(
+            f"the link {shown(path)} leads nowhere ({shown(os.path.realpath(path))} does not exist); "
+            "mount or restore its target, or remove the link"
+        ) from None
+    except OSError as error:
+        raise origin.error(f"{shown(path)} cannot be read: {error.strerror or error}") from None
