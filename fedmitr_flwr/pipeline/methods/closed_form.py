@@ -40,7 +40,9 @@ def least_squares(inputs: PipelineInputs) -> PipelineResult:
 
 
 def pooled_moments(inputs: PipelineInputs) -> PooledMoments:
-    """Return the moments of all clients together. A client's images count as often as in FedAvg.
+    """Return the moments of all clients together, where the images of a client count as often as in FedAvg.
+
+    A claimed number of images that is bounded (`bounds.bounded_counts`) scales the client's moments down.
 
     Raises
     ------

@@ -26,6 +26,7 @@ from fedmitr_flwr.models.moments import Moments
 from fedmitr_flwr.models.vit import forward_images
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, Upload
 from fedmitr_flwr.pipeline.methods import METHODS, method_of
+from fedmitr_flwr.pipeline.methods.closed_form import pooled_moments
 from fedmitr_flwr.results.write import write_results
 from fedmitr_flwr.runs.directory import CONFIG, RunDirectory
 from fedmitr_flwr.runs.observer import Observer
@@ -177,6 +178,19 @@ def test_a_class_that_no_client_has_is_named_and_never_predicted(method: str, ca
 def test_each_setting_changes_the_head(method: str, change: dict[str, RunConfigValue]) -> None:
     heads = [METHODS[method](inputs(method, **more)).state["head.bias"] for more in ({}, change)]
     assert not torch.equal(*heads)
+
+
+def test_a_client_that_claims_far_more_images_than_the_others_does_not_decide() -> None:
+    given = inputs()
+    first = given.uploads[0].moments
+    assert first is not None
+    million = 1_000_000
+    claimed = Moments(million * first.counts.flip(0), million * first.sums.flip(0), million * first.products)
+    hostile = Upload(INITIAL, int(claimed.counts.sum()), None, moments=claimed)
+    others = [given.uploads[0], given.uploads[1]]
+    pooled = pooled_moments(replace(given, uploads=[*others, hostile]))
+    honest_images = sum(upload.num_examples for upload in others)
+    assert float(pooled.counts.sum()) <= honest_images + 3 * max(upload.num_examples for upload in others)
 
 
 @pytest.mark.parametrize("method", ["lda", "ridge"])
