@@ -1,6 +1,7 @@
 """Labels of any type become their classes, or are refused: in archives, in tables, and between splits."""
 
 import time
+import unicodedata
 from pathlib import Path
 
 import datasets
@@ -53,6 +54,16 @@ TEXT = (datasets.Value("string"), lambda number: COLOURS[number])
 NUMBERS = (datasets.Value("int64"), lambda number: number)
 
 
+def texts(names):
+    """A column of these texts."""
+    return datasets.Value("string"), lambda number: names[number]
+
+
+def named(names):
+    """A column of these class names."""
+    return datasets.ClassLabel(names=names), lambda number: number
+
+
 def save(path: Path, **splits: datasets.Dataset) -> DataSettings:
     datasets.DatasetDict(splits).save_to_disk(str(path / "saved"))
     return DataSettings(source=f"hub:{path / 'saved'}")
@@ -91,8 +102,8 @@ def test_labels_of_an_archive_become_their_distinct_classes_in_ascending_order(t
     assert source.spec.class_names == names
     assert load_spec(settings) == source.spec
     flat = labels.argmax(1) if labels.ndim == 2 and labels.shape[1] > 1 else labels.ravel()
-    texts = [v.decode() if isinstance(v, bytes) else str(v if isinstance(v, str) else int(v)) for v in flat.tolist()]
-    assert names_by_row(source) == dict(enumerate(texts))
+    shown = [v.decode() if isinstance(v, bytes) else str(v if isinstance(v, str) else int(v)) for v in flat.tolist()]
+    assert names_by_row(source) == dict(enumerate(shown))
 
 
 def test_work_is_bounded_by_the_images_and_not_by_the_labels(tmp_path):
@@ -369,6 +380,21 @@ def test_labels_of_splits_are_matched_by_name(tmp_path, train, test, shown, name
 def test_labels_of_splits_that_cannot_be_matched_are_refused(tmp_path, train, test, shown, message):
     settings = save(tmp_path, train=split(TRAIN, *train), test=split(shown * 4, *test))
     with pytest.raises(SettingsError, match=rf'data.label-column = "label": the column of hub:.* {message}'):
+        load_source(settings)
+
+
+@pytest.mark.parametrize(("train", "test"), [(texts, texts), (named, texts), (texts, named), (named, named)])
+def test_composed_and_decomposed_names_of_splits_are_one_class(tmp_path, train, test):
+    first, second = [unicodedata.normalize("NFC", "café"), "dog"], [unicodedata.normalize("NFD", "café"), "dog"]
+    settings = save(tmp_path, train=split([0, 1] * 9, *train(first)), test=split([1, 0, 0], *test(second)))
+    assert load_source(settings).test.labels.tolist() == [
+        load_source(settings).spec.class_names.index(name) for name in ("dog", first[0], first[0])
+    ]
+
+
+def test_names_that_differ_only_in_case_are_refused_with_the_reason(tmp_path):
+    settings = save(tmp_path, train=split([0, 1] * 9, *TEXT), test=split([0, 1], *texts(["Cat", "dog"])))
+    with pytest.raises(SettingsError, match=r"does not have: Cat; .* differs from 'cat' only in upper and lower case"):
         load_source(settings)
 
 
