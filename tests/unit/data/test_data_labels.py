@@ -419,6 +419,55 @@ def test_domains_of_splits_are_read_by_the_names_of_their_own_split(tmp_path):
     assert source.test.columns["domain"].tolist() == ["photo", "photo"]
 
 
+def test_each_split_may_be_saved_alone(tmp_path):
+    train, test = split(TRAIN, *classes("cat", "dog", "elk")), split([0, 2, 2], *classes("elk", "cat"))
+    train.save_to_disk(str(tmp_path / "train"))
+    test.save_to_disk(str(tmp_path / "test"))
+    source = load_source(DataSettings(source=f"hub:{tmp_path}"))
+    assert wrong_labels(source) == 0
+    assert len(source.test) == 3
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (classes("cat", "dog", "elk"), classes("cat", "elk")),
+        (classes("cat", "dog", "elk"), classes("elk", "dog", "cat")),
+        (classes("cat", "dog", "elk"), NUMBERS),
+        (NUMBERS, classes("cat", "dog", "elk")),
+    ],
+)
+@pytest.mark.parametrize("files", [("train-0", "test-0"), ("train-0", "train-1"), ("train", "validation")])
+def test_parquet_files_with_different_class_names_are_refused(tmp_path, first, second, files):
+    split(TRAIN, *first).to_parquet(tmp_path / f"{files[0]}.parquet")
+    split([0, 2, 0], *second).to_parquet(tmp_path / f"{files[1]}.parquet")
+    with pytest.raises(
+        SettingsError, match=r"has files with different class names for the column 'label': .* in \S+ and"
+    ):
+        load_source(DataSettings(source=f"hub:{tmp_path}"))
+
+
+def test_a_card_may_declare_the_names_of_files_without_names(tmp_path):
+    split(TRAIN, *NUMBERS).to_parquet(tmp_path / "train-0.parquet")
+    names = "".join(f"          '{number}': {name}\n" for number, name in enumerate(("elk", "cat", "dog")))
+    (tmp_path / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: label\n    dtype:\n"
+        f"      class_label:\n        names:\n{names}  splits:\n  - name: train\n    num_examples: 18\n---\n"
+    )
+    assert load_source(DataSettings(source=f"hub:{tmp_path}")).spec.class_names == ("elk", "cat", "dog")
+
+
+def test_a_folder_of_images_has_one_list_of_classes(tmp_path):
+    for part, numbers in (("train", (0, 1, 2)), ("test", (0, 2))):
+        for number in numbers:
+            (tmp_path / part / COLOURS[number]).mkdir(parents=True)
+            for copy in range(4):
+                picture(number).save(tmp_path / part / COLOURS[number] / f"{copy}.png")
+    source = load_source(DataSettings(source=f"hub:{tmp_path}"))
+    assert wrong_labels(source) == 0
+    assert len(source.test) == 8
+
+
 LIST = datasets.List
 FLOATS = datasets.Value("float64")
 
