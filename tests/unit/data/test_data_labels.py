@@ -1,7 +1,9 @@
 """Labels of any type become their classes, or are refused: in archives, in tables, and between splits."""
 
+import pickle
 import time
 import unicodedata
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -282,6 +284,26 @@ def test_a_damaged_archive_is_refused(tmp_path, damage):
     file.write_bytes(damage(file.read_bytes()))
     with pytest.raises(SettingsError, match=r"x\.npz (is not a readable|cannot be read)"):
         load_source(settings)
+
+
+@pytest.mark.parametrize("name", ["label", "class_names", "test", "images"])
+def test_a_pickle_in_an_archive_is_refused_and_not_read(tmp_path, name):
+    path = write_npz(tmp_path / "x.npz", **{name: None})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(f"{name}.npy", pickle.dumps(Trap(tmp_path / "ran")))
+    with pytest.raises(SettingsError, match=r"is not an array in NumPy's format|is not a readable"):
+        load_source(DataSettings(source=f"npz:{path}"))
+    assert not (tmp_path / "ran").exists()
+
+
+class Trap:
+    """An object that makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
 
 
 def test_given_names_rename_label_numbers_only_where_they_are_positions(tmp_path):
