@@ -178,7 +178,7 @@ def split_origin(origin: Origin) -> tuple[str, Path]:
     if colon and kind in ("npz", "folder", "hub"):
         return kind, expand(rest, origin.key)
     path = expand(origin.value, origin.key)
-    return "npz" if path.suffix == ".npz" else "folder", path
+    return "npz" if path.suffix.lower() == ".npz" else "folder", path
 
 
 def _load(settings: DataSettings, origin: Origin) -> RawSource:

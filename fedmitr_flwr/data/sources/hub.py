@@ -1,6 +1,7 @@
 """Datasets of the Hugging Face Hub (`hub:ID`) and local copies of them (`hub:PATH`).
 
-A local copy is a folder that ``save_to_disk`` of `datasets` wrote, or a folder of Parquet files.
+A local copy is a folder that ``save_to_disk`` of `datasets` wrote, a folder with one of these for each split, or a
+folder of Parquet files.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from torch import Tensor
 from fedmitr_flwr.data.images import Column
 from fedmitr_flwr.data.presets import FOLDER, Geometry, Preset, default_geometry, find_preset
 from fedmitr_flwr.data.sources.decode import DECODE_ERRORS, fit_image
+from fedmitr_flwr.data.sources.hub_files import load_files
 from fedmitr_flwr.data.sources.labels import ALLOWED, LabelColumn, LabelError, match_splits, read_arrow
 from fedmitr_flwr.data.sources.raw import TEST, TRAIN, VALIDATION, Header, Origin, RawSource
 from fedmitr_flwr.settings import DataSettings, SettingsError
@@ -152,8 +154,12 @@ def _open(name: str, origin: Origin) -> dict[str, Dataset]:
     if not local and name.startswith(("/", ".", "~")):
         raise origin.error(f"the folder {path} does not exist")
     try:
-        saved = local and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file())
-        found = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path) if local else name)
+        if local and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
+            found = datasets.load_from_disk(str(path))
+        else:
+            found = load_files(path) if local else datasets.load_dataset(name)
+    except LabelError as error:
+        raise origin.error(str(error)) from None
     # `datasets` raises exceptions of many libraries here (no connection, missing, gated, old scripts).
     except Exception as error:
         what = "check the files" if local else "check the ID and the network, or use hub:PATH with a local copy"
