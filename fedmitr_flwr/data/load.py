@@ -81,8 +81,12 @@ def load_source(settings: DataSettings, *, data_path: str | None = None) -> Sour
 
 
 def log_images(origin: Origin, spec: ImageSpec, parts: Mapping[str, ImageSet], left_out: Sequence[str]) -> None:
-    """Log in one line what was found: images, classes, shape, splits, and what is left out with the reason."""
-    log.info(
+    """Log in one line what was found: images, classes, shape, splits, and what is left out with the reason.
+
+    The line is a warning if something is left out.
+    """
+    log.log(
+        logging.WARNING if left_out else logging.INFO,
         "%s = %s: %d images of %d classes (%s), %d channels, %d x %d pixels; %s; left out: %s",
         *(origin.key, origin.value, sum(map(len, parts.values())), spec.num_classes, listed(spec.class_names, 6)),
         *(spec.channels, spec.image_size, spec.image_size),

@@ -114,7 +114,7 @@ def load_folder(
     ignored = [place for part, place in parts.items() if part not in search.numbers]
     search.log_found(root, ignored)
     left_out = left.phrases(root)
-    if left_out:
+    if left_out and held_out != "load":  # `load_source` logs what it leaves out itself
         log.warning("%s: left out: %s", shown(origin.value), ", ".join(left_out))
     if left.hidden:
         log.info("%s: left out: %d hidden files and folders", shown(origin.value), len(left.hidden))

@@ -173,7 +173,7 @@ def test_a_file_name_that_is_not_utf8_is_read(root):
     (root / "cat" / "0.png").rename(root / "cat" / f"{LATIN}.png")
     assert site(root).histogram(3).tolist() == [4, 4, 0]
     (root / "cat" / f"{LATIN}.png").write_bytes(b"nothing")
-    refused(root, r"cat/caf\\xe9\.png: it is no image")
+    refused(root, r"cat/caf\\xe9\.png: it is damaged")
 
 
 @pytest.mark.parametrize(("name", "why"), [(LATIN, "is not valid UTF-8"), ("c\x1b[31mat", "has control characters")])
@@ -249,7 +249,7 @@ def test_a_file_of_several_pictures_is_said(root, caplog):
 
 def test_a_format_that_another_program_would_decode_is_not_opened(root):
     (root / "cat" / "x.png").write_bytes(b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n%%EndComments\n")
-    refused(root, r"cannot read the image .*cat/x\.png: it is no image")
+    refused(root, r"cannot read the image .*cat/x\.png: it is damaged")
 
 
 def test_a_folder_that_is_changed_is_inspected_again(root):

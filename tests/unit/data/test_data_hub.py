@@ -152,11 +152,20 @@ def test_a_dataset_without_a_training_split_is_refused(tmp_path):
 
 def test_a_corrupt_image_is_named_by_its_source(tmp_path):
     encoded = table(12, image="img").cast_column("img", datasets.Image(decode=False))
-    broken = encoded.map(lambda _: {"img": {"bytes": b"not an image", "path": None}})
-    source = load_source(save(tmp_path / "uoft-cs/cifar10", train=broken, test=encoded))
+    bytes_of = [row["img"]["bytes"] for row in encoded]
+
+    def broken(rows):
+        cells = [{"bytes": b"no" if row in rows else bytes_of[row], "path": None} for row in range(12)]
+        changed = encoded.remove_columns("img").add_column("img", cells)
+        return save(tmp_path / f"{len(rows)}/uoft-cs/cifar10", train=changed, test=encoded)
+
+    message = r'data.source = "hub:.*": an image among the rows \[.*\] cannot be read: it is damaged'
+    with pytest.raises(SettingsError, match=message):
+        load_source(broken(range(12)))
+    source = load_source(broken([2]))  # row 2 is not among those that are decoded when a dataset is opened
     assert source.test.images([0]).shape == (1, 3, 32, 32)
-    with pytest.raises(SettingsError, match=r'data.source = "hub:.*": an image among the rows \[\d+\] cannot be read'):
-        source.train.images([0])
+    with pytest.raises(SettingsError, match=message):
+        source.train.reader.read(np.array([2]), 3, 32)
 
 
 def test_a_split_with_other_columns_is_named(tmp_path):
