@@ -5,6 +5,7 @@ A local copy is a folder that ``save_to_disk`` of `datasets` wrote, or a folder 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from io import BytesIO
@@ -21,7 +22,9 @@ from fedmitr_flwr.data.images import Column
 from fedmitr_flwr.data.presets import FOLDER, Geometry, Preset, default_geometry, find_preset
 from fedmitr_flwr.data.sources.decode import DECODE_ERRORS, fit_image, open_image, reason
 from fedmitr_flwr.data.sources.depth import Depth, White, depth_of, highest, peaks_of, white_of
+from fedmitr_flwr.data.sources.folder import load_folder
 from fedmitr_flwr.data.sources.labels import ALLOWED, LabelColumn, LabelError, match_splits, read_arrow
+from fedmitr_flwr.data.sources.names import same_name, shown
 from fedmitr_flwr.data.sources.raw import TEST, TRAIN, VALIDATION, Header, Origin, RawSource
 from fedmitr_flwr.settings import DataSettings, SettingsError
 
@@ -108,7 +111,10 @@ def load_hub(name: str, origin: Origin, settings: DataSettings) -> RawSource:
             left_out.append(f"the split {split} ({len(column.rows)} images without labels)")
         else:
             labels[split] = column
-    return _joined(splits, labels, names, preset, origin, tuple(left_out))
+    raw = _joined(splits, labels, names, preset, origin, tuple(left_out))
+    if splits[train_name].builder_name == "imagefolder":
+        _check_image_folder(raw, name, origin)
+    return raw
 
 
 def _joined(
@@ -150,6 +156,36 @@ def _joined(
         _other_columns(tables, {image_column, label_column}),
         left_out,
     )
+
+
+def _check_image_folder(raw: RawSource, name: str, origin: Origin) -> None:
+    """Refuse a folder of image files in which `datasets` finds other images or splits than the reader of folders.
+
+    `datasets` leaves out files by their ending, links to folders and what it may not read, and knows fewer names of
+    splits. Class folders with a table of metadata or in an archive are not checked.
+    """
+    path = Path(name).expanduser()
+    first = raw.reader.table[0][raw.reader.column]["path"] if isinstance(raw.reader, HubReader) else None
+    tables = [file for pattern in ("metadata.*", "*/metadata.*") for file in path.glob(pattern)]
+    if not path.is_dir() or tables or not first or not Path(first).is_file():
+        return
+    folder = load_folder(path, origin)
+    if _numbers(raw) != _numbers(folder):
+        raise origin.error(
+            f"as a Hub dataset this folder has {_counted(raw)}, but its files are {_counted(folder)}; "
+            f"use folder:{shown(path)}"
+        )
+
+
+def _numbers(raw: RawSource) -> Counter[tuple[int, str]]:
+    """Count the images of each split and class."""
+    names = [same_name(name) for name in raw.header.class_names]
+    return Counter((part, names[label]) for part, label in zip(raw.split.tolist(), raw.labels.tolist(), strict=True))
+
+
+def _counted(raw: RawSource) -> str:
+    parts = ((TRAIN, "training"), (TEST, "test"), (VALIDATION, "validation"))
+    return ", ".join(f"{np.count_nonzero(raw.split == part)} {name} images" for part, name in parts)
 
 
 def _open(name: str, origin: Origin) -> dict[str, Dataset]:

@@ -8,7 +8,7 @@ from PIL import Image
 from fedmitr_flwr.data import load_source, load_spec, partition_indices
 from fedmitr_flwr.data.presets import PRESETS, find_preset
 from fedmitr_flwr.settings import DataSettings, PartitionSettings, SettingsError
-from tests.unit.data.data_fixtures import patterned
+from tests.unit.data.data_fixtures import patterned, write_folder
 
 CLASSES = datasets.ClassLabel(names=["cat", "dog", "elk"])
 
@@ -199,3 +199,30 @@ def test_a_missing_local_copy_is_not_looked_for_on_the_hub(tmp_path, monkeypatch
     monkeypatch.setattr(datasets, "load_dataset", pytest.fail)
     with pytest.raises(SettingsError, match=r"the folder .*gone does not exist"):
         load_source(DataSettings(source=f"hub:{tmp_path}/gone"))
+
+
+def test_a_folder_of_image_files_has_as_a_dataset_what_it_has_as_a_folder(tmp_path):
+    write_folder(tmp_path / "seg_train", {"cat": 4, "dog": 4})
+    write_folder(tmp_path / "seg_test", {"cat": 2, "dog": 1})
+    sources = [load_source(DataSettings(source=f"{kind}:{tmp_path}", image_size=8)) for kind in ("hub", "folder")]
+    for source in sources:
+        assert source.test.histogram(2).tolist() == [2, 1]
+        assert source.train.histogram(2).sum() + source.validation.histogram(2).sum() == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda root: (root / "test").rename(root / "Holdout"), "0 test .* are 8 training images, 4 test"),
+        (lambda root: (root / "train/cat/0.png").rename(root / "train/cat/0"), "7 training images, .* are 8 training"),
+        (lambda root: (root / "train/cat/x.png").symlink_to("/not/there"), "leads nowhere"),
+        (lambda root: (root / "train/cat/all").symlink_to("."), "leads in a circle"),
+        (lambda root: (root / "test/cat/x.png").symlink_to("../../train/cat/0.png"), "the same file in two splits"),
+    ],
+)
+def test_a_folder_in_which_datasets_overlooks_something_is_refused(tmp_path, change, message):
+    write_folder(tmp_path / "train", {"cat": 4, "dog": 4})
+    write_folder(tmp_path / "test", {"cat": 2, "dog": 2})
+    change(tmp_path)
+    with pytest.raises(SettingsError, match=message):
+        load_source(DataSettings(source=f"hub:{tmp_path}", image_size=8))
