@@ -71,7 +71,18 @@ def walk(folder: Path, origin: Origin) -> Iterator[Entries]:
     SettingsError
         As for `entries`; also if a link leads to a folder that it lies in.
     """
-    yield from _walk(folder, origin, _above(folder))
+    waiting = [(folder, _above(folder))]
+    while waiting:
+        place, above = waiting.pop()
+        found = entries(place, origin)
+        yield found
+        for path in reversed(found.folders):
+            status = _status(path, origin)
+            inode = (status.st_dev, status.st_ino)
+            link = path.is_symlink()
+            if link and inode in above:
+                raise origin.error(f"the link {shown(path)} leads in a circle, to a folder that it lies in; remove it")
+            waiting.append((path, above | {inode} | (_above(path) if link else set())))
 
 
 def exists(path: Path, origin: Origin, *, folder: bool = False) -> bool:
@@ -123,22 +134,11 @@ def by_ending(paths: list[Path]) -> str:
     return ", ".join(f"{count} {shown(ending)}" for ending, count in order)
 
 
-def _walk(folder: Path, origin: Origin, above: tuple[tuple[int, int], ...]) -> Iterator[Entries]:
-    found = entries(folder, origin)
-    yield found
-    for path in found.folders:
-        status = _status(path, origin)
-        inode = (status.st_dev, status.st_ino)
-        if inode in above and path.is_symlink():
-            raise origin.error(f"the link {shown(path)} leads in a circle, to a folder that it lies in; remove it")
-        yield from _walk(path, origin, (*above, inode, *(_above(path) if path.is_symlink() else ())))
-
-
-def _above(folder: Path) -> tuple[tuple[int, int], ...]:
+def _above(folder: Path) -> set[tuple[int, int]]:
     """Return device and inode of a folder and of all folders above it, by its real path."""
     real = Path(os.path.realpath(folder))
     statuses = [os.stat(place) for place in (real, *real.parents) if os.access(place, os.F_OK)]
-    return tuple((status.st_dev, status.st_ino) for status in statuses)
+    return {(status.st_dev, status.st_ino) for status in statuses}
 
 
 def _status(path: Path, origin: Origin) -> os.stat_result:

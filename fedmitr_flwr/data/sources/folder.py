@@ -29,6 +29,7 @@ from fedmitr_flwr.data.sources.names import (
     SplitNamesError,
     alike,
     almost,
+    are_parts,
     held_out_only,
     is_training,
     positions,
@@ -201,13 +202,13 @@ class _Search:
             log.warning("%s: %s has no image of: %s", shown(self.origin.value), shown(folder), _listed(lacking))
         shared = set.intersection(*below) if len(below) > 1 else set()
         if shared:
-            log.warning(
-                "%s: all class folders (%s) have the same folders (%s) and no images beside them; if those are the "
-                "classes, put them directly into one folder",
-                shown(self.origin.value),
-                _listed(list(classes)),
-                _listed(sorted(shared)),
+            text = (
+                f"all class folders ({_listed(list(classes))}) have the same folders ({_listed(sorted(shared))}) and "
+                "no images beside them; if those are the classes, put them directly into one folder"
             )
+            if are_parts(classes):
+                raise self.origin.error(text)
+            log.warning("%s: %s", shown(self.origin.value), text)
 
     def _add_class(self, part: int, label: int, place: Path) -> set[str]:
         """Collect the images of one class; return its folders if there is no image beside them."""
@@ -341,8 +342,13 @@ def _check_classes(folders: list[Path], origin: Origin) -> None:
 def _header(parts: dict[int, Path], origin: Origin) -> Header:
     names = _class_folders(parts[TRAIN], origin)
     if not names:
+        other = next(
+            (f", but is the training split beside {shown(parts[part])}" for part in parts if part != TRAIN), ""
+        )
+        hint = ", or rename the two if they are classes" if other else ""
         raise origin.error(
-            f"{shown(parts[TRAIN])} has no class folders; put the images of each class into a folder of their own"
+            f"{shown(parts[TRAIN])} has no class folders{other}; put the images of each class into a folder of their "
+            f"own{hint}"
         )
     return Header(origin, tuple(names), True, FOLDER)
 

@@ -3,6 +3,7 @@
 import logging
 import os
 import socket
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -93,6 +94,19 @@ def test_a_circle_of_two_links_outside_is_refused(root, tmp_path):
     (root / "cat" / "out").symlink_to(other)
     (other / "back").symlink_to(root / "cat")
     refused(root, "leads in a circle")
+
+
+def test_folders_deeper_than_the_stack_of_python_are_searched(root, monkeypatch):
+    monkeypatch.chdir(root / "cat")
+    for _ in range(1050):
+        os.mkdir("d")
+        os.chdir("d")
+    Image.new("RGB", (9, 9)).save("deep.png")
+    os.chdir(root)
+    try:
+        assert site(root).histogram(3).tolist() == [5, 4, 0]
+    finally:
+        subprocess.run(["rm", "-rf", root / "cat"], check=True)
 
 
 def test_links_out_of_the_folder_are_followed(root, tmp_path):
