@@ -29,12 +29,15 @@ class Entries:
         Names that begin with a dot, and folders that begin with two underscores, such as ``__MACOSX``.
     special
         Pipes, sockets and devices.
+    status
+        Status of each of the files; of a link, that of its target.
     """
 
     folders: list[Path] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     hidden: list[Path] = field(default_factory=list)
     special: list[Path] = field(default_factory=list)
+    status: dict[Path, os.stat_result] = field(default_factory=dict)
 
 
 def entries(folder: Path, origin: Origin) -> Entries:
@@ -55,11 +58,14 @@ def entries(folder: Path, origin: Origin) -> Entries:
         if name.startswith("."):
             found.hidden.append(path)
             continue
-        mode = _status(path, origin).st_mode
-        if stat.S_ISDIR(mode):
+        status = _status(path, origin)
+        if stat.S_ISDIR(status.st_mode):
             (found.hidden if name.startswith("__") else found.folders).append(path)
+        elif stat.S_ISREG(status.st_mode):
+            found.files.append(path)
+            found.status[path] = status
         else:
-            (found.files if stat.S_ISREG(mode) else found.special).append(path)
+            found.special.append(path)
     return found
 
 
@@ -114,22 +120,22 @@ class Files:
 
     by_inode: dict[tuple[int, int], Path] = field(default_factory=dict)
 
-    def earlier(self, path: Path, origin: Origin) -> Path | None:
+    def earlier(self, path: Path, status: os.stat_result) -> Path | None:
         """Return the path under which this file was found before; None at the first time.
 
         The content is not compared: a copy of a file is another file.
         """
-        status = _status(path, origin)
         key = (status.st_dev, status.st_ino)
         first = self.by_inode.setdefault(key, path)
+        if first is path:
+            return None
         # Some network file systems give two files the same inode number.
-        same = status.st_nlink > 1 or os.path.realpath(first) == os.path.realpath(path)
-        return first if first != path and same else None
+        return first if status.st_nlink > 1 or os.path.realpath(first) == os.path.realpath(path) else None
 
 
 def by_ending(paths: list[Path]) -> str:
     """Count files by their ending: ``12 .png, 1 without an ending``."""
-    counts = Counter(path.suffix.lower() or "without an ending" for path in paths)
+    counts = Counter(os.path.splitext(path)[1].lower() or "without an ending" for path in paths)
     order = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count} {shown(ending)}" for ending, count in order)
 

@@ -70,7 +70,7 @@ def almost(name: str, names: Iterable[str]) -> str:
     near = [other for other in names if other != name and _folded(other) == _folded(name)]
     if not near:
         return ""
-    case = name_key(name).casefold() == name_key(near[0]).casefold()
+    case = name_key(name).lower() == name_key(near[0]).lower()
     return f"; {spelt(name)} differs from {spelt(near[0])} only in " + (
         "upper and lower case" if case else "the form of its characters in Unicode"
     )

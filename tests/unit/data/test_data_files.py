@@ -1,5 +1,6 @@
 """Files below a folder: links, rights, endings and names that are not UTF-8."""
 
+import builtins
 import logging
 import os
 import socket
@@ -33,14 +34,14 @@ def root(tmp_path):
 def forbid(monkeypatch):
     """Take the rights to a path away, also from root, who has them always."""
     forbidden = set()
-    listdir, access, stat = os.listdir, os.access, os.stat
+    listdir, stat, opened = os.listdir, os.stat, builtins.open
 
     def denied(path):
-        if Path(path) in forbidden:
+        if not isinstance(path, int) and Path(os.fsdecode(path)) in forbidden:
             raise PermissionError(13, "Permission denied", str(path))
 
     monkeypatch.setattr(os, "listdir", lambda path=".": denied(path) or listdir(path))
-    monkeypatch.setattr(os, "access", lambda path, mode: Path(path) not in forbidden and access(path, mode))
+    monkeypatch.setattr(builtins, "open", lambda path, *args, **kwargs: denied(path) or opened(path, *args, **kwargs))
 
     def status(path, *args, **options):
         if not isinstance(path, int) and any(parent in forbidden for parent in Path(os.fsdecode(path)).parents):
@@ -166,13 +167,15 @@ def test_a_test_folder_that_is_the_training_folder_is_refused(tmp_path):
     [
         ("cat", "photos/cat cannot be read: Permission denied"),
         ("cat/more", "photos/cat/more cannot be read: Permission denied"),
-        ("cat/0.png", "photos/cat/0.png may not be read by this user"),
+        ("cat/0.png", "photos/cat/0.png: Permission denied"),
+        ("cat/picture", "photos/cat/picture cannot be read: Permission denied"),
         (".", "photos cannot be read: Permission denied"),
         ("..", "photos cannot be read: Permission denied"),
     ],
 )
 def test_what_may_not_be_read_is_refused(root, forbid, forbidden, message):
     write_folder(root, {"cat/more": 3})
+    (root / "cat" / "1.png").rename(root / "cat" / "picture")
     forbid(Path(os.path.normpath(root / forbidden)))
     refused(root, message)
 
