@@ -9,6 +9,7 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from fedmitr_flwr.settings.home import ensure_home
 from fedmitr_flwr.version import __version__
 
 if TYPE_CHECKING:
@@ -31,6 +32,9 @@ if TYPE_CHECKING:
     from fedmitr_flwr.stages.synthetic import SyntheticImages
     from fedmitr_flwr.training.initial import initial_state
     from fedmitr_flwr.training.local import train_local
+
+# Libraries read HOME when they are imported, so it must be set before them.
+ensure_home()
 
 _HOMES = {
     "ImageSet": "data",

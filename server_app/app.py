@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -29,6 +28,7 @@ from fedmitr_flwr.runs.resume import changes_in, is_complete, resumed_settings, 
 from fedmitr_flwr.runs.snapshots import Keeper
 from fedmitr_flwr.runs.tensorboard import boards
 from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.settings.home import expand
 from fedmitr_flwr.training.initial import initial_or_stored, initial_state
 
 log = logging.getLogger("fedmitr.run")
@@ -42,7 +42,7 @@ def main(grid: Grid, context: Context) -> None:
     with console_log():
         with failures_logged():
             settings = Settings.from_run_config(context.run_config)
-            resumed = Path(settings.run.resume).expanduser().absolute() if settings.run.resume else None
+            resumed = expand(settings.run.resume, "run.resume").absolute() if settings.run.resume else None
             if resumed is not None:
                 if is_complete(resumed):
                     log.info("Complete already: %s", resumed)
@@ -58,6 +58,8 @@ def main(grid: Grid, context: Context) -> None:
                 RunDirectory.resume(resumed) if resumed else RunDirectory.create(settings.run.output, settings.run.name)
             )
         with stopped_with_flower(), run, run.logging(), failures_logged(), _workers(grid):
+            # The console has this line already: the source is loaded before the run has a log file.
+            log.debug("%s", federation.found)
             run.write_json(CONFIG, {**describe_run(settings, federation), "federation": simulation_config(clients)})
             _run(grid, resolved, planned, federation, run)
         log.info("Results: %s", run.path)

@@ -9,6 +9,7 @@ import typer
 
 from fedmitr_flwr.cli.common import FAILED, bad_input, show_error
 from fedmitr_flwr.settings import InversionSettings, SettingsError
+from fedmitr_flwr.settings.home import expand
 
 
 def invert(
@@ -118,7 +119,7 @@ def _settings(iterations: int, stops: str, fraction: float, rate: float, tv: flo
 
 
 def _folder(output: Path) -> Path:
-    folder = output.expanduser().absolute()
+    folder = expand(output, "--output").absolute()
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:

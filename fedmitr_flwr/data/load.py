@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import re
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -21,6 +21,7 @@ from fedmitr_flwr.data.sources.raw import TEST, TRAIN, VALIDATION, Header, Origi
 from fedmitr_flwr.data.spec import ImageSpec
 from fedmitr_flwr.data.splits import complete_split
 from fedmitr_flwr.settings import DataSettings, SettingsError
+from fedmitr_flwr.settings.home import expand
 
 log = logging.getLogger("fedmitr.data")
 
@@ -41,12 +42,15 @@ class Source:
     train, validation, test
         Disjoint sets. Clients train on parts of `train` only. Settings are chosen on `validation`, and results are
         reported on `test`.
+    found
+        The line of the log that says what the source has and what is not used.
     """
 
     spec: ImageSpec
     train: ImageSet
     validation: ImageSet
     test: ImageSet
+    found: str = field(default="", kw_only=True)
 
 
 def load_source(settings: DataSettings, *, data_path: str | None = None) -> Source:
@@ -76,23 +80,23 @@ def load_source(settings: DataSettings, *, data_path: str | None = None) -> Sour
     unused = tuple(name for name, label in zip(raw.header.class_names, new_label, strict=True) if label < 0)
     others = f"{len(labels) - len(kept)} images of {listed(unused, 6)}, because data.classes is {settings.classes}"
     parts = {"training": source.train, "validation": source.validation, "test": source.test}
-    log_images(origin, spec, parts, (*raw.left_out, *([others] if unused else [])))
-    return source
+    return replace(source, found=log_images(origin, spec, parts, (*raw.left_out, *([others] if unused else []))))
 
 
-def log_images(origin: Origin, spec: ImageSpec, parts: Mapping[str, ImageSet], left_out: Sequence[str]) -> None:
-    """Log in one line what was found: images, classes, shape, splits, and what is left out with the reason.
+def log_images(origin: Origin, spec: ImageSpec, parts: Mapping[str, ImageSet], left_out: Sequence[str]) -> str:
+    """Log and return one line: images, classes, shape, splits, and what is left out with the reason.
 
     The line is a warning if something is left out.
     """
-    log.log(
-        logging.WARNING if left_out else logging.INFO,
-        "%s = %s: %d images of %d classes (%s), %d channels, %d x %d pixels; %s; left out: %s",
-        *(origin.key, origin.value, sum(map(len, parts.values())), spec.num_classes, listed(spec.class_names, 6)),
-        *(spec.channels, spec.image_size, spec.image_size),
-        ", ".join(f"{len(images)} {name}" for name, images in parts.items()),
-        ", ".join(left_out) or "nothing",
+    total = sum(map(len, parts.values()))
+    line = (
+        f"{origin.key} = {origin.value}: {total} images of {spec.num_classes} classes ({listed(spec.class_names, 6)}), "
+        f"{spec.channels} channels, {spec.image_size} x {spec.image_size} pixels; "
+        f"{', '.join(f'{len(images)} {name}' for name, images in parts.items())}; "
+        f"left out: {', '.join(left_out) or 'nothing'}"
     )
+    log.log(logging.WARNING if left_out else logging.INFO, "%s", line)
+    return line
 
 
 def load_spec(settings: DataSettings) -> ImageSpec:
@@ -175,8 +179,8 @@ def split_origin(origin: Origin) -> tuple[str, Path]:
     """Return kind and path of a source; a path without a kind is an archive if it ends in .npz, else a folder."""
     kind, colon, rest = origin.value.partition(":")
     if colon and kind in ("npz", "folder", "hub"):
-        return kind, Path(rest).expanduser()
-    path = Path(origin.value).expanduser()
+        return kind, expand(rest, origin.key)
+    path = expand(origin.value, origin.key)
     return "npz" if path.suffix == ".npz" else "folder", path
 
 

@@ -30,6 +30,7 @@ from fedmitr_flwr.models.build import build_model
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.pipeline.methods import method_of
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError
+from fedmitr_flwr.settings.home import expand
 
 PROCESS_MB = 1000
 """MiB of Python with Flower, Ray, torch, timm and the packages for evaluation and figures, without any model.
@@ -239,7 +240,7 @@ def check_disk(settings: Settings, spec: ImageSpec, clients: int) -> None:
         If it has not. The message gives the free and the needed space.
     """
     run = settings.run
-    place = Path(run.output).expanduser().absolute()
+    place = expand(run.output, "run.output").absolute()
     there = 0
     if run.resume:
         there = sum(file.stat().st_size for file in Path(run.resume).rglob("*") if file.is_file())

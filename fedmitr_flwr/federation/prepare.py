@@ -34,11 +34,14 @@ class Federation:
         Images on which the server evaluates; None for `run.evaluate-on = none`.
     device
         Device on which the server's stages run.
+    found
+        What the server's data source has and what is not used, for the log; empty if the source is not loaded.
     """
 
     spec: ImageSpec
     held_out: ImageSet | None
     device: torch.device
+    found: str = ""
 
 
 def prepare(settings: Settings, num_partitions: int | None) -> Federation:
@@ -58,15 +61,15 @@ def prepare(settings: Settings, num_partitions: int | None) -> Federation:
     """
     device = choose_device(settings.run.device)
     if settings.run.evaluate_on == "none":
-        spec, held_out = load_spec(settings.data), None
+        spec, held_out, found = load_spec(settings.data), None, ""
     else:
         source = load_source(settings.data)
-        spec = source.spec
+        spec, found = source.spec, source.found
         held_out = source.test if settings.run.evaluate_on == "test" else source.validation
         if num_partitions is not None:
             partition_indices(source.train, settings.partition, num_partitions)
     build_model(settings.model, spec)
-    return Federation(spec, held_out, device)
+    return Federation(spec, held_out, device, found)
 
 
 def choose_device(name: str) -> torch.device:

@@ -19,6 +19,7 @@ import psutil
 from packaging.requirements import InvalidRequirement, Requirement
 
 from fedmitr_flwr.launch.private_flower import bin_dir
+from fedmitr_flwr.settings.home import expand
 from fedmitr_flwr.version import __version__
 
 Level = Literal["ok", "note", "problem"]
@@ -140,7 +141,7 @@ def _gpu() -> Finding:
 
 
 def _disk(what: str, path: Path) -> Finding:
-    path = path.expanduser().absolute()
+    path = expand(path).absolute()
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     if not os.access(there, os.W_OK):
         return Finding(f"disk for {what}", "problem", f"{there} cannot be written")

@@ -15,6 +15,7 @@ from typing import Any
 from fedmitr_flwr.runs.resume import resumed_settings, stored_config
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError, flat_fields
 from fedmitr_flwr.settings.docs import CONFIG_TABLE, flatten, takes_text, toml_value
+from fedmitr_flwr.settings.home import expand
 
 FederationValue = bool | int | float | str
 
@@ -41,7 +42,7 @@ def app_directory(given: Path | None = None) -> Path:
     SettingsError
         If the folder has no ``pyproject.toml`` with a ``[tool.flwr.app]`` table.
     """
-    app = (given or Path(__file__).parents[2]).expanduser().resolve()
+    app = expand(given or Path(__file__).parents[2], "--app").resolve()
     table = _read_toml(app / "pyproject.toml", "--app")
     if "app" not in table.get("tool", {}).get("flwr", {}):
         allowed = "its pyproject.toml has no [tool.flwr.app] table; give the folder of a Flower app"
@@ -194,7 +195,7 @@ def _cpu_count() -> int:
 
 def _read_toml(path: Path, what: str) -> dict[str, Any]:
     try:
-        with path.expanduser().open("rb") as file:
+        with expand(path, what).open("rb") as file:
             return tomllib.load(file)
     except OSError as error:
         raise SettingsError((what, str(path), f"cannot be read: {error.strerror or error}")) from None
@@ -223,9 +224,9 @@ def _override(text: str) -> tuple[str, RunConfigValue]:
 
 def _absolute_paths(settings: Settings) -> dict[str, RunConfigValue]:
     """Return the settings that name files, with relative paths made absolute from the current directory."""
-    changes: dict[str, RunConfigValue] = {"run.output": str(Path(settings.run.output).expanduser().resolve())}
+    changes: dict[str, RunConfigValue] = {"run.output": str(expand(settings.run.output, "run.output").resolve())}
     for key, value in (("data.source", settings.data.source), ("model.init", settings.model.init)):
         kind, _, path = value.partition(":")
-        if kind in ("npz", "folder", "file"):
-            changes[key] = f"{kind}:{Path(path).expanduser().resolve()}"
+        if kind in ("npz", "folder", "file") or (kind == "hub" and expand(path, key).is_dir()):
+            changes[key] = f"{kind}:{expand(path, key).resolve()}"
     return changes

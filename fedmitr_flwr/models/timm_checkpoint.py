@@ -29,6 +29,7 @@ from fedmitr_flwr.models.vit import grid_size
 from fedmitr_flwr.runs.atomic import Json, write_json
 from fedmitr_flwr.runs.tensors import write_tensors
 from fedmitr_flwr.settings import ModelSettings, SettingsError
+from fedmitr_flwr.settings.home import expand
 
 WEIGHTS, CONFIG = "model.safetensors", "config.json"  # names that timm requires
 
@@ -140,7 +141,7 @@ def load_checkpoint(
         If the file cannot be read or does not fit the model. The message names ``model.init``, the file, the first
         keys that do not fit with both shapes, and keys of the file.
     """
-    path = Path(init.removeprefix("file:")).expanduser().resolve()
+    path = expand(init.removeprefix("file:"), "model.init").resolve()
     try:
         config = read_config(path)
     except ValueError as error:
@@ -203,7 +204,7 @@ def read_config(path: Path) -> dict[str, object]:
     ValueError
         If the file is not valid JSON.
     """
-    file = path.expanduser() / CONFIG
+    file = expand(path) / CONFIG
     config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
     return config if isinstance(config, dict) else {}
 

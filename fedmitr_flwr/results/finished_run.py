@@ -17,6 +17,7 @@ from torch import Tensor
 from fedmitr_flwr.runs.directory import CONFIG, EVENTS, METRICS, REPORT_DATA, REPORT_PICTURES, STATUS
 from fedmitr_flwr.runs.jsonl import read_events
 from fedmitr_flwr.settings import Settings, SettingsError
+from fedmitr_flwr.settings.home import expand
 from fedmitr_flwr.version import __version__
 
 
@@ -82,7 +83,7 @@ def load_run(path: Path, *, finished: bool = True) -> FinishedRun:
     SettingsError
         If the directory is not a run, if the run is not completed, or if this version cannot read its report.
     """
-    path = path.expanduser().resolve()
+    path = expand(path, "RUN").resolve()
     status = _json(path, STATUS)
     if status is None:
         allowed = f"is not a run: it has no {STATUS}; must be a folder that `fedmitr simulate` printed"

@@ -15,6 +15,7 @@ from typing import IO, Self
 from fedmitr_flwr.runs.atomic import TEMPORARY_SUFFIX, Json, write_json
 from fedmitr_flwr.runs.log import LIBRARY_LOGGER, file_log
 from fedmitr_flwr.settings import SettingsError
+from fedmitr_flwr.settings.home import expand
 
 STATUS = "status.json"
 METRICS = "metrics.json"
@@ -91,7 +92,7 @@ class RunDirectory:
         """
         if name in {".", ".."} or "/" in name or "\\" in name:
             raise SettingsError(("run.name", name, "must be the name of one folder, without slashes"))
-        path = Path(output).expanduser().absolute() / (name or fresh_name())
+        path = expand(output, "run.output").absolute() / (name or fresh_name())
         try:
             path.mkdir(parents=True, exist_ok=bool(name))
             lock = _take_lock(path, name)

@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from fedmitr_flwr.cli.common import FAILED, RunArgument, bad_input, show_error
+from fedmitr_flwr.settings.home import expand
 
 
 def export(
@@ -26,7 +27,7 @@ def export(
         from fedmitr_flwr.results.finished_run import load_run
         from fedmitr_flwr.results.onnx_export import export_onnx
 
-        file = onnx.expanduser().absolute()
+        file = expand(onnx, "--onnx").absolute()
         try:
             difference = export_onnx(load_run_model(load_run(run)), file)
         except RuntimeError as error:

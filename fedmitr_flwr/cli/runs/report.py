@@ -9,6 +9,7 @@ import typer
 
 from fedmitr_flwr.cli.common import bad_input
 from fedmitr_flwr.settings import SettingsError
+from fedmitr_flwr.settings.home import expand
 
 
 def report(
@@ -46,8 +47,9 @@ def report(
                 raise SettingsError(("RUN", str(run.path), allowed))
         page = run_page(loaded[0]) if len(loaded) == 1 else comparison_page(loaded)
         file = output or (loaded[0].path / REPORT if len(loaded) == 1 else Path("comparison.html"))
+        target = expand(file, "--output").absolute()
         try:
-            write_page(file.expanduser().absolute(), page)
+            write_page(target, page)
         except OSError as error:
             raise SettingsError(("--output", str(file), f"cannot be written: {error.strerror or error}")) from None
-    typer.echo(file.expanduser().absolute())
+    typer.echo(target)

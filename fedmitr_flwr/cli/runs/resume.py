@@ -11,6 +11,7 @@ from fedmitr_flwr.cli.common import AppOption, SetOption, bad_input
 from fedmitr_flwr.cli.runs.simulate import run_and_exit
 from fedmitr_flwr.launch import settings_files
 from fedmitr_flwr.runs.resume import is_complete
+from fedmitr_flwr.settings.home import expand
 
 
 def resume(
@@ -31,8 +32,8 @@ def resume(
 
     Exit code: 0 completed, 1 failed, 2 invalid input, 130 interrupted.
     """
-    path = run.expanduser().resolve()
     with bad_input():
+        path = expand(run, "RUN").resolve()
         directory = settings_files.app_directory(app_dir)
         if is_complete(path):
             typer.echo(path)

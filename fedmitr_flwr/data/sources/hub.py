@@ -27,6 +27,7 @@ from fedmitr_flwr.data.sources.labels import ALLOWED, LabelColumn, LabelError, m
 from fedmitr_flwr.data.sources.names import same_name, shown
 from fedmitr_flwr.data.sources.raw import TEST, TRAIN, VALIDATION, Header, Origin, RawSource
 from fedmitr_flwr.settings import DataSettings, SettingsError
+from fedmitr_flwr.settings.home import expand
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -164,7 +165,7 @@ def _check_image_folder(raw: RawSource, name: str, origin: Origin) -> None:
     `datasets` leaves out files by their ending, links to folders and what it may not read, and knows fewer names of
     splits. Class folders with a table of metadata or in an archive are not checked.
     """
-    path = Path(name).expanduser()
+    path = expand(name, origin.key)
     first = raw.reader.table[0][raw.reader.column]["path"] if isinstance(raw.reader, HubReader) else None
     tables = [file for pattern in ("metadata.*", "*/metadata.*") for file in path.glob(pattern)]
     if not path.is_dir() or tables or not first or not Path(first).is_file():
@@ -191,7 +192,7 @@ def _counted(raw: RawSource) -> str:
 def _open(name: str, origin: Origin) -> dict[str, Dataset]:
     import datasets
 
-    path = Path(name).expanduser()
+    path = expand(name, origin.key)
     local = path.is_dir()
     if not local and name.startswith(("/", ".", "~")):
         raise origin.error(f"the folder {path} does not exist")

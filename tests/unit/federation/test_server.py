@@ -38,6 +38,7 @@ def test_the_metrics_have_exactly_the_promised_keys() -> None:
     assert 50 < peak <= peak_rss_mb() + 1
     assert metrics == {
         "accuracy": {"local_mean": 0.5, "fedavg": 0.6, "ensemble": 0.9, "global": 0.8},
+        "metrics": {},
         "per_class": {"global": (0.7, None)},
         "clients": {"asked": 5, "accepted": 2, "refused": 1, "failed": 1, "empty": 1},
         "seconds": {"clients": 1.235, "collect": 0, "invert": 2, "relabel": 0, "distill": 0, "evaluate": 0},

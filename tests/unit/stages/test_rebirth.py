@@ -79,7 +79,7 @@ def test_more_images_than_patches_is_an_error():
 
 
 def test_rebirth_without_stops_is_an_error():
-    with pytest.raises(SettingsError, match=r"inversion\.method .* needs inversion\.stops"):
+    with pytest.raises(SettingsError, match=r"inversion\.method .* needs at least one entry in inversion\.stops"):
         Settings.from_run_config({"inversion.method": "rebirth", "inversion.stops": "", "inversion.fractions": ""})
 
 
