@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import logging
 import traceback
-from contextlib import nullcontext
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 
 from flwr.app import ConfigRecord, Context, Error, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
@@ -34,8 +35,7 @@ def train(message: Message, context: Context) -> Message:
     """
     name = client_name(context.node_config, context.node_id)
     try:
-        # A site's log says which of its images are used. Simulated clients leave that to the server's log.
-        with console_log() if "data-path" in context.node_config else nullcontext():
+        with _log_of(context.node_config):
             return Message(_train(message.content, context, name), reply_to=message)
     except Exception as error:
         headline = f"{name}: {type(error).__name__}: {error}"
@@ -49,6 +49,22 @@ def query(message: Message, context: Context) -> Message:
     """Return this client's name, so that a resumed run asks only the clients whose upload is missing."""
     name = client_name(context.node_config, context.node_id)
     return Message(RecordDict({"config": ConfigRecord({"client": name})}), reply_to=message)
+
+
+@contextmanager
+def _log_of(node_config: Mapping[str, object]) -> Iterator[None]:
+    """Log which images a site uses. Simulated clients share a source, and the server's log says it once."""
+    if "data-path" in node_config:
+        with console_log():
+            yield
+        return
+    data = logging.getLogger("fedmitr.data")
+    level = data.level
+    data.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        data.setLevel(level)
 
 
 def _train(content: RecordDict, context: Context, name: str) -> RecordDict:

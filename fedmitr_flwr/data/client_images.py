@@ -11,7 +11,15 @@ from numpy.typing import NDArray
 
 from fedmitr_flwr.data.classes import match_classes, same_classes
 from fedmitr_flwr.data.images import ImageSet, Labels
-from fedmitr_flwr.data.load import Source, known_geometry, load_source, load_spec, resolve_geometry, split_origin
+from fedmitr_flwr.data.load import (
+    Source,
+    known_geometry,
+    load_source,
+    load_spec,
+    log_images,
+    resolve_geometry,
+    split_origin,
+)
 from fedmitr_flwr.data.partition import partition_indices
 from fedmitr_flwr.data.presets import Geometry
 from fedmitr_flwr.data.sources.files import exists
@@ -129,7 +137,14 @@ def _site(
         image_size=spec.image_size,
         columns={name: column[rows] for name, column in raw.columns.items()},
     )
+    log_images(origin, spec, {"training" if held_out == "ignore" else "to evaluate": images}, _unused(raw, rows))
     return images, spec
+
+
+def _unused(raw: RawSource, rows: Labels) -> tuple[str, ...]:
+    """Return a phrase for what the source leaves out and for its held-out images."""
+    held_out = len(raw.labels) - len(rows)
+    return (*raw.left_out, *([f"{held_out} images that it marks as test data"] if held_out else []))
 
 
 def _site_spec(settings: DataSettings, raw: RawSource, names: tuple[str, ...]) -> ImageSpec:

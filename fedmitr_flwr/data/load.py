@@ -84,7 +84,10 @@ def load_source(settings: DataSettings, *, data_path: str | None = None) -> Sour
 
 
 def log_images(origin: Origin, spec: ImageSpec, parts: Mapping[str, ImageSet], left_out: Sequence[str]) -> str:
-    """Log and return one line: images, classes, shape, splits, and what is left out with the reason."""
+    """Log and return one line: images, classes, shape, splits, and what is left out with the reason.
+
+    The line is a warning if something is left out.
+    """
     total = sum(map(len, parts.values()))
     line = (
         f"{origin.key} = {origin.value}: {total} images of {spec.num_classes} classes ({listed(spec.class_names, 6)}), "
@@ -92,7 +95,7 @@ def log_images(origin: Origin, spec: ImageSpec, parts: Mapping[str, ImageSet], l
         f"{', '.join(f'{len(images)} {name}' for name, images in parts.items())}; "
         f"left out: {', '.join(left_out) or 'nothing'}"
     )
-    log.info("%s", line)
+    log.log(logging.WARNING if left_out else logging.INFO, "%s", line)
     return line
 
 
@@ -178,7 +181,7 @@ def split_origin(origin: Origin) -> tuple[str, Path]:
     if colon and kind in ("npz", "folder", "hub"):
         return kind, expand(rest, origin.key)
     path = expand(origin.value, origin.key)
-    return "npz" if path.suffix == ".npz" else "folder", path
+    return "npz" if path.suffix.lower() == ".npz" else "folder", path
 
 
 def _load(settings: DataSettings, origin: Origin) -> RawSource:

@@ -87,7 +87,8 @@ class PrivateFlower:
         """
         shutil.rmtree(self.home / "local-superlink", ignore_errors=True)
         http, control = _free_ports(2)
-        environment = {key: value for key, value in os.environ.items() if key != "RAY_ADDRESS"}
+        dropped = {"RAY_ADDRESS", *_unusable_proxies()}
+        environment = {key: value for key, value in os.environ.items() if key not in dropped}
         environment |= {
             "PATH": f"{bin_dir()}{os.pathsep}{environment.get('PATH', os.defpath)}",
             "PYTHONUNBUFFERED": "1",
@@ -189,6 +190,27 @@ def _without_proxy() -> dict[str, str]:
     given = os.environ.get("no_proxy") or os.environ.get("NO_PROXY") or ""
     hosts = ",".join(filter(None, (given, "127.0.0.1", "localhost")))
     return {"no_proxy": hosts, "NO_PROXY": hosts}
+
+
+def _unusable_proxies() -> list[str]:
+    """Return the environment variables whose proxy Flower's HTTP client cannot use.
+
+    The client fails on such a proxy before it looks at the exceptions: on SOCKS without the package socksio, and on
+    other schemes than HTTP and SOCKS5.
+    """
+    names = ("http_proxy", "https_proxy", "all_proxy")
+    proxies = {name: value for name, value in os.environ.items() if name.lower() in names and value}
+    if not proxies:
+        return []
+    import httpx
+
+    unusable = []
+    for name, value in proxies.items():
+        try:
+            httpx.Client(proxy=value if "://" in value else f"http://{value}", trust_env=False).close()
+        except (ImportError, ValueError, httpx.InvalidURL):
+            unusable.append(name)
+    return unusable
 
 
 def processes_of(home: Path) -> list[psutil.Process]:

@@ -179,7 +179,8 @@ def load_checkpoint(
     if problems:
         more = f"; and {len(problems) - 3} more" if len(problems) > 3 else ""
         allowed = f"{path} does not fit the model: {'; '.join(problems[:3])}{more}"
-        names = f"; the file has the keys {', '.join(list(stored)[:4])}" + (", ..." if len(stored) > 4 else "")
+        names = f"; the file has the keys {', '.join(list(stored)[:4]) or 'none'}"
+        names += ", ..." if len(stored) > 4 else ""
         raise SettingsError(("model.init", init, allowed + names))
     return state
 

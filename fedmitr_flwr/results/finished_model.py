@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from fedmitr_flwr.data import ImageSet, ImageSpec, Source, load_source
 from fedmitr_flwr.data.classes import listed, same_classes
 from fedmitr_flwr.data.client_images import site_images
+from fedmitr_flwr.data.load import split_origin
 from fedmitr_flwr.data.sources.decode import FileReader, inspect_files
 from fedmitr_flwr.data.sources.depth import white_of
 from fedmitr_flwr.data.sources.files import exists
@@ -107,7 +108,7 @@ def read_images(paths: Sequence[Path], spec: ImageSpec) -> Tensor:
     found = inspect_files(paths)
     if found.damaged:
         path, why = found.damaged[0]
-        raise Origin("IMAGE", shown(path)).error(why)
+        raise Origin("IMAGE", shown(path)).error(f"cannot be read as an image: {why}" if path.is_file() else why)
     try:
         white = white_of(found.peaks)
     except ValueError as error:
@@ -133,12 +134,11 @@ def evaluation_images(run: FinishedRun, spec: ImageSpec, data: str | None, split
         If there are no images, or if the classes do not fit the model.
     """
     settings = run.settings()
-    kind, _, path = (data or "").partition(":")
-    if data is None or kind not in ("folder", "npz"):
+    if data is None or not data.startswith(("folder:", "npz:")):
         source = _source_of(settings, spec, data)
         return source.test if split == "test" else source.validation
     origin = Origin("--data", data)
-    if not exists(Path(path).expanduser(), origin):
+    if not exists(split_origin(origin)[1], origin):
         raise origin.error("does not exist")
     images = site_images(settings.data, origin, spec)
     if len(images) == 0:

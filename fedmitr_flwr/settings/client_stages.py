@@ -30,7 +30,8 @@ class DataSettings(Stage):
     class_names: str = Field(
         "",
         description="Names of the classes in order, separated by commas. Required only if the server has no data "
-        "(`run.evaluate-on = none`). Sites match their class folders to these names. Empty: the source's names.",
+        "(`run.evaluate-on = none`). Sites match their class folders to these names. Empty: the source's names. Labels "
+        "that are numbers get other names only if they are 0 to C-1.",
     )
     image_column: str = Field(
         "",

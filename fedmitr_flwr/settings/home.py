@@ -61,7 +61,7 @@ def _is_usable(home: Path) -> bool:
     # An empty HOME is read as the root directory, or as the current one.
     if os.environ.get("HOME") == "" or not home.is_absolute() or not home.is_dir():
         return False
-    return os.access(home, os.W_OK | os.X_OK) or any((home / name).exists() for name in _CONTENTS)
+    return os.access(home, os.W_OK | os.X_OK) or any(os.access(home / name, os.R_OK) for name in _CONTENTS)
 
 
 def _temporary_home() -> Path:

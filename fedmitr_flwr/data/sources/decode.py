@@ -244,5 +244,5 @@ def reason(error: BaseException) -> str:
     if isinstance(error, OSError) and error.strerror:
         return error.strerror
     if isinstance(error, UnidentifiedImageError):
-        return "it is no image that can be read: damaged, or of a format or kind of pixels that Pillow does not know"
+        return "it is damaged, or has a format or a kind of pixels that Pillow does not read"
     return shown(str(error)) or type(error).__name__

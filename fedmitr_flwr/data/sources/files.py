@@ -29,12 +29,15 @@ class Entries:
         Names that begin with a dot, and folders that begin with two underscores, such as ``__MACOSX``.
     special
         Pipes, sockets and devices.
+    status
+        Status of each of the files; of a link, that of its target.
     """
 
     folders: list[Path] = field(default_factory=list)
     files: list[Path] = field(default_factory=list)
     hidden: list[Path] = field(default_factory=list)
     special: list[Path] = field(default_factory=list)
+    status: dict[Path, os.stat_result] = field(default_factory=dict)
 
 
 def entries(folder: Path, origin: Origin) -> Entries:
@@ -55,11 +58,14 @@ def entries(folder: Path, origin: Origin) -> Entries:
         if name.startswith("."):
             found.hidden.append(path)
             continue
-        mode = _status(path, origin).st_mode
-        if stat.S_ISDIR(mode):
+        status = _status(path, origin)
+        if stat.S_ISDIR(status.st_mode):
             (found.hidden if name.startswith("__") else found.folders).append(path)
+        elif stat.S_ISREG(status.st_mode):
+            found.files.append(path)
+            found.status[path] = status
         else:
-            (found.files if stat.S_ISREG(mode) else found.special).append(path)
+            found.special.append(path)
     return found
 
 
@@ -71,7 +77,18 @@ def walk(folder: Path, origin: Origin) -> Iterator[Entries]:
     SettingsError
         As for `entries`; also if a link leads to a folder that it lies in.
     """
-    yield from _walk(folder, origin, _above(folder))
+    waiting = [(folder, _above(folder))]
+    while waiting:
+        place, above = waiting.pop()
+        found = entries(place, origin)
+        yield found
+        for path in reversed(found.folders):
+            status = _status(path, origin)
+            inode = (status.st_dev, status.st_ino)
+            link = path.is_symlink()
+            if link and inode in above:
+                raise origin.error(f"the link {shown(path)} leads in a circle, to a folder that it lies in; remove it")
+            waiting.append((path, above | {inode} | (_above(path) if link else set())))
 
 
 def exists(path: Path, origin: Origin, *, folder: bool = False) -> bool:
@@ -103,42 +120,31 @@ class Files:
 
     by_inode: dict[tuple[int, int], Path] = field(default_factory=dict)
 
-    def earlier(self, path: Path, origin: Origin) -> Path | None:
+    def earlier(self, path: Path, status: os.stat_result) -> Path | None:
         """Return the path under which this file was found before; None at the first time.
 
         The content is not compared: a copy of a file is another file.
         """
-        status = _status(path, origin)
         key = (status.st_dev, status.st_ino)
         first = self.by_inode.setdefault(key, path)
+        if first is path:
+            return None
         # Some network file systems give two files the same inode number.
-        same = status.st_nlink > 1 or os.path.realpath(first) == os.path.realpath(path)
-        return first if first != path and same else None
+        return first if status.st_nlink > 1 or os.path.realpath(first) == os.path.realpath(path) else None
 
 
 def by_ending(paths: list[Path]) -> str:
     """Count files by their ending: ``12 .png, 1 without an ending``."""
-    counts = Counter(path.suffix.lower() or "without an ending" for path in paths)
+    counts = Counter(os.path.splitext(path)[1].lower() or "without an ending" for path in paths)
     order = sorted(counts.items(), key=lambda item: (-item[1], item[0]))
     return ", ".join(f"{count} {shown(ending)}" for ending, count in order)
 
 
-def _walk(folder: Path, origin: Origin, above: tuple[tuple[int, int], ...]) -> Iterator[Entries]:
-    found = entries(folder, origin)
-    yield found
-    for path in found.folders:
-        status = _status(path, origin)
-        inode = (status.st_dev, status.st_ino)
-        if inode in above and path.is_symlink():
-            raise origin.error(f"the link {shown(path)} leads in a circle, to a folder that it lies in; remove it")
-        yield from _walk(path, origin, (*above, inode, *(_above(path) if path.is_symlink() else ())))
-
-
-def _above(folder: Path) -> tuple[tuple[int, int], ...]:
+def _above(folder: Path) -> set[tuple[int, int]]:
     """Return device and inode of a folder and of all folders above it, by its real path."""
     real = Path(os.path.realpath(folder))
     statuses = [os.stat(place) for place in (real, *real.parents) if os.access(place, os.F_OK)]
-    return tuple((status.st_dev, status.st_ino) for status in statuses)
+    return {(status.st_dev, status.st_ino) for status in statuses}
 
 
 def _status(path: Path, origin: Origin) -> os.stat_result:

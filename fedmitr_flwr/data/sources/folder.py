@@ -29,6 +29,7 @@ from fedmitr_flwr.data.sources.names import (
     SplitNamesError,
     alike,
     almost,
+    are_parts,
     held_out_only,
     is_training,
     positions,
@@ -106,7 +107,7 @@ def load_folder(
     labels = np.asarray(search.labels, np.int64)
     if accept is not None:
         accept(header, labels)
-    peaks, left.several = _check_images(root, search.paths, origin)
+    peaks, left.several = _check_images(root, search.paths, search.stamps, origin)
     try:
         white = white_of(peaks)
     except ValueError as error:
@@ -114,7 +115,7 @@ def load_folder(
     ignored = [place for part, place in parts.items() if part not in search.numbers]
     search.log_found(root, ignored)
     left_out = left.phrases(root)
-    if left_out:
+    if left_out and held_out != "load":  # `load_source` logs what it leaves out itself
         log.warning("%s: left out: %s", shown(origin.value), ", ".join(left_out))
     if left.hidden:
         log.info("%s: left out: %d hidden files and folders", shown(origin.value), len(left.hidden))
@@ -161,6 +162,10 @@ class _Search:
         What is left out.
     strict
         Whether each class must have an image for training.
+    paths, labels, split, stamps
+        File, label, split, and size and time of change of each image.
+    numbers, places
+        Number of images and folder of each split.
     """
 
     header: Header
@@ -170,6 +175,7 @@ class _Search:
     paths: list[Path] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     split: list[int] = field(default_factory=list)
+    stamps: list[str] = field(default_factory=list)
     numbers: dict[int, int] = field(default_factory=dict)
     places: dict[int, Path] = field(default_factory=dict)
     _files: Files = field(default_factory=Files)
@@ -201,25 +207,28 @@ class _Search:
             log.warning("%s: %s has no image of: %s", shown(self.origin.value), shown(folder), _listed(lacking))
         shared = set.intersection(*below) if len(below) > 1 else set()
         if shared:
-            log.warning(
-                "%s: all class folders (%s) have the same folders (%s) and no images beside them; if those are the "
-                "classes, put them directly into one folder",
-                shown(self.origin.value),
-                _listed(list(classes)),
-                _listed(sorted(shared)),
+            text = (
+                f"all class folders ({_listed(list(classes))}) have the same folders ({_listed(sorted(shared))}) and "
+                "no images beside them; if those are the classes, put them directly into one folder"
             )
+            if are_parts(classes):
+                raise self.origin.error(text)
+            log.warning("%s: %s", shown(self.origin.value), text)
 
     def _add_class(self, part: int, label: int, place: Path) -> set[str]:
         """Collect the images of one class; return its folders if there is no image beside them."""
         found: list[Path] = []
         unread: list[Path] = []
+        status: dict[Path, os.stat_result] = {}
         for there in walk(place, self.origin):
+            status.update(there.status)
             for path in there.files:
                 (found if self._is_image(path) else unread).append(path)
             self.left.hidden += there.hidden
             self.left.special += there.special
         # Sorted as a whole, as in earlier versions: the order decides which images are held out.
-        images = [path for path in sorted(found) if not self._is_known(path, part, label)]
+        images = [path for path in sorted(found) if not self._is_known(path, status[path], part, label)]
+        self.stamps += [f"{status[path].st_size}\t{status[path].st_mtime_ns}" for path in images]
         system = [path for path in unread if path.name.lower() in _SYSTEM_FILES]
         self.left.hidden += system
         unread = [path for path in unread if path not in system]
@@ -230,17 +239,19 @@ class _Search:
         self.paths += images
         self.labels += [label] * len(images)
         self.split += [part] * len(images)
-        deep = {path.relative_to(place).parts[0] for path in images if path.parent != place}
-        return deep if len(deep) and all(path.parent != place for path in images) else set()
+        if any(path.parent == place for path in images):
+            return set()
+        return {path.relative_to(place).parts[0] for path in images}
 
     def _is_image(self, path: Path) -> bool:
-        if not os.access(path, os.R_OK):
-            raise self.origin.error(f"the file {shown(path)} may not be read by this user")
-        return has_image_ending(path) or is_image(path)
+        try:
+            return has_image_ending(path) or is_image(path)
+        except PermissionError as error:
+            raise self.origin.error(f"the file {shown(path)} cannot be read: {error.strerror}") from None
 
-    def _is_known(self, path: Path, part: int, label: int) -> bool:
+    def _is_known(self, path: Path, status: os.stat_result, part: int, label: int) -> bool:
         """Return whether this class has the file already; refuse a file of another class or split."""
-        first = self._files.earlier(path, self.origin)
+        first = self._files.earlier(path, status)
         if first is None:
             self._owner[path] = (part, label)
             return False
@@ -341,8 +352,13 @@ def _check_classes(folders: list[Path], origin: Origin) -> None:
 def _header(parts: dict[int, Path], origin: Origin) -> Header:
     names = _class_folders(parts[TRAIN], origin)
     if not names:
+        other = next(
+            (f", but is the training split beside {shown(parts[part])}" for part in parts if part != TRAIN), ""
+        )
+        hint = ", or rename the two if they are classes" if other else ""
         raise origin.error(
-            f"{shown(parts[TRAIN])} has no class folders; put the images of each class into a folder of their own"
+            f"{shown(parts[TRAIN])} has no class folders{other}; put the images of each class into a folder of their "
+            f"own{hint}"
         )
     return Header(origin, tuple(names), True, FOLDER)
 
@@ -363,7 +379,7 @@ def _class_folders(folder: Path, origin: Origin) -> dict[str, Path]:
     return {same_name(place.name): place for place in sorted(folders, key=lambda place: same_name(place.name))}
 
 
-def _check_images(root: Path, paths: list[Path], origin: Origin) -> tuple[Peaks, int]:
+def _check_images(root: Path, paths: list[Path], stamps: list[str], origin: Origin) -> tuple[Peaks, int]:
     """Check that each file can be decoded; skip a folder that passed with the same names, sizes and times.
 
     Returns
@@ -374,9 +390,8 @@ def _check_images(root: Path, paths: list[Path], origin: Origin) -> tuple[Peaks,
         Number of files with several pictures.
     """
     digest = hashlib.sha256(os.fsencode(os.path.realpath(root)))
-    for path in paths:
-        stat = path.stat()
-        digest.update(b"\n" + os.fsencode(path.relative_to(root)) + f"\t{stat.st_size}\t{stat.st_mtime_ns}".encode())
+    for path, stamp in zip(paths, stamps, strict=True):
+        digest.update(os.fsencode(f"\n{str(path)[len(str(root)) :]}\t{stamp}"))
     name = "inspected-" + digest.hexdigest()[:20]
     try:
         before = json.loads(marked(name) or "")

@@ -1,23 +1,32 @@
 """Datasets of the Hugging Face Hub (`hub:ID`) and local copies of them (`hub:PATH`).
 
-A local copy is a folder that ``save_to_disk`` of `datasets` wrote, or a folder of Parquet files.
+A local copy is a folder that ``save_to_disk`` of `datasets` wrote, a folder with one of these for each split, or a
+folder of Parquet files.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections import Counter
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import Tensor
 
 from fedmitr_flwr.data.images import Column
 from fedmitr_flwr.data.presets import FOLDER, Geometry, Preset, default_geometry, find_preset
-from fedmitr_flwr.data.sources.decode import DECODE_ERRORS, fit_image
+from fedmitr_flwr.data.sources.decode import DECODE_ERRORS, fit_image, open_image, reason
+from fedmitr_flwr.data.sources.depth import Depth, White, depth_of, highest, peaks_of, white_of
+from fedmitr_flwr.data.sources.folder import load_folder
+from fedmitr_flwr.data.sources.hub_files import load_files
 from fedmitr_flwr.data.sources.labels import ALLOWED, LabelColumn, LabelError, match_splits, read_arrow
+from fedmitr_flwr.data.sources.names import same_name, shown
 from fedmitr_flwr.data.sources.raw import TEST, TRAIN, VALIDATION, Header, Origin, RawSource
 from fedmitr_flwr.settings import DataSettings, SettingsError
 from fedmitr_flwr.settings.home import expand
@@ -43,11 +52,14 @@ class HubReader:
         Name of the image column.
     origin
         The setting that named the dataset, for error messages.
+    white
+        Values of white of the dataset. None: each image is decided alone.
     """
 
     table: Dataset = field(repr=False)
     column: str
     origin: Origin
+    white: White | None = None
 
     def read(self, rows: NDArray[np.int64], channels: int, size: int) -> Tensor:
         """Decode the images of these rows.
@@ -59,12 +71,13 @@ class HubReader:
         """
         out = np.empty((len(rows), channels, size, size), np.uint8)
         try:
-            for slot, image in enumerate(self.table[rows.tolist()][self.column] if len(rows) else []):
-                if image is None:
-                    raise ValueError("the image is empty")
-                out[slot] = fit_image(image, channels, size)
+            for slot, cell in enumerate(self.table[rows.tolist()][self.column] if len(rows) else []):
+                with _open_cell(cell) as image:
+                    out[slot] = fit_image(image, channels, size, self.white)
         except DECODE_ERRORS as error:
-            raise self.origin.error(f"an image among the rows {rows.tolist()} cannot be read: {error}") from None
+            raise self.origin.error(
+                f"an image among the rows {rows.tolist()} cannot be read: {reason(error)}"
+            ) from None
         return torch.from_numpy(out)
 
 
@@ -101,7 +114,10 @@ def load_hub(name: str, origin: Origin, settings: DataSettings) -> RawSource:
             left_out.append(f"the split {split} ({len(column.rows)} images without labels)")
         else:
             labels[split] = column
-    return _joined(splits, labels, names, preset, origin, tuple(left_out))
+    raw = _joined(splits, labels, names, preset, origin, tuple(left_out))
+    if splits[train_name].builder_name == "imagefolder":
+        _check_image_folder(raw, name, origin)
+    return raw
 
 
 def _joined(
@@ -132,16 +148,47 @@ def _joined(
         names = tuple(str(number) for number in range(preset.classes))
     tables = [splits[split] for split in used]
     images = datasets.concatenate_datasets([_images(table, image_column, origin) for table in tables])
-    geometry = preset.geometry if preset else _probe(images, image_column, origin)
+    probes = _probe(images, image_column, origin)
+    geometry = preset.geometry if preset else _geometry(probes)
     parts = zip((TRAIN, TEST, VALIDATION), tables, strict=False)
     return RawSource(
         Header(origin, names, named, geometry, labels[used[0]].listed or preset is not None),
-        HubReader(images, image_column, origin),
+        HubReader(images, image_column, origin, _white(images, image_column, probes, origin)),
         np.concatenate(numbers),
         np.concatenate([np.full(len(table), part, np.int8) for part, table in parts]),
         _other_columns(tables, {image_column, label_column}),
         left_out,
     )
+
+
+def _check_image_folder(raw: RawSource, name: str, origin: Origin) -> None:
+    """Refuse a folder of image files in which `datasets` finds other images or splits than the reader of folders.
+
+    `datasets` leaves out files by their ending, links to folders and what it may not read, and knows fewer names of
+    splits. Class folders with a table of metadata or in an archive are not checked.
+    """
+    path = expand(name, origin.key)
+    first = raw.reader.table[0][raw.reader.column]["path"] if isinstance(raw.reader, HubReader) else None
+    tables = [file for pattern in ("metadata.*", "*/metadata.*") for file in path.glob(pattern)]
+    if not path.is_dir() or tables or not first or not Path(first).is_file():
+        return
+    folder = load_folder(path, origin)
+    if _numbers(raw) != _numbers(folder):
+        raise origin.error(
+            f"as a Hub dataset this folder has {_counted(raw)}, but its files are {_counted(folder)}; "
+            f"use folder:{shown(path)}"
+        )
+
+
+def _numbers(raw: RawSource) -> Counter[tuple[int, str]]:
+    """Count the images of each split and class."""
+    names = [same_name(name) for name in raw.header.class_names]
+    return Counter((part, names[label]) for part, label in zip(raw.split.tolist(), raw.labels.tolist(), strict=True))
+
+
+def _counted(raw: RawSource) -> str:
+    parts = ((TRAIN, "training"), (TEST, "test"), (VALIDATION, "validation"))
+    return ", ".join(f"{np.count_nonzero(raw.split == part)} {name} images" for part, name in parts)
 
 
 def _open(name: str, origin: Origin) -> dict[str, Dataset]:
@@ -152,8 +199,12 @@ def _open(name: str, origin: Origin) -> dict[str, Dataset]:
     if not local and name.startswith(("/", ".", "~")):
         raise origin.error(f"the folder {path} does not exist")
     try:
-        saved = local and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file())
-        found = datasets.load_from_disk(str(path)) if saved else datasets.load_dataset(str(path) if local else name)
+        if local and ((path / "dataset_dict.json").is_file() or (path / "state.json").is_file()):
+            found = datasets.load_from_disk(str(path))
+        else:
+            found = load_files(path) if local else datasets.load_dataset(name)
+    except LabelError as error:
+        raise origin.error(str(error)) from None
     # `datasets` raises exceptions of many libraries here (no connection, missing, gated, old scripts).
     except Exception as error:
         what = "check the files" if local else "check the ID and the network, or use hub:PATH with a local copy"
@@ -191,7 +242,7 @@ def _check_columns(table: Dataset, split: str, columns: dict[str, str]) -> None:
 
 
 def _images(table: Dataset, column: str, origin: Origin) -> Dataset:
-    """Return the image column alone, decoded in every read; refuse it if images are missing."""
+    """Return the image column alone, as encoded files, which every read decodes; refuse it if images are missing."""
     import datasets
     from pyarrow import compute
 
@@ -200,9 +251,9 @@ def _images(table: Dataset, column: str, origin: Origin) -> Dataset:
     reason = _not_images(kind)
     if reason:
         raise SettingsError(("data.image-column", column, f"the column of {origin.value} {reason}"))
-    # A dataset may have been saved with decoding of its image column turned off, or with encoded files as bytes.
-    if not isinstance(kind, datasets.Image) or not kind.decode:
-        images = images.cast_column(column, datasets.Image())
+    # `datasets` itself would decode an image without telling how many bits it had. The column may also be one of bytes.
+    if not isinstance(kind, datasets.Image) or kind.decode:
+        images = images.cast_column(column, datasets.Image(decode=False))
     if images._indices is None:
         stored = images.data.column(column)
         empty = compute.is_null(stored)
@@ -300,19 +351,69 @@ def _other_columns(tables: list[Dataset], taken: set[str]) -> dict[str, Column]:
     return columns
 
 
-def _probe(table: Dataset, column: str, origin: Origin) -> Geometry:
-    rows = np.unique(np.linspace(0, len(table) - 1, PROBED_IMAGES).astype(np.int64))
+@dataclass(frozen=True)
+class _Probe:
+    """Properties of one image: how its pixels are stored, its mode in PIL, and its size."""
+
+    depth: Depth
+    mode: str
+    size: tuple[int, int]
+
+
+def _probe(table: Dataset, column: str, origin: Origin) -> list[_Probe]:
+    """Decode a few images, evenly spread over a table."""
+    rows = np.unique(np.linspace(0, len(table) - 1, PROBED_IMAGES).astype(np.int64)).tolist()
+    found = []
     try:
-        images = table[rows.tolist()][column]
+        for cell in table[rows][column]:
+            with _open_cell(cell) as image:
+                depth = depth_of(image)
+                image.load()
+                found.append(_Probe(depth, image.mode, image.size))
     except DECODE_ERRORS as error:
-        raise origin.error(f"an image among the rows {rows.tolist()} cannot be read: {error}") from None
-    if any(image is None for image in images):
-        raise origin.error(f"an image among the rows {rows.tolist()} is missing")
-    channels = 1 if all(image.mode in ("1", "L") or image.mode.startswith("I") for image in images) else 3
-    sizes = {image.size for image in images}
+        raise origin.error(f"an image among the rows {rows} cannot be read: {reason(error)}") from None
+    return found
+
+
+def _geometry(probes: list[_Probe]) -> Geometry:
+    channels = 1 if all(probe.mode in ("1", "L") or probe.mode.startswith("I") for probe in probes) else 3
+    sizes = {probe.size for probe in probes}
     width, height = min(sizes)
     native = len(sizes) == 1 and width == height and width <= LARGEST_NATIVE_SIZE
     return default_geometry(channels, width if native else FOLDER.image_size)
+
+
+def _white(table: Dataset, column: str, probes: list[_Probe], origin: Origin) -> White:
+    """Decide the value of white of images of more than 8 bits; all images are decoded if one of a few is of these."""
+    if all(probe.depth is Depth.EIGHT for probe in probes):
+        return White()
+    peaks = []
+    for row in range(len(table)):
+        try:
+            with _open_cell(table[row][column]) as image:
+                depth = depth_of(image)
+                image.load()
+                peaks.append(peaks_of(image, depth))
+        except DECODE_ERRORS as error:
+            raise origin.error(f"the image in row {row} cannot be read: {reason(error)}") from None
+    try:
+        return white_of(highest(peaks))
+    except ValueError as error:
+        raise origin.error(str(error)) from None
+
+
+def _open_cell(cell: Mapping[str, Any] | None) -> Image.Image:
+    """Open an encoded image: its bytes, a local file, or a path that only `datasets` can open, as in an archive."""
+    import datasets
+
+    if cell is None or (cell["bytes"] is None and not cell["path"]):
+        raise ValueError("the image is missing")
+    if cell["bytes"] is not None:
+        return open_image(BytesIO(cell["bytes"]))
+    if Path(cell["path"]).is_file():
+        return open_image(Path(cell["path"]))
+    image: Image.Image = datasets.Image().decode_example(dict(cell))
+    return image
 
 
 def _values(table: Dataset, column: str) -> NDArray[np.generic]:

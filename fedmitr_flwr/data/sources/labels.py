@@ -17,6 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmitr_flwr.data.images import Labels
+from fedmitr_flwr.data.sources.names import almost, positions
 
 if TYPE_CHECKING:
     import pyarrow
@@ -85,12 +86,14 @@ class LabelColumn:
             if wrong:
                 low, high = self.values[0], self.values[-1]
                 raise LabelError(f"must have values from 0 to {len(names) - 1}, but has values from {low} to {high}")
-            place = {value: int(value) for value in self.values}
+            place: dict[int | str, int] = {value: int(value) for value in self.values}
         else:
-            place = {name: number for number, name in reversed(list(enumerate(names)))}
-            wrong = [value for value in self.values if value not in place]
-            if wrong:
-                raise LabelError(f"has labels that are not among the class names: {shown(wrong)}")
+            texts = [str(value) for value in self.values]
+            place = dict(zip(self.values, positions(texts, names).tolist(), strict=True))
+            unknown = [text for text in texts if place[text] < 0]
+            if unknown:
+                hint = almost(unknown[0], names)
+                raise LabelError(f"has labels that are not among the class names: {shown(unknown)}{hint}")
         table = np.array([place[value] for value in self.values] or [0], np.int64)
         rows = np.where(self.rows < 0, -1, table[self.rows])
         return LabelColumn(tuple(names), rows, listed=True, unlabelled=self.unlabelled)
@@ -175,7 +178,7 @@ def read_arrow(column: pyarrow.ChunkedArray, names: Sequence[str] | None = None)
 
 
 def match_splits(splits: Mapping[str, LabelColumn]) -> tuple[tuple[str, ...], bool, list[Labels]]:
-    """Bring the labels of all splits to the classes of the first one, by name.
+    """Bring the labels of all splits to the classes of the first one, by name (compared by `names.name_key`).
 
     Parameters
     ----------
@@ -199,7 +202,6 @@ def match_splits(splits: Mapping[str, LabelColumn]) -> tuple[tuple[str, ...], bo
     """
     first, train = next(iter(splits.items()))
     names = tuple(str(value) for value in train.values)
-    place = {name: number for number, name in enumerate(names)}
     labels = []
     for split, column in splits.items():
         for one, other in ((train, column), (column, train)):
@@ -209,13 +211,13 @@ def match_splits(splits: Mapping[str, LabelColumn]) -> tuple[tuple[str, ...], bo
                     f"has numbers without names in the split {numbers!r} and the class names {shown(other.values)} in "
                     f"the split {named!r}; the same names are required in all splits"
                 )
-        table = np.array([place.get(str(value), -1) for value in column.values] or [0], np.int64)
-        used = np.unique(column.rows)
-        unknown = [column.values[number] for number in used.tolist() if table[number] < 0]
+        texts = [str(value) for value in column.values]
+        table = positions(texts, names)
+        unknown = [texts[number] for number in np.unique(column.rows).tolist() if table[number] < 0]
         if unknown:
             raise LabelError(
                 f"has labels in the split {split!r} that the split {first!r} does not have: {shown(unknown)}; the "
-                f"labels of {first!r} are {shown(names)}"
+                f"labels of {first!r} are {shown(names)}{almost(unknown[0], names)}"
             )
         labels.append(table[column.rows])
     return names, not train.numbers, labels

@@ -20,15 +20,21 @@ _INVISIBLE.update(dict.fromkeys([*range(0x202A, 0x202F), *range(0x2066, 0x206A)]
 
 _TRAIN, _TEST, _EVAL, _VALID = "train", "test", "eval", "valid"
 _WORDS = {
-    **dict.fromkeys(("train", "training", "trn", "trainval"), _TRAIN),
-    **dict.fromkeys(("test", "testing", "tst", "holdout"), _TEST),
+    **dict.fromkeys(("train", "training", "trn", "trainval", "entrenamiento", "entrainement", "apprentissage"), _TRAIN),
+    **dict.fromkeys(("addestramento", "treino", "treinamento", "trainings", "训练", "訓練", "学習"), _TRAIN),
+    **dict.fromkeys(
+        ("test", "testing", "tst", "holdout", "prueba", "pruebas", "teste", "测试", "測試", "テスト"), _TEST
+    ),
     **dict.fromkeys(("eval", "evaluation", "evaluate"), _EVAL),
     **dict.fromkeys(("val", "valid", "validation", "validate", "dev", "devel", "development"), _VALID),
+    **dict.fromkeys(("validacion", "validacao", "validazione", "validierung", "验证", "驗證", "検証"), _VALID),
 }
 _FILLERS = (
-    *("dataset", "data", "subset", "set", "split", "folder", "files", "dir"),
-    *("images", "image", "imgs", "img", "pictures", "photos", "samples", "sample"),
+    *("dataset", "daten", "data", "subset", "set", "split", "folder", "files", "dir"),
+    *("images", "image", "imgs", "img", "pictures", "photos", "samples", "sample", "集"),
 )
+# Words that number parts of a data set, as in "fold1".
+_PARTS = ("batch", "chunk", "client", "cv", "fold", "node", "part", "set", "shard", "site", "split", "subset")
 # Of several folders with one role, the first of these is the split, as in earlier versions.
 _USUAL = ("train", "test", "val", "valid", "validation")
 
@@ -64,7 +70,7 @@ def almost(name: str, names: Iterable[str]) -> str:
     near = [other for other in names if other != name and _folded(other) == _folded(name)]
     if not near:
         return ""
-    case = name_key(name).casefold() == name_key(near[0]).casefold()
+    case = name_key(name).lower() == name_key(near[0]).lower()
     return f"; {spelt(name)} differs from {spelt(near[0])} only in " + (
         "upper and lower case" if case else "the form of its characters in Unicode"
     )
@@ -160,6 +166,12 @@ def held_out_only(name: str) -> bool:
     return role not in ("", _TRAIN) and not rest and name.casefold() != "valid"
 
 
+def are_parts(names: Iterable[str]) -> bool:
+    """Return whether names number the parts of a data set, as "fold1" and "fold2" do."""
+    words = {re.sub(r"[\W\d_]+", "", name.casefold()) for name in names}
+    return len(words) == 1 and words <= set(_PARTS)
+
+
 def _only(names: list[str]) -> str:
     usual = [name for name in _USUAL if name in names]
     if not usual and len(names) > 1:
@@ -182,7 +194,8 @@ def _role(name: str) -> tuple[str, str]:
 
 
 def _word_role(word: str) -> str:
-    word = word.casefold()
+    plain = (letter for letter in unicodedata.normalize("NFD", word.casefold()) if unicodedata.category(letter) != "Mn")
+    word = unicodedata.normalize("NFC", "".join(plain))
     stems = [word, *(word.removesuffix(end) for end in _FILLERS)]
     return next((_WORDS[stem] for stem in stems if stem in _WORDS), "")
 

@@ -122,6 +122,10 @@ def _read(path: Path, origin: Origin, names: list[str] | tuple[str, ...]) -> Arr
                 "save numbers, or texts with numpy.array(names, dtype=str)"
             ) from None
         raise origin.error(f"{path} cannot be read: {error}") from None
+    # NumPy returns the bytes of a member that is not in its format, such as a pickle.
+    foreign = [name for name, array in arrays.items() if not isinstance(array, np.ndarray)]
+    if foreign:
+        raise origin.error(f"`{foreign[0]}` in {path} is not an array in NumPy's format")
     return arrays
 
 

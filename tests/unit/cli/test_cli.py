@@ -163,6 +163,8 @@ def test_flower_s_slow_start_is_tried_again_with_other_ports_and_without_its_dat
 def test_the_run_gets_a_flower_of_its_own(simulate: Simulate, stage: Stage, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setenv("RAY_ADDRESS", "elsewhere:6379")
     monkeypatch.setenv("NO_PROXY", "intern.example.org")
+    monkeypatch.setenv("ALL_PROXY", "socks4://127.0.0.1:9")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
     simulate("completed")
     told = stage.told()
     env = told["env"]
@@ -171,6 +173,8 @@ def test_the_run_gets_a_flower_of_its_own(simulate: Simulate, stage: Stage, monk
     assert env["FLWR_LOCAL_SUPERLINK_HTTP_API_PORT"] not in ("39091", env["FLWR_LOCAL_CONTROL_API_PORT"])
     assert env["no_proxy"] == env["NO_PROXY"] == "intern.example.org,127.0.0.1,localhost"
     assert "RAY_ADDRESS" not in env
+    assert "ALL_PROXY" not in env, "Flower's client fails on a proxy of an unknown kind"
+    assert env["https_proxy"] == "http://127.0.0.1:9"
     assert str(env["PATH"]).startswith(str(stage.bin))
     assert Path(str(told["cwd"])).parent == stage.home()
 

@@ -65,6 +65,22 @@ def test_a_site_with_an_archive_is_mapped_by_the_names_in_it(tmp_path):
     assert images.images([0]).shape == (1, 3, spec.image_size, spec.image_size)
 
 
+def test_the_log_of_a_site_says_which_images_it_uses(tmp_path, caplog):
+    caplog.set_level("INFO", "fedmitr.data")
+    test = np.array([True, False, False, False, True])
+    path = write_npz(tmp_path / "s.npz", per_class=(2, 3), test=test, notes=np.zeros(1))
+    client_images(PHOTOS, {"data-path": str(path)}, NAMES)
+    assert (
+        f"data-path = {path}: 3 images of 3 classes (cat, dog, elk), 3 channels, 16 x 16 pixels; 3 training; left out: "
+        "the arrays notes, whose names have no meaning here, 2 images that it marks as test data"
+    ) in caplog.text
+
+
+def test_the_ending_of_an_archive_may_be_in_capitals(tmp_path):
+    path = write_npz(tmp_path / "s.npz", per_class=(2, 3)).rename(tmp_path / "S.NPZ")
+    assert len(client_images(PHOTOS, {"data-path": str(path)}, NAMES)[0]) == 5
+
+
 def test_a_site_with_an_archive_without_names_is_mapped_by_number(tmp_path):
     test = np.array([True, False, False, False, True])
     path = write_npz(tmp_path / "s.npz", per_class=(2, 3), test=test)

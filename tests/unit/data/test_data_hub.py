@@ -8,7 +8,7 @@ from PIL import Image
 from fedmitr_flwr.data import load_source, load_spec, partition_indices
 from fedmitr_flwr.data.presets import PRESETS, find_preset
 from fedmitr_flwr.settings import DataSettings, PartitionSettings, SettingsError
-from tests.unit.data.data_fixtures import patterned
+from tests.unit.data.data_fixtures import patterned, write_folder
 
 CLASSES = datasets.ClassLabel(names=["cat", "dog", "elk"])
 
@@ -152,11 +152,20 @@ def test_a_dataset_without_a_training_split_is_refused(tmp_path):
 
 def test_a_corrupt_image_is_named_by_its_source(tmp_path):
     encoded = table(12, image="img").cast_column("img", datasets.Image(decode=False))
-    broken = encoded.map(lambda _: {"img": {"bytes": b"not an image", "path": None}})
-    source = load_source(save(tmp_path / "uoft-cs/cifar10", train=broken, test=encoded))
+    bytes_of = [row["img"]["bytes"] for row in encoded]
+
+    def broken(rows):
+        cells = [{"bytes": b"no" if row in rows else bytes_of[row], "path": None} for row in range(12)]
+        changed = encoded.remove_columns("img").add_column("img", cells)
+        return save(tmp_path / f"{len(rows)}/uoft-cs/cifar10", train=changed, test=encoded)
+
+    message = r'data.source = "hub:.*": an image among the rows \[.*\] cannot be read: it is damaged'
+    with pytest.raises(SettingsError, match=message):
+        load_source(broken(range(12)))
+    source = load_source(broken([2]))  # row 2 is not among those that are decoded when a dataset is opened
     assert source.test.images([0]).shape == (1, 3, 32, 32)
-    with pytest.raises(SettingsError, match=r'data.source = "hub:.*": an image among the rows \[\d+\] cannot be read'):
-        source.train.images([0])
+    with pytest.raises(SettingsError, match=message):
+        source.train.reader.read(np.array([2]), 3, 32)
 
 
 def test_a_split_with_other_columns_is_named(tmp_path):
@@ -190,3 +199,30 @@ def test_a_missing_local_copy_is_not_looked_for_on_the_hub(tmp_path, monkeypatch
     monkeypatch.setattr(datasets, "load_dataset", pytest.fail)
     with pytest.raises(SettingsError, match=r"the folder .*gone does not exist"):
         load_source(DataSettings(source=f"hub:{tmp_path}/gone"))
+
+
+def test_a_folder_of_image_files_has_as_a_dataset_what_it_has_as_a_folder(tmp_path):
+    write_folder(tmp_path / "seg_train", {"cat": 4, "dog": 4})
+    write_folder(tmp_path / "seg_test", {"cat": 2, "dog": 1})
+    sources = [load_source(DataSettings(source=f"{kind}:{tmp_path}", image_size=8)) for kind in ("hub", "folder")]
+    for source in sources:
+        assert source.test.histogram(2).tolist() == [2, 1]
+        assert source.train.histogram(2).sum() + source.validation.histogram(2).sum() == 8
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda root: (root / "test").rename(root / "Holdout"), "0 test .* are 8 training images, 4 test"),
+        (lambda root: (root / "train/cat/0.png").rename(root / "train/cat/0"), "7 training images, .* are 8 training"),
+        (lambda root: (root / "train/cat/x.png").symlink_to("/not/there"), "leads nowhere"),
+        (lambda root: (root / "train/cat/all").symlink_to("."), "leads in a circle"),
+        (lambda root: (root / "test/cat/x.png").symlink_to("../../train/cat/0.png"), "the same file in two splits"),
+    ],
+)
+def test_a_folder_in_which_datasets_overlooks_something_is_refused(tmp_path, change, message):
+    write_folder(tmp_path / "train", {"cat": 4, "dog": 4})
+    write_folder(tmp_path / "test", {"cat": 2, "dog": 2})
+    change(tmp_path)
+    with pytest.raises(SettingsError, match=message):
+        load_source(DataSettings(source=f"hub:{tmp_path}", image_size=8))

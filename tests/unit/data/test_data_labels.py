@@ -1,6 +1,9 @@
 """Labels of any type become their classes, or are refused: in archives, in tables, and between splits."""
 
+import pickle
 import time
+import unicodedata
+import zipfile
 from pathlib import Path
 
 import datasets
@@ -53,6 +56,16 @@ TEXT = (datasets.Value("string"), lambda number: COLOURS[number])
 NUMBERS = (datasets.Value("int64"), lambda number: number)
 
 
+def texts(names):
+    """A column of these texts."""
+    return datasets.Value("string"), lambda number: names[number]
+
+
+def named(names):
+    """A column of these class names."""
+    return datasets.ClassLabel(names=names), lambda number: number
+
+
 def save(path: Path, **splits: datasets.Dataset) -> DataSettings:
     datasets.DatasetDict(splits).save_to_disk(str(path / "saved"))
     return DataSettings(source=f"hub:{path / 'saved'}")
@@ -91,8 +104,8 @@ def test_labels_of_an_archive_become_their_distinct_classes_in_ascending_order(t
     assert source.spec.class_names == names
     assert load_spec(settings) == source.spec
     flat = labels.argmax(1) if labels.ndim == 2 and labels.shape[1] > 1 else labels.ravel()
-    texts = [v.decode() if isinstance(v, bytes) else str(v if isinstance(v, str) else int(v)) for v in flat.tolist()]
-    assert names_by_row(source) == dict(enumerate(texts))
+    shown = [v.decode() if isinstance(v, bytes) else str(v if isinstance(v, str) else int(v)) for v in flat.tolist()]
+    assert names_by_row(source) == dict(enumerate(shown))
 
 
 def test_work_is_bounded_by_the_images_and_not_by_the_labels(tmp_path):
@@ -273,6 +286,26 @@ def test_a_damaged_archive_is_refused(tmp_path, damage):
         load_source(settings)
 
 
+@pytest.mark.parametrize("name", ["label", "class_names", "test", "images"])
+def test_a_pickle_in_an_archive_is_refused_and_not_read(tmp_path, name):
+    path = write_npz(tmp_path / "x.npz", **{name: None})
+    with zipfile.ZipFile(path, "a") as archive:
+        archive.writestr(f"{name}.npy", pickle.dumps(Trap(tmp_path / "ran")))
+    with pytest.raises(SettingsError, match=r"is not an array in NumPy's format|is not a readable"):
+        load_source(DataSettings(source=f"npz:{path}"))
+    assert not (tmp_path / "ran").exists()
+
+
+class Trap:
+    """An object that makes a file when it is unpickled."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self):
+        return Path.touch, (self.path,)
+
+
 def test_given_names_rename_label_numbers_only_where_they_are_positions(tmp_path):
     renamed = archive(tmp_path).model_copy(update={"class_names": "ant,bee,cow"})
     assert load_source(renamed).spec.class_names == ("ant", "bee", "cow")
@@ -372,6 +405,21 @@ def test_labels_of_splits_that_cannot_be_matched_are_refused(tmp_path, train, te
         load_source(settings)
 
 
+@pytest.mark.parametrize(("train", "test"), [(texts, texts), (named, texts), (texts, named), (named, named)])
+def test_composed_and_decomposed_names_of_splits_are_one_class(tmp_path, train, test):
+    first, second = [unicodedata.normalize("NFC", "café"), "dog"], [unicodedata.normalize("NFD", "café"), "dog"]
+    settings = save(tmp_path, train=split([0, 1] * 9, *train(first)), test=split([1, 0, 0], *test(second)))
+    assert load_source(settings).test.labels.tolist() == [
+        load_source(settings).spec.class_names.index(name) for name in ("dog", first[0], first[0])
+    ]
+
+
+def test_names_that_differ_only_in_case_are_refused_with_the_reason(tmp_path):
+    settings = save(tmp_path, train=split([0, 1] * 9, *TEXT), test=split([0, 1], *texts(["Cat", "dog"])))
+    with pytest.raises(SettingsError, match=r"does not have: Cat; .* differs from 'cat' only in upper and lower case"):
+        load_source(settings)
+
+
 def test_numbers_are_matched_to_names_that_are_the_same_numbers(tmp_path):
     digits = datasets.ClassLabel(names=["0", "1", "2"])
     text = (datasets.Value("string"), str)
@@ -391,6 +439,55 @@ def test_domains_of_splits_are_read_by_the_names_of_their_own_split(tmp_path):
     train, test = part(TRAIN, ["art", "photo"], [0, 1] * 9), part([0, 1], ["x", "y", "photo"], [2, 2])
     source = load_source(save(tmp_path, train=train, test=test))
     assert source.test.columns["domain"].tolist() == ["photo", "photo"]
+
+
+def test_each_split_may_be_saved_alone(tmp_path):
+    train, test = split(TRAIN, *classes("cat", "dog", "elk")), split([0, 2, 2], *classes("elk", "cat"))
+    train.save_to_disk(str(tmp_path / "train"))
+    test.save_to_disk(str(tmp_path / "test"))
+    source = load_source(DataSettings(source=f"hub:{tmp_path}"))
+    assert wrong_labels(source) == 0
+    assert len(source.test) == 3
+
+
+@pytest.mark.parametrize(
+    ("first", "second"),
+    [
+        (classes("cat", "dog", "elk"), classes("cat", "elk")),
+        (classes("cat", "dog", "elk"), classes("elk", "dog", "cat")),
+        (classes("cat", "dog", "elk"), NUMBERS),
+        (NUMBERS, classes("cat", "dog", "elk")),
+    ],
+)
+@pytest.mark.parametrize("files", [("train-0", "test-0"), ("train-0", "train-1"), ("train", "validation")])
+def test_parquet_files_with_different_class_names_are_refused(tmp_path, first, second, files):
+    split(TRAIN, *first).to_parquet(tmp_path / f"{files[0]}.parquet")
+    split([0, 2, 0], *second).to_parquet(tmp_path / f"{files[1]}.parquet")
+    with pytest.raises(
+        SettingsError, match=r"has files with different class names for the column 'label': .* in \S+ and"
+    ):
+        load_source(DataSettings(source=f"hub:{tmp_path}"))
+
+
+def test_a_card_may_declare_the_names_of_files_without_names(tmp_path):
+    split(TRAIN, *NUMBERS).to_parquet(tmp_path / "train-0.parquet")
+    names = "".join(f"          '{number}': {name}\n" for number, name in enumerate(("elk", "cat", "dog")))
+    (tmp_path / "README.md").write_text(
+        "---\ndataset_info:\n  features:\n  - name: image\n    dtype: image\n  - name: label\n    dtype:\n"
+        f"      class_label:\n        names:\n{names}  splits:\n  - name: train\n    num_examples: 18\n---\n"
+    )
+    assert load_source(DataSettings(source=f"hub:{tmp_path}")).spec.class_names == ("elk", "cat", "dog")
+
+
+def test_a_folder_of_images_has_one_list_of_classes(tmp_path):
+    for part, numbers in (("train", (0, 1, 2)), ("test", (0, 2))):
+        for number in numbers:
+            (tmp_path / part / COLOURS[number]).mkdir(parents=True)
+            for copy in range(4):
+                picture(number).save(tmp_path / part / COLOURS[number] / f"{copy}.png")
+    source = load_source(DataSettings(source=f"hub:{tmp_path}"))
+    assert wrong_labels(source) == 0
+    assert len(source.test) == 8
 
 
 LIST = datasets.List

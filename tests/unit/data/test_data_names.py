@@ -48,6 +48,10 @@ def site(path, spec=SPEC):
         (["trainset", "testset"], {TRAIN: "trainset", TEST: "testset"}),
         (["Training Data", "Hold-out"], {TRAIN: "Training Data", TEST: "Hold-out"}),
         (["flowers-train", "flowers-dev"], {TRAIN: "flowers-train", TEST: "flowers-dev"}),
+        (["Entrenamiento", "Prueba", "Validaci\u00f3n"], {0: "Entrenamiento", 2: "Prueba", 1: "Validaci\u00f3n"}),
+        (["Trainingsdaten", "Testdaten"], {TRAIN: "Trainingsdaten", TEST: "Testdaten"}),
+        (["entrai\u0302nement", "test"], {TRAIN: "entrai\u0302nement", TEST: "test"}),
+        (["\u8bad\u7ec3\u96c6", "\u6d4b\u8bd5\u96c6"], {TRAIN: "\u8bad\u7ec3\u96c6", TEST: "\u6d4b\u8bd5\u96c6"}),
         (["trainval", "test"], {TRAIN: "trainval", TEST: "test"}),
         (["train", "eval", "validation"], {TRAIN: "train", TEST: "eval", VALIDATION: "validation"}),
         (["train", "test", "extra"], {TRAIN: "train", TEST: "test"}),
@@ -122,7 +126,7 @@ def test_images_of_a_class_called_train_at_a_site_are_used(tmp_path):
             r"class folder .*cat has split folders in it \(test, train",
         ),
         (["train/cat", "train/dog", "unlabelled"], "train looks like a split, because it has folders and no images"),
-        (["Train", "Test"], "Train has no class folders"),
+        (["Train", "Test"], "Train has no class folders, but is the training split beside .*Test; put"),
         (["train_cat", "test_cat", "train_dog", "test_dog"], "look like splits of single classes"),
     ],
 )
@@ -141,6 +145,17 @@ def test_class_folders_with_the_same_folders_in_them_are_warned_of(tmp_path, cap
         write_folder(tmp_path / group, {"cat": 3, "dog": 3})
     load_source(settings(tmp_path))
     assert "all class folders (2019, 2020) have the same folders (cat, dog)" in caplog.text
+
+
+@pytest.mark.parametrize("names", [("fold1", "fold2", "fold3"), ("Part_A1", "Part_A2"), ("batch-0", "Batch-1")])
+def test_numbered_parts_of_a_data_set_are_no_classes(tmp_path, names):
+    for name in names:
+        write_folder(tmp_path / name, {"cat": 3, "dog": 3})
+    if names[0] == "Part_A1":
+        assert load_source(settings(tmp_path)).spec.class_names == names
+        return
+    with pytest.raises(SettingsError, match=r"have the same folders \(cat, dog\) and no images beside them"):
+        load_source(settings(tmp_path))
 
 
 def test_the_log_names_splits_and_what_lies_beside_them(tmp_path, caplog):

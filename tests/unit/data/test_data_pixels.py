@@ -83,7 +83,7 @@ REFUSED = {
     "float--1-1.tif": (lambda path: tiff(path, (2 * RAMP - 1).astype(np.float32)), "it has the value -1"),
     "float-nan.tif": (lambda path: tiff(path, (RAMP / RAMP).astype(np.float32)), "values that are not finite"),
     "float-colours.tif": (lambda path: tiff(path, COLOURS.astype(np.float32)), "kind of pixels that Pillow does not"),
-    "float-64.tif": (lambda path: tiff(path, RAMP), "kind of pixels that Pillow does not know"),
+    "float-64.tif": (lambda path: tiff(path, RAMP), "kind of pixels that Pillow does not"),
     "lab.tif": (lambda path: Image.new("LAB", (64, 64)).save(path), "pixels of the kind LAB"),
 }
 
@@ -195,18 +195,51 @@ def test_exif_data_turns_an_image_in_every_reader(tmp_path, orientation, kind, e
         assert np.abs(np.array(quarters) - [255, 160, 80, 0]).max() < 6
 
 
-def test_a_hub_dataset_gives_the_pixels_of_the_folder(tmp_path):
+def save_table(root, files):
+    """Save files as a Hub dataset: half of them are of class a."""
     datasets = pytest.importorskip("datasets")
-    write_source(tmp_path / "photos", "photo.jpg", lambda path: photograph(path, 6, "JPEG"))
-    files = sorted(map(str, (tmp_path / "photos").rglob("*.jpg")))
     features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["a", "b"])})
-    rows = {"image": files, "label": [0, 0, 0, 1, 1, 1]}
-    datasets.DatasetDict(train=datasets.Dataset.from_dict(rows, features=features)).save_to_disk(tmp_path / "table")
-    table, folder = (
-        load_source(DataSettings(source=f"{kind}:{tmp_path / name}", image_size=16))
-        for kind, name in (("hub", "table"), ("folder", "photos"))
-    )
-    assert (table.train.images([0, 1]) == folder.train.images([0, 1])).all()
+    rows = {"image": [str(path) for path in files], "label": [2 * row // len(files) for row in range(len(files))]}
+    datasets.DatasetDict(train=datasets.Dataset.from_dict(rows, features=features)).save_to_disk(root)
+    return DataSettings(source=f"hub:{root}", image_size=16)
+
+
+def saved_photograph(path, size):
+    photograph(path, 6, "JPEG")
+    with Image.open(path) as image:
+        image.resize((size, size)).save(path, exif=image.getexif(), quality=95)
+
+
+@pytest.mark.parametrize(
+    ("name", "write"),
+    [
+        ("photo.jpg", lambda path: saved_photograph(path, 32)),
+        ("large-photo.jpg", lambda path: saved_photograph(path, 500)),
+        *((name, TAKEN[name]) for name in ("16-bits.png", "16-bit-colours.png", "float-0-1.tif", "12-bits.pgm")),
+    ],
+)
+def test_a_hub_dataset_gives_the_pixels_of_the_folder(tmp_path, name, write):
+    write_source(tmp_path / "photos", name, write)
+    files = sorted((tmp_path / "photos").rglob("*.*"))
+    table = load_source(save_table(tmp_path / "table", files)).train
+    folder = load_source(DataSettings(source=f"folder:{tmp_path / 'photos'}", image_size=16)).train
+    assert (table.reader.read(table.rows, 3, 16) == folder.reader.read(folder.rows, 3, 16)).all()
+
+
+@pytest.mark.parametrize("name", ["12-bits.png", "12-bit-colours.png", "8-bits-in-32.tif", "float-nan.tif"])
+@pytest.mark.filterwarnings("ignore:invalid value")
+def test_a_hub_dataset_whose_white_is_not_known_is_refused(tmp_path, name):
+    write, message = REFUSED[name]
+    write_source(tmp_path / "photos", name, write)
+    files = sorted((tmp_path / "photos").rglob("*.*"))
+    with pytest.raises(SettingsError, match=f'data.source = "hub:.*{message}'):
+        load_source(save_table(tmp_path / "table", files))
+
+
+def test_a_dark_image_of_a_hub_dataset_is_read_as_the_bright_ones(tmp_path):
+    files = [png16(tmp_path / f"{row}.png", bits16(COLOURS, 65535 if row == 5 else 5000)) for row in range(6)]
+    source = load_source(save_table(tmp_path / "table", files))
+    assert source.train.reader.read(np.array([0, 5]), 3, 16).amax((1, 2, 3)).tolist() == [18, 247]
 
 
 @pytest.mark.parametrize("value", [0, 9, 42])

@@ -158,7 +158,7 @@ def test_evaluate_takes_another_source_with_the_same_classes(run: Path) -> None:
     ("arguments", "message"),
     [
         (["predict", "RUN", "none.png"], 'IMAGE = "none.png": No such file'),
-        (["predict", "RUN", "text.png"], 'IMAGE = "text.png": it is no image that can be read'),
+        (["predict", "RUN", "text.png"], 'IMAGE = "text.png": cannot be read as an image: it is damaged'),
         (["predict", "nowhere", "text.png"], "is not a run"),
         (["predict", "RUN", "12-bits.png"], 'IMAGE = "12-bits.png": the images of 16 or more bits have no value above'),
         (["predict", "RUN", "dangling.png"], 'IMAGE = "dangling.png": No such file'),

@@ -75,7 +75,7 @@ def test_a_home_that_cannot_be_written_is_kept_if_it_has_caches_to_read(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(home.tempfile, "gettempdir", lambda: str(tmp_path))
-    monkeypatch.setattr(home.os, "access", lambda *_: False)
+    monkeypatch.setattr(home.os, "access", lambda path, mode: mode == os.R_OK and Path(path).exists())
     monkeypatch.setenv("HOME", str(tmp_path / "mine"))
     (tmp_path / "mine" / ".cache").mkdir(parents=True)
     ensure_home()
