@@ -261,7 +261,10 @@ def test_moments_reach_the_pipeline_and_a_resumed_run_reads_them_from_disk(tmp_p
             expected = fake_moments(partition).tensors()
             assert all(torch.equal(value, expected[name]) for name, value in upload.moments.tensors().items())
     (tmp_path / "run" / "uploads" / "round-1" / "partition-1.moments.safetensors").unlink()
-    with RunDirectory.resume(tmp_path / "run") as run, pytest.raises(ValueError, match="not those that were collected"):
+    with (
+        RunDirectory.resume(tmp_path / "run") as run,
+        pytest.raises(ValueError, match="differ from those that were collected"),
+    ):
         start(make(run, **SHARED)[0], FakeGrid([honest] * 3))
 
 
@@ -339,6 +342,13 @@ def test_moments_that_were_not_asked_for_are_neither_sent_nor_kept(run: RunDirec
     assert sent == [False]
     assert [upload.moments for upload in pipeline.clients[0]] == [None, None]
     assert not list(run.uploads(1).glob("*.moments.safetensors"))
+
+
+def test_a_client_without_images_has_no_moments_and_is_not_refused(run: RunDirectory) -> None:
+    strategy, pipeline = make(run, **SHARED)
+    start(strategy, FakeGrid([honest, lambda message, _: honest(message, 9)]))  # partition 9 has no images
+    assert counts(strategy) == {"asked": 2, "accepted": 1, "refused": 0, "failed": 0, "empty": 1}
+    assert all(upload.moments is not None for upload in pipeline.clients[0])
 
 
 def test_disk_and_memory_plans_count_the_moments() -> None:
