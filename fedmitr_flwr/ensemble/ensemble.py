@@ -1,4 +1,4 @@
-"""The K client models as one frozen function, A(x) = sum_k w_k(c) p_k(c|x).
+"""The K client models as one frozen function A(x), by default sum_k w_k(c) p_k(c|x).
 
 Teachers of an architecture that `packing.py` supports are packed and run by the hand-written passes of `passes.py`.
 Other teachers, and calls that need autograd, use `vit.forward_patches`.
@@ -15,6 +15,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from fedmitr_flwr.ensemble.combining import COMBINATIONS, Combined
 from fedmitr_flwr.ensemble.engine.graphs import Graphs
 from fedmitr_flwr.ensemble.engine.groups import Group, Step, group_teachers
 from fedmitr_flwr.ensemble.engine.kernels import Arena
@@ -22,6 +23,7 @@ from fedmitr_flwr.ensemble.engine.teachers import MemoryLimits, PagedTeachers
 from fedmitr_flwr.ensemble.loss_terms import Seen, Term
 from fedmitr_flwr.ensemble.outputs import EnsembleOutput, LossGradient, TeacherOutputs
 from fedmitr_flwr.models.vit import forward_patches
+from fedmitr_flwr.settings import Combination
 
 LABEL_ROWS = 1600
 """Number of patches in one forward pass without gradients, so that a small ViT's activations stay in the L2 cache.
@@ -49,6 +51,8 @@ class Ensemble:
         Memory limits; None: the defaults.
     graphs
         State of CUDA graphs that is shared with another ensemble on the same device; None: a new one.
+    rule
+        How the teachers' outputs are combined, a name in `combining.COMBINATIONS`.
 
     Raises
     ------
@@ -62,6 +66,8 @@ class Ensemble:
         weights: Tensor,
         limits: MemoryLimits | None = None,
         graphs: Graphs | None = None,
+        *,
+        rule: Combination = "probabilities",
     ) -> None:
         if weights.ndim != 2 or len(weights) != len(teachers) or len(teachers) == 0:
             raise ValueError(f"weights of shape {tuple(weights.shape)} do not fit {len(teachers)} teachers")
@@ -73,7 +79,7 @@ class Ensemble:
         else:
             self.teachers = [teacher.eval().requires_grad_(False) for teacher in teachers]
             self._hold = sum(self.limits.shrink(teacher, len(teachers)) for teacher in self.teachers) == 0
-        self.weights = weights
+        self.weights, self.rule = weights, rule
         self._groups: dict[torch.dtype, list[Group]] = {}
         self._scratch = Arena()
         self._kept: list[Arena] = []
@@ -181,8 +187,8 @@ class Ensemble:
                 features += [out.features] if terms else []
         logits.requires_grad_(True)
         with torch.enable_grad():
-            probabilities = self.combine(logits)
-            loss = -probabilities.gather(1, labels[:, None]).squeeze(1).clamp_min(1e-12).log()
+            probabilities, logs = self._combined(logits)
+            loss = -logs.gather(1, labels[:, None]).squeeze(1)
             total, leaves = loss.sum(), [logits]
             if terms:
                 leaves += [leaf.detach().requires_grad_(True) for leaf in (patches, *features)]
@@ -203,8 +209,10 @@ class Ensemble:
 
     def combine(self, logits: Tensor) -> Tensor:
         """Combine the teachers' ``(K, B, C)`` logits into the ensemble's ``(B, C)`` probabilities."""
-        total = (self.weights[:, None] * logits.softmax(-1)).sum(0)
-        return total / total.sum(-1, keepdim=True).clamp_min(1e-30)
+        return self._combined(logits).probabilities
+
+    def _combined(self, logits: Tensor) -> Combined:
+        return COMBINATIONS[self.rule](logits, self.weights)
 
     def _share(self, probabilities: Tensor, seen: Tensor, labels: Tensor | None) -> Tensor:
         """Return the ``(B, L)`` mean of the teachers' attention, weighted by their class weights."""
@@ -242,8 +250,21 @@ class Ensemble:
         total = weights.sum(0)
         weights = torch.where(total > 0, weights / total.clamp_min(1e-30), torch.full_like(weights, 1 / count))
         if isinstance(self.teachers, PagedTeachers):
-            return Ensemble(self.teachers.take(members.tolist(), self.limits), weights, self.limits, self.graphs)
-        return Ensemble([self.teachers[k] for k in members.tolist()], weights, self.limits, self.graphs)
+            return self.with_weights(weights, self.teachers.take(members.tolist(), self.limits))
+        return self.with_weights(weights, [self.teachers[k] for k in members.tolist()])
+
+    def with_weights(self, weights: Tensor, teachers: Sequence[VisionTransformer] | None = None) -> Ensemble:
+        """Return an ensemble with other weights, and otherwise as this one.
+
+        Parameters
+        ----------
+        weights
+            ``(K, C)`` weights of its teachers.
+        teachers
+            Its K teachers; None: the same.
+        """
+        chosen = self.teachers if teachers is None else teachers
+        return Ensemble(chosen, weights, self.limits, self.graphs, rule=self.rule)
 
     def release(self) -> None:
         """Free the memory of the activations."""

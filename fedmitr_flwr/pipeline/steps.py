@@ -58,7 +58,7 @@ def make_ensemble(inputs: PipelineInputs) -> tuple[Ensemble, Tensor]:
     weights = class_weights(known_of, settings.ensemble.power, heard)
     inputs.observer.snapshot("ensemble", evidence=known_of, weights=weights)
     known = (known_of.sum(0) > 0).nonzero().squeeze(1)
-    return Ensemble(teachers, weights.to(device), limits), known.to(device)
+    return Ensemble(teachers, weights.to(device), limits, rule=settings.ensemble.combine), known.to(device)
 
 
 def evidence_of(inputs: PipelineInputs) -> Tensor:

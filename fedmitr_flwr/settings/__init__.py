@@ -7,6 +7,7 @@ test compares all three.
 
 from fedmitr_flwr.settings.choices import (
     Augmentation,
+    Combination,
     InversionName,
     MethodName,
     Precision,
@@ -29,6 +30,7 @@ from fedmitr_flwr.settings.server_stages import (
 
 __all__ = [
     "Augmentation",
+    "Combination",
     "DataSettings",
     "DensitySettings",
     "DistillSettings",

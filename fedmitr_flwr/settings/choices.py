@@ -1,7 +1,8 @@
 """The choices of the settings whose values are names, and what each name stands for.
 
-Four of the lists have a registry that maps each name to its implementation: `pipeline.methods.METHODS`,
-`stages.inversion.methods.INVERSION`, `ensemble.weighting.WEIGHTINGS` and `stages.random_images.families.FAMILIES`.
+Five of the lists have a registry that maps each name to its implementation: `pipeline.methods.METHODS`,
+`stages.inversion.methods.INVERSION`, `ensemble.weighting.WEIGHTINGS`, `ensemble.combining.COMBINATIONS` and
+`stages.random_images.families.FAMILIES`.
 Their names have a description here, from which the settings page is made. Tests check that list, descriptions and
 registry have the same names.
 """
@@ -31,6 +32,9 @@ MOMENT_METHODS: tuple[MethodName, ...] = ("lda", "ridge")
 
 Weighting = Literal["uniform", "examples", "histogram", "competence"]
 """Choices of `ensemble.weighting`."""
+
+Combination = Literal["probabilities", "logits", "sigmoids"]
+"""Choices of `ensemble.combine`."""
 
 InversionName = Literal["sparse", "rebirth"]
 """Choices of `inversion.method`."""
@@ -89,6 +93,18 @@ WEIGHTINGS = (
     Choice(
         "competence",
         description="that number as estimated from the update of the classifier head; needs only the upload",
+    ),
+)
+COMBINATIONS = (
+    Choice("probabilities", description="the weighted mean of their probabilities"),
+    Choice(
+        "logits",
+        description="the softmax of the weighted mean of their logits, as in Co-Boosting; a teacher with large logits "
+        "counts more",
+    ),
+    Choice(
+        "sigmoids",
+        description="the weighted mean of the sigmoids of their logits, divided by its sum over the classes",
     ),
 )
 INVERSIONS = (

@@ -7,10 +7,12 @@ from typing import Literal, Self
 from pydantic import Field, model_validator
 
 from fedmitr_flwr.settings.choices import (
+    COMBINATIONS,
     INVERSIONS,
     RANDOM_FAMILIES,
     WEIGHTINGS,
     Augmentation,
+    Combination,
     InversionName,
     Precision,
     RandomFamily,
@@ -22,7 +24,7 @@ from fedmitr_flwr.settings.run_config import FloatList, IntList, SettingsError, 
 
 
 class EnsembleSettings(Stage):
-    """Weights of the teachers in the ensemble A(x) = sum_k w_k(c) p_k(c|x), for teacher k and class c."""
+    """The ensemble A(x), by default sum_k w_k(c) p_k(c|x) for teacher k and class c."""
 
     weighting: Weighting = Field(
         "competence",
@@ -34,6 +36,10 @@ class EnsembleSettings(Stage):
         le=4.0,
         description="Exponent on the evidence before it is normalised to weights. 0: equal weights for all teachers "
         "that know the class; 1: weights proportional to the evidence.",
+    )
+    combine: Combination = Field(
+        "probabilities",
+        description=described("How the teachers' outputs become one distribution.", COMBINATIONS),
     )
     outlier_guard: float = Field(
         0.0,

@@ -112,7 +112,7 @@ def reweighted(ensemble: Ensemble, vote_weights: Tensor) -> Ensemble:
     scaled = ensemble.weights * vote_weights[:, None]
     total = scaled.sum(0)
     weights = torch.where(total > 0, scaled / total.clamp_min(1e-12), ensemble.weights)
-    return Ensemble(ensemble.teachers, weights, ensemble.limits)
+    return ensemble.with_weights(weights)
 
 
 def vote_weight_step(ensemble: Ensemble, vote_weights: Tensor, logits: Tensor, labels: Tensor, size: float) -> Tensor:

@@ -7,10 +7,19 @@ from typing import get_args
 
 import pytest
 
+from fedmitr_flwr.ensemble.combining import COMBINATIONS
 from fedmitr_flwr.ensemble.weighting import WEIGHTINGS
 from fedmitr_flwr.pipeline.methods import METHODS
 from fedmitr_flwr.results.metrics import METRICS
-from fedmitr_flwr.settings import InversionName, MethodName, RandomFamily, Settings, Weighting, choices
+from fedmitr_flwr.settings import (
+    Combination,
+    InversionName,
+    MethodName,
+    RandomFamily,
+    Settings,
+    Weighting,
+    choices,
+)
 from fedmitr_flwr.stages.inversion.methods import INVERSION
 from fedmitr_flwr.stages.random_images.families import FAMILIES
 from fedmitr_flwr.training.reported import REPORTED
@@ -19,6 +28,7 @@ from tests.pages import ROOT
 LISTS = {
     "run.method": (MethodName, METHODS, choices.METHODS),
     "ensemble.weighting": (Weighting, WEIGHTINGS, choices.WEIGHTINGS),
+    "ensemble.combine": (Combination, COMBINATIONS, choices.COMBINATIONS),
     "inversion.method": (InversionName, INVERSION, choices.INVERSIONS),
     "distill.noise-kind": (RandomFamily, FAMILIES, choices.RANDOM_FAMILIES),
 }
