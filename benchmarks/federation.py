@@ -20,14 +20,17 @@ from safetensors.torch import load_file
 from fedmitr_flwr.data import ImageSpec, Source, load_source, partition_indices
 from fedmitr_flwr.models import build, moments, vit, weights
 from fedmitr_flwr.models.build import build_model
-from fedmitr_flwr.models.moments import Moments, feature_moments
+from fedmitr_flwr.models.feature_prior import FeaturePrior
+from fedmitr_flwr.models.moments import Moments
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, Upload
 from fedmitr_flwr.runs.observer import Observer
 from fedmitr_flwr.runs.tensors import checksum, write_tensors
 from fedmitr_flwr.settings import Settings
-from fedmitr_flwr.training import augment, local, optimizer
+from fedmitr_flwr.stages import feature_prior as feature_prior_code
+from fedmitr_flwr.stages.feature_prior import feature_prior
+from fedmitr_flwr.training import augment, head_start, local, optimizer
+from fedmitr_flwr.training.client import train_model
 from fedmitr_flwr.training.initial import initial_state
-from fedmitr_flwr.training.local import train_local
 
 CLIENT_STAGES = ("data", "partition", "model", "train")
 
@@ -68,6 +71,7 @@ def train_federation(settings: Settings, num_clients: int, cache: Path) -> Feder
     folder = cache / _digest(settings, initial, num_clients)
     folder.mkdir(parents=True, exist_ok=True)
     clients = []
+    prior: FeaturePrior | None = None
     for number, rows in enumerate(partition_indices(source.train, settings.partition, num_clients)):
         if len(rows) == 0:
             continue
@@ -78,11 +82,13 @@ def train_federation(settings: Settings, num_clients: int, cache: Path) -> Feder
             images = source.train.subset(rows)
             device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
             seed = settings.run.seed + number
-            if settings.train.share_moments:
-                size = settings.train.batch_size
-                found = feature_moments(model, images, source.spec, batch_size=size, device=device)
+            if settings.train.head_start == "discriminant" and prior is None:
+                prior = feature_prior(settings, source.spec, initial, device)
+            result, found = train_model(
+                model, images, source.spec, settings.train, prior=prior, seed=seed, device=device
+            )
+            if found is not None:
                 write_tensors(beside, found.tensors())
-            result = train_local(model, images, source.spec, settings.train, seed=seed, device=device)
             about = {"num_examples": str(result.num_examples), "histogram": json.dumps(result.histogram)}
             write_tensors(path, model.state_dict(), about)
         with safe_open(path, "pt") as file:
@@ -95,7 +101,9 @@ def train_federation(settings: Settings, num_clients: int, cache: Path) -> Feder
 
 
 def _digest(settings: Settings, initial: Mapping[str, torch.Tensor], num_clients: int) -> str:
-    modules = (augment, build, local, optimizer, vit, weights, *((moments,) if settings.train.share_moments else ()))
+    starts = (feature_prior_code, head_start, moments) if settings.train.head_start == "discriminant" else ()
+    shares = (moments,) if settings.train.share_moments and not starts else ()
+    modules = (augment, build, local, optimizer, vit, weights, *starts, *shares)
     code = [Path(str(module.__file__)).read_text() for module in modules]
     seen = {key: value for key, value in settings.flat().items() if key.split(".")[0] in CLIENT_STAGES}
     machine = [torch.__version__, torch.get_num_threads()]

@@ -15,6 +15,7 @@ from flwr.common.constant import ErrorCode
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.federation.code_digest import check_digest
 from fedmitr_flwr.federation.uploads.records import decode_trusted, encode_state
+from fedmitr_flwr.models.feature_prior import FeaturePrior
 from fedmitr_flwr.runs.log import console_log
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.training.client import client_name, train_client
@@ -67,6 +68,11 @@ def _log_of(node_config: Mapping[str, object]) -> Iterator[None]:
         data.setLevel(level)
 
 
+def _prior(content: RecordDict) -> FeaturePrior | None:
+    arrays = content.array_records.get("prior")
+    return None if arrays is None else FeaturePrior.from_tensors(decode_trusted(arrays))
+
+
 def _train(content: RecordDict, context: Context, name: str) -> RecordDict:
     config = content.config_records["config"]
     digest = check_digest(str(config["digest"]))  # first, because other code may read the rest differently
@@ -76,6 +82,7 @@ def _train(content: RecordDict, context: Context, name: str) -> RecordDict:
         spec=ImageSpec.from_json(str(config["spec"])),
         round_number=int(str(config["round"])),
         initial=decode_trusted(content.array_records["arrays"]),
+        prior=_prior(content),
     )
     limit = settings.train.time_limit_seconds or settings.run.deadline_seconds
     with time_limit(limit, "training"):

@@ -70,7 +70,7 @@ def prepare(settings: Settings, num_partitions: int | None) -> Federation:
         if num_partitions is not None:
             partition_indices(source.train, settings.partition, num_partitions)
     model = build_model(settings.model, spec)
-    if settings.train.share_moments:
+    if settings.train.share_moments or settings.train.head_start == "discriminant":
         check_one_head(model, settings.model.name)
     return Federation(spec, held_out, device, found)
 

@@ -32,6 +32,7 @@ from fedmitr_flwr.pipeline.methods.fedmitr import FEDMITR
 from fedmitr_flwr.runs.directory import COLLECTED, RunDirectory
 from fedmitr_flwr.runs.observer import Observer
 from fedmitr_flwr.settings import Settings
+from fedmitr_flwr.stages.feature_prior import feature_prior
 from fedmitr_flwr.training.reported import REPORTED
 
 log = logging.getLogger("fedmitr.strategy")
@@ -184,10 +185,11 @@ class FedMITR(Strategy):
             "spec": self.spec.to_json(),
             "round": server_round,
         }
+        sent = {"arrays": arrays, **self._prior(server_round)}
         ttl = run.deadline_seconds + _TTL_MARGIN
         messages = [
             Message(
-                RecordDict({"arrays": arrays, "config": unguessable(shared)}),
+                RecordDict({**sent, "config": unguessable(shared)}),
                 node,
                 MessageType.TRAIN,
                 ttl=ttl,
@@ -276,6 +278,14 @@ class FedMITR(Strategy):
         )
         store.recover()
         return store
+
+    def _prior(self, server_round: int) -> dict[str, ArrayRecord]:
+        """Return the record from which the clients start their heads; empty if they start from the initialisation."""
+        if self.settings.train.head_start != "discriminant" or server_round > 1:
+            return {}
+        log.info("configure_train: computing features of random images (train.head-start = discriminant)")
+        prior = feature_prior(self.settings, self.spec, self._initial, self.device)
+        return {"prior": encode_state(prior.tensors())}
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

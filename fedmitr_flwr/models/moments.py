@@ -134,7 +134,7 @@ def check_one_head(model: VisionTransformer, name: str = "") -> None:
     """
     if isinstance(model, VisionTransformerDistilled):
         shown = name or (getattr(model, "pretrained_cfg", None) or {}).get("architecture") or type(model).__name__
-        allowed = "has two classifier heads; train.share-moments = true needs a model with one"
+        allowed = "has two classifier heads; train.share-moments and train.head-start = discriminant need one head"
         raise SettingsError(("model.name", shown, allowed))
 
 

@@ -176,6 +176,13 @@ class TrainSettings(Stage):
         "(balanced softmax, Ren et al. 2020). The upload is used without that term, so the client's label skew does "
         "not shift its predictions.",
     )
+    head_start: Literal["initial", "discriminant"] = Field(
+        "initial",
+        description="Weights from which a client's classifier head starts in the first round. `initial`: those of the "
+        "common initialisation. `discriminant`: a linear discriminant of the client's images on the features of the "
+        "common initialisation, with a covariance that all clients share. The server computes the covariance on random "
+        "images. For a pretrained model.",
+    )
     share_label_histogram: bool = Field(
         False,
         description="Upload the client's number of images of each class. Required by `ensemble.weighting = histogram`.",

@@ -7,13 +7,16 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
-from fedmitr_flwr.data import client_images
+from fedmitr_flwr.data import ImageSet, ImageSpec, client_images
 from fedmitr_flwr.models.build import build_model
-from fedmitr_flwr.models.moments import feature_moments
-from fedmitr_flwr.settings import RunConfigValue
+from fedmitr_flwr.models.feature_prior import FeaturePrior
+from fedmitr_flwr.models.moments import Moments, feature_moments
+from fedmitr_flwr.settings import RunConfigValue, TrainSettings
 from fedmitr_flwr.settings.seeds import client_seed
-from fedmitr_flwr.training.local import train_local
+from fedmitr_flwr.training.head_start import start_head
+from fedmitr_flwr.training.local import LocalResult, train_local
 from fedmitr_flwr.training.reported import REPORTED
 from fedmitr_flwr.training.upload import ClientTask, ClientUpload
 from fedmitr_flwr.training.upload_steps import prepare_upload
@@ -69,7 +72,7 @@ def train_client(task: ClientTask, node_config: Mapping[str, RunConfigValue], na
     Raises
     ------
     SettingsError
-        If the data or the model cannot be loaded, or the model has two heads and `train.share-moments` is set.
+        If the data or the model cannot be loaded, or the model has two heads and feature moments are needed.
     RuntimeError
         If `task.initial` does not fit the model.
     """
@@ -80,11 +83,50 @@ def train_client(task: ClientTask, node_config: Mapping[str, RunConfigValue], na
     model.load_state_dict(task.initial)
     seed = training_seed(node_config, name, task.settings.run.seed, task.round_number)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    settings, moments = task.settings.train, None
-    if settings.share_moments:  # before training, while the model holds the common weights
-        moments = feature_moments(model, images, spec, batch_size=settings.batch_size, device=device)
-    result = train_local(model, images, spec, settings, seed=seed, device=device)
+    result, moments = train_model(model, images, spec, task.settings.train, prior=task.prior, seed=seed, device=device)
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
     trained = ClientUpload(state, result.num_examples, result.histogram, result.loss, result.accuracy, moments=moments)
     upload = prepare_upload(trained, task, seed)
     return replace(upload, numbers={number.name: number.compute(upload, task) for number in REPORTED})
+
+
+def train_model(
+    model: VisionTransformer,
+    images: ImageSet,
+    spec: ImageSpec,
+    settings: TrainSettings,
+    *,
+    prior: FeaturePrior | None,
+    seed: int,
+    device: torch.device,
+) -> tuple[LocalResult, Moments | None]:
+    """Compute the feature moments if they are needed, start the head from them if there is a prior, and train.
+
+    Parameters
+    ----------
+    model
+        The model with the common weights; it is trained in place.
+    images, spec, settings, seed, device
+        As for `local.train_local`.
+    prior
+        Prior of the head's start; None: the head starts from the common weights.
+
+    Returns
+    -------
+    result
+        Numbers of the training.
+    moments
+        Moments of the features under the common weights; None unless `train.share-moments` is set.
+
+    Raises
+    ------
+    SettingsError
+        If the moments are needed and the model has two heads.
+    """
+    moments = None
+    if settings.share_moments or prior is not None:  # before training, while the model holds the common weights
+        moments = feature_moments(model, images, spec, batch_size=settings.batch_size, device=device)
+        if prior is not None:
+            start_head(model, moments, prior)
+    result = train_local(model, images, spec, settings, seed=seed, device=device)
+    return result, moments if settings.share_moments else None

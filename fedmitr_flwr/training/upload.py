@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fedmitr_flwr.data import ImageSpec
+from fedmitr_flwr.models.feature_prior import FeaturePrior
 from fedmitr_flwr.models.moments import Moments
 from fedmitr_flwr.settings import Settings
 
@@ -26,12 +27,16 @@ class ClientTask:
         Number of the round, counted from 1.
     initial
         State dict from which training starts, fp32.
+    prior
+        Features of `initial` on random images, for `train.head-start = discriminant`; None: the head starts from
+        `initial`.
     """
 
     settings: Settings
     spec: ImageSpec
     round_number: int
     initial: Mapping[str, Tensor]
+    prior: FeaturePrior | None = None
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,11 @@ import torch
 from flwr.app import Error, Message, MessageType, RecordDict
 
 import client_app.app as client_module
+import fedmitr_flwr.federation.strategy as strategy_module
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.federation.quorum import QuorumError, wait_for_nodes
 from fedmitr_flwr.federation.uploads.records import decode_trusted
+from fedmitr_flwr.models.feature_prior import FeaturePrior
 from fedmitr_flwr.runs.directory import COLLECTED, RunDirectory
 from fedmitr_flwr.settings import RunConfigValue, RunSettings
 from fedmitr_flwr.training.client import client_name, training_seed
@@ -190,6 +192,23 @@ def test_the_next_round_starts_from_the_global_model(run: RunDirectory) -> None:
     assert torch.equal(result["head.bias"], torch.full((3,), 4.0))
     assert len(set(pipeline.seeds)) == 2
     assert len(list(run.uploads(2).glob("*.safetensors"))) == 3
+
+
+@pytest.mark.parametrize(("head", "with_prior"), [("initial", []), ("discriminant", [1])])
+def test_the_prior_of_the_heads_is_sent_in_the_first_round_only(
+    run: RunDirectory, monkeypatch: pytest.MonkeyPatch, head: str, with_prior: list[int]
+) -> None:
+    prior = FeaturePrior(torch.ones(4), torch.eye(4))
+    monkeypatch.setattr(strategy_module, "feature_prior", lambda *arguments: prior)
+    strategy, _ = make(run, **{"train.head-start": head})
+    grid = FakeGrid([honest] * 3)
+    start(strategy, grid, rounds=2)
+    rounds = {int(str(message.content.config_records["config"]["round"])): message for message in grid.sent}
+    assert len(rounds) == 2
+    assert [number for number, message in rounds.items() if "prior" in message.content.array_records] == with_prior
+    for number in with_prior:
+        sent = FeaturePrior.from_tensors(decode_trusted(rounds[number].content.array_records["prior"]))
+        assert torch.equal(sent.covariance, prior.covariance)
 
 
 @pytest.mark.parametrize("dtype", ["fp16", "bf16"])
