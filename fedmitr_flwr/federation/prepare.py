@@ -9,10 +9,13 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from fedmitr_flwr.data import ImageSet, ImageSpec, load_source, load_spec, partition_indices
 from fedmitr_flwr.federation.code_digest import code_digest
 from fedmitr_flwr.models.build import build_model
+from fedmitr_flwr.models.lora import check_peft
+from fedmitr_flwr.models.trainable import KEY, trained_part
 from fedmitr_flwr.runs.atomic import Json
 from fedmitr_flwr.settings import Settings, SettingsError
 from fedmitr_flwr.version import __version__
@@ -68,8 +71,19 @@ def prepare(settings: Settings, num_partitions: int | None) -> Federation:
         held_out = source.test if settings.run.evaluate_on == "test" else source.validation
         if num_partitions is not None:
             partition_indices(source.train, settings.partition, num_partitions)
-    build_model(settings.model, spec)
+    _check_trained_part(settings, build_model(settings.model, spec), simulated=num_partitions is not None)
     return Federation(spec, held_out, device, found)
+
+
+def _check_trained_part(settings: Settings, model: VisionTransformer, *, simulated: bool) -> None:
+    """Check `train.trainable` against the model; in a simulation, also that the clients can train adapters."""
+    part = trained_part(settings.train, model.state_dict())
+    if part.adapted and simulated:
+        check_peft()
+    if not part.whole and settings.model.init == "seeded":
+        log.warning(
+            "%s = %s leaves random weights untrained, because model.init = seeded", KEY, settings.train.trainable
+        )
 
 
 def choose_device(name: str) -> torch.device:

@@ -10,6 +10,7 @@ import torch
 
 from fedmitr_flwr.data import client_images
 from fedmitr_flwr.models.build import build_model
+from fedmitr_flwr.models.trainable import trained_part
 from fedmitr_flwr.settings import RunConfigValue
 from fedmitr_flwr.settings.seeds import client_seed
 from fedmitr_flwr.training.local import train_local
@@ -68,7 +69,7 @@ def train_client(task: ClientTask, node_config: Mapping[str, RunConfigValue], na
     Raises
     ------
     SettingsError
-        If the data or the model cannot be loaded.
+        If the data or the model cannot be loaded, or `train.trainable` does not fit the model.
     RuntimeError
         If `task.initial` does not fit the model.
     """
@@ -81,6 +82,7 @@ def train_client(task: ClientTask, node_config: Mapping[str, RunConfigValue], na
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = train_local(model, images, spec, task.settings.train, seed=seed, device=device)
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    state = trained_part(task.settings.train, task.initial).cut(state, result.adapters)
     trained = ClientUpload(state, result.num_examples, result.histogram, result.loss, result.accuracy)
     upload = prepare_upload(trained, task, seed)
     return replace(upload, numbers={number.name: number.compute(upload, task) for number in REPORTED})
