@@ -14,7 +14,7 @@ from flwr.common.constant import ErrorCode
 
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.federation.code_digest import check_digest
-from fedmitr_flwr.federation.uploads.records import decode_trusted, encode_state
+from fedmitr_flwr.federation.uploads.records import check_initial, decode_trusted, encode_state
 from fedmitr_flwr.models.feature_prior import FeaturePrior
 from fedmitr_flwr.runs.log import console_log
 from fedmitr_flwr.settings import Settings
@@ -77,18 +77,21 @@ def _train(content: RecordDict, context: Context, name: str) -> RecordDict:
     config = content.config_records["config"]
     digest = check_digest(str(config["digest"]))  # first, because other code may read the rest differently
     settings = Settings.from_run_config(json.loads(str(config["settings"])))
+    initial = decode_trusted(content.array_records["arrays"])
+    start = check_initial(initial, str(config["initial"]))
     task = ClientTask(
         settings=settings,
         spec=ImageSpec.from_json(str(config["spec"])),
         round_number=int(str(config["round"])),
-        initial=decode_trusted(content.array_records["arrays"]),
+        initial=initial,
         prior=_prior(content),
     )
     limit = settings.train.time_limit_seconds or settings.run.deadline_seconds
     with time_limit(limit, "training"):
         upload = train_client(task, context.node_config, name)
     dtype = settings.train.upload_dtype
-    answer = RecordDict({"config": ConfigRecord({"digest": digest, "client": name, "dtype": dtype})})
+    config = ConfigRecord({"digest": digest, "client": name, "dtype": dtype, "initial": start})
+    answer = RecordDict({"config": config})
     partition = context.node_config.get("partition-id")
     metrics = MetricRecord({"partition-id": partition} if isinstance(partition, int) else {})
     if upload is None:

@@ -99,7 +99,10 @@ def _run(grid: Grid, settings: Settings, planned: Settings, federation: Federati
     )
     assert strategy.outcome is not None  # a round that yields nothing raises
     observer.seconds.update(strategy.seconds)
-    write_results(run, settings, federation, strategy.outcome.result, strategy.outcome.clients, observer, keeper)
+    outcome = strategy.outcome
+    write_results(
+        run, settings, federation, outcome.result, outcome.clients, observer, keeper, upload_mb=outcome.upload_mb
+    )
     observer.close()
     run.drop_checkpoints()
 

@@ -10,7 +10,7 @@ import typer
 
 from fedmitr_flwr.cli.common import AppOption, ConfArgument, SetOption, bad_input
 from fedmitr_flwr.launch import settings_files
-from fedmitr_flwr.settings import docs
+from fedmitr_flwr.settings import Settings, docs
 
 
 class Format(StrEnum):
@@ -40,6 +40,7 @@ def settings(
         with bad_input():
             directory = settings_files.app_directory(app_dir)
             checked = settings_files.run_settings(directory, conf, overrides or [], absolute=False)
+            _check_trained_part(checked)
     if style is Format.TABLE:
         text = docs.to_table(checked, shutil.get_terminal_size((100, 24)).columns)
     elif style is Format.JSON:
@@ -47,3 +48,16 @@ def settings(
     else:
         text = docs.to_toml(checked.flat() if checked is not None else None)
     typer.echo(text, nl=False)
+
+
+def _check_trained_part(checked: Settings) -> None:
+    """Check `train.trainable` against the blocks of the model."""
+    if checked.train.trainable == "all":
+        return
+    # These imports take seconds, and most settings do not need them.
+    from fedmitr_flwr.models.build import outline
+    from fedmitr_flwr.models.trainable import trained_part
+
+    model = outline(checked.model)
+    if model is not None:
+        trained_part(checked.train, model.state_dict())

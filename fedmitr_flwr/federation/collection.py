@@ -137,11 +137,13 @@ class Collection:
             self.observer.client("empty", client=f"node {node}")
             return "empty"
         shown = ", ".join(f"{number.title} {number.text(upload.numbers[number.name])}" for number in REPORTED)
-        log.info("\t├──> %s: %d images, %s", upload.client, upload.num_examples, shown)
+        size = upload.megabytes
+        log.info("\t├──> %s: %d images, %s, upload %.3g MB", upload.client, upload.num_examples, shown, size)
         self.observer.client(
             "accepted",
             client=upload.client,
             num_examples=upload.num_examples,
+            upload_mb=round(size, 3),
             **upload.numbers,
             histogram=upload.histogram or (),
         )
@@ -163,6 +165,10 @@ class Collection:
             if num_examples == 0:
                 return None
             raise UploadRefused("has no arrays")
+        initial = config.get("initial")
+        if not self.store.part.whole and initial != self.store.initial:
+            started = f"{short(str(initial))}, this run's are {short(self.store.initial)}"
+            raise UploadRefused(f"trained from other initial weights: {started}")
         layout = self.store.moments_layout
         moments = content.array_records.get("moments") if layout else None  # as for the histogram
         return self.store.accept(

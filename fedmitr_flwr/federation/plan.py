@@ -26,9 +26,11 @@ from fedmitr_flwr.ensemble.engine.packing import architecture_of
 from fedmitr_flwr.ensemble.engine.passes import activation_bytes
 from fedmitr_flwr.ensemble.engine.teachers import MemoryLimits
 from fedmitr_flwr.ensemble.ensemble import LABEL_ROWS
+from fedmitr_flwr.federation.uploads.layout import Layout
 from fedmitr_flwr.models.build import build_model
 from fedmitr_flwr.models.moments import Moments
 from fedmitr_flwr.models.patch_grid import PatchGrid
+from fedmitr_flwr.models.trainable import trained_part
 from fedmitr_flwr.pipeline.methods import method_of
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError
 from fedmitr_flwr.settings.home import expand
@@ -138,7 +140,8 @@ def plan_memory(settings: Settings, spec: ImageSpec, clients: int, device: torch
     model = build_model(settings.model, spec)
     weights = 4 * sum(value.numel() for value in model.state_dict().values())
     moments = _moments_bytes(settings, model, spec)
-    collection = _mb((_INITIAL_COPIES + _UPLOADS_AT_ONCE) * weights + _UPLOADS_AT_ONCE * moments)
+    upload = Layout.of(trained_part(settings.train, model.state_dict()).uploaded(model.state_dict())).size("fp32")
+    collection = _mb(_INITIAL_COPIES * weights + _UPLOADS_AT_ONCE * (upload + moments))
     asked = settings.inversion
     if device.type != "cpu":
         return MemoryPlan(collection, 0, 0, 0, asked.teacher_memory_mb, asked.activation_memory_mb)
@@ -208,9 +211,11 @@ def _mb(size: float) -> int:
 
 
 def upload_bytes(settings: Settings, spec: ImageSpec) -> int:
-    """Return the size of one upload in bytes: its weights, and its moments if the run asks for them."""
-    weights = _parameters(settings, spec) * (4 if settings.train.upload_dtype == "fp32" else 2)
-    return weights + _moments_bytes(settings, build_model(settings.model, spec), spec)
+    """Return the size of one upload in bytes: the trained tensors, and moments if the run asks for them."""
+    model = build_model(settings.model, spec)
+    state = model.state_dict()
+    weights = Layout.of(trained_part(settings.train, state).uploaded(state)).size(settings.train.upload_dtype)
+    return weights + _moments_bytes(settings, model, spec)
 
 
 def _moments_bytes(settings: Settings, model: VisionTransformer, spec: ImageSpec) -> int:

@@ -9,11 +9,14 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 import torch
+from timm.models.vision_transformer import VisionTransformer
 
 from fedmitr_flwr.data import ImageSet, ImageSpec, load_source, load_spec, partition_indices
 from fedmitr_flwr.federation.code_digest import code_digest
 from fedmitr_flwr.models.build import build_model
+from fedmitr_flwr.models.lora import check_peft
 from fedmitr_flwr.models.moments import check_one_head
+from fedmitr_flwr.models.trainable import KEY, trained_part
 from fedmitr_flwr.runs.atomic import Json
 from fedmitr_flwr.settings import Settings, SettingsError
 from fedmitr_flwr.version import __version__
@@ -72,7 +75,19 @@ def prepare(settings: Settings, num_partitions: int | None) -> Federation:
     model = build_model(settings.model, spec)
     if settings.train.share_moments or settings.train.head_start == "discriminant":
         check_one_head(model, settings.model.name)
+    _check_trained_part(settings, model, simulated=num_partitions is not None)
     return Federation(spec, held_out, device, found)
+
+
+def _check_trained_part(settings: Settings, model: VisionTransformer, *, simulated: bool) -> None:
+    """Check `train.trainable` against the model; in a simulation, also that the clients can train adapters."""
+    part = trained_part(settings.train, model.state_dict())
+    if part.adapted and simulated:
+        check_peft()
+    if not part.whole and settings.model.init == "seeded":
+        log.warning(
+            "%s = %s leaves random weights untrained, because model.init = seeded", KEY, settings.train.trainable
+        )
 
 
 def choose_device(name: str) -> torch.device:

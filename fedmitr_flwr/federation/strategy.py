@@ -24,8 +24,10 @@ from fedmitr_flwr.federation.collection import Collection, close_collection, clo
 from fedmitr_flwr.federation.exchange.windowed_grid import WindowedGrid
 from fedmitr_flwr.federation.quorum import ClientCounts, check_quorum, wait_for_nodes
 from fedmitr_flwr.federation.roster import Roster
+from fedmitr_flwr.federation.uploads.layout import Layout
 from fedmitr_flwr.federation.uploads.records import decode_trusted, encode_state, unguessable
 from fedmitr_flwr.federation.uploads.store import StoredUpload, UploadStore
+from fedmitr_flwr.models.trainable import KEY, trained_part
 from fedmitr_flwr.pipeline.checkpoints import Checkpoints
 from fedmitr_flwr.pipeline.inputs import Pipeline, PipelineInputs, PipelineResult, Upload
 from fedmitr_flwr.pipeline.methods.fedmitr import FEDMITR
@@ -58,6 +60,11 @@ class RoundOutcome:
     result: PipelineResult
     uploads: tuple[StoredUpload, ...]
     clients: ClientCounts
+
+    @property
+    def upload_mb(self) -> float:
+        """Mean size of the accepted uploads in MB (10^6 bytes)."""
+        return sum(upload.megabytes for upload in self.uploads) / len(self.uploads)
 
 
 class FedMITR(Strategy):
@@ -184,6 +191,7 @@ class FedMITR(Strategy):
             "settings": json.dumps(self.settings.flat()),
             "spec": self.spec.to_json(),
             "round": server_round,
+            "initial": self._store.initial,
         }
         sent = {"arrays": arrays, **self._prior(server_round)}
         ttl = run.deadline_seconds + _TTL_MARGIN
@@ -198,6 +206,7 @@ class FedMITR(Strategy):
             for node in nodes
         ]
         log.info("configure_train: asking %d clients (round %d)", len(messages), server_round)
+        log.info("configure_train: %s", self._expected_size(self._store))
         self._asked = len(messages)
         self._asked_at = time.perf_counter()
         self.observer.client("asked", count=len(messages))
@@ -275,6 +284,7 @@ class FedMITR(Strategy):
             needs_histogram=self.settings.train.share_label_histogram,
             max_update_norm=self.settings.run.max_update_norm,
             needs_moments=self.settings.train.share_moments,
+            part=trained_part(self.settings.train, self._initial),
         )
         store.recover()
         return store
@@ -286,6 +296,16 @@ class FedMITR(Strategy):
         log.info("configure_train: computing features of random images (train.head-start = discriminant)")
         prior = feature_prior(self.settings, self.spec, self._initial, self.device)
         return {"prior": encode_state(prior.tensors())}
+
+    def _expected_size(self, store: UploadStore) -> str:
+        """Return the size of an upload in words, for the log."""
+        train = self.settings.train
+        megabytes = store.layout.size(train.upload_dtype) / 1e6
+        text = f"each client uploads {megabytes:.3g} MB ({KEY} = {train.trainable}"
+        if store.part.whole:
+            return f"{text})"
+        whole = Layout.of(self._initial).size(train.upload_dtype) / 1e6
+        return f"{text}; all weights have {whole:.3g} MB)"
 
     def configure_evaluate(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid

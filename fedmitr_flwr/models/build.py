@@ -140,6 +140,19 @@ def create_timm(
     return cast(VisionTransformer, model)
 
 
+def outline(settings: ModelSettings) -> VisionTransformer | None:
+    """Return the model of the settings without memory for its weights, with timm's own image size and classes.
+
+    Names and shapes of the blocks are those of the run's model. The result is None if the model cannot be built or is
+    not supported; `build_model` says why.
+    """
+    with contextlib.suppress(Exception), torch.device("meta"):
+        model = timm.create_model(settings.name, **parse_options(settings.options))
+        check_supported(model)
+        return cast(VisionTransformer, model)
+    return None
+
+
 def _check_plain(name: str) -> None:
     """Raise a `SettingsError` about the architecture if it is not supported under any options."""
     plain = None

@@ -196,14 +196,18 @@ def forward_images(
     ValueError
         If the images do not have the model's image size.
     """
+    patches = _all_patches(model, images)
+    if index is not None:
+        patches = patches.gather(1, index.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
+    return forward_patches(model, patches, index, attention=attention)
+
+
+def _all_patches(model: VisionTransformer, images: Tensor) -> Tensor:
     patch, grid = patch_size(model), grid_size(model)
     if images.shape[-2:] != (patch[0] * grid[0], patch[1] * grid[1]):
         expected = f"{patch[0] * grid[0]} x {patch[1] * grid[1]}"
         raise ValueError(f"images of shape {tuple(images.shape)} do not fit: the model takes {expected} pixels")
-    patches = patchify(images, patch)
-    if index is not None:
-        patches = patches.gather(1, index.unsqueeze(-1).expand(-1, -1, patches.shape[-1]))
-    return forward_patches(model, patches, index, attention=attention)
+    return patchify(images, patch)
 
 
 def head_input(model: VisionTransformer, features: Tensor) -> Tensor:
@@ -259,14 +263,73 @@ def forward_patches(
         raise ValueError(
             "no [CLS] attention in train mode with patch_drop_rate > 0: its columns would not correspond to index"
         )
-    tokens = model.norm_pre(model.patch_drop(_embed(model, patches, index)))
-    for block in model.blocks[:-1]:
+    return forward_tokens(model, _leading(model, patches, index, 0), 0, attention=attention)
+
+
+def leading_tokens(model: VisionTransformer, images: Tensor, blocks: int) -> Tensor:
+    """Run the embedding and the first blocks on all patches of images; `forward_tokens` runs the rest of the model.
+
+    Parameters
+    ----------
+    model
+        A model that `check_supported` accepts.
+    images
+        (B, ch, H, W) float, normalised, of the model's image size.
+    blocks
+        Number of leading blocks to run, from 0 to the depth of the model.
+
+    Returns
+    -------
+    Tensor
+        (B, N, D) tokens, prefix tokens first. After the last block these are only the tokens that a head reads: one,
+        or two in a distilled DeiT.
+
+    Raises
+    ------
+    ValueError
+        If the images do not have the model's image size.
+    """
+    return _leading(model, _all_patches(model, images), None, blocks)
+
+
+def forward_tokens(model: VisionTransformer, tokens: Tensor, blocks: int, *, attention: bool = False) -> TokenOutput:
+    """Run the rest of the model on the tokens that its first blocks return.
+
+    Parameters
+    ----------
+    model
+        A model that `check_supported` accepts.
+    tokens
+        Result of `leading_tokens`.
+    blocks
+        Number of blocks that have run.
+    attention
+        Whether to return the [CLS] attention. It is not available if all blocks have run.
+    """
+    weights = None
+    if blocks < len(model.blocks):
+        for block in model.blocks[blocks:-1]:
+            tokens = block(tokens)
+        tokens, weights = _last_block(cast(Block, model.blocks[-1]), tokens, _read_tokens(model))
+    patch_weights = None
+    if attention and weights is not None:
+        patch_weights = weights[:, :, 0, model.num_prefix_tokens :].mean(dim=1)
+    logits = model.forward_head(model.norm(tokens))
+    return TokenOutput(logits=logits, attention=patch_weights, features=tokens[:, 0])
+
+
+def _leading(model: VisionTransformer, patches: Tensor, index: Tensor | None, blocks: int) -> Tensor:
+    tokens: Tensor = model.norm_pre(model.patch_drop(_embed(model, patches, index)))
+    for block in model.blocks[: min(blocks, len(model.blocks) - 1)]:
         tokens = block(tokens)
-    distilled = isinstance(model, VisionTransformerDistilled)
-    rows, weights = _last_block(cast(Block, model.blocks[-1]), tokens, queries=2 if distilled else 1)
-    patch_weights = weights[:, :, 0, model.num_prefix_tokens :].mean(dim=1) if attention else None
-    logits = model.forward_head(model.norm(rows))
-    return TokenOutput(logits=logits, attention=patch_weights, features=rows[:, 0])
+    if blocks == len(model.blocks):
+        tokens, _ = _last_block(cast(Block, model.blocks[-1]), tokens, _read_tokens(model))
+    return tokens
+
+
+def _read_tokens(model: VisionTransformer) -> int:
+    """Return the number of tokens that the heads read."""
+    return 2 if isinstance(model, VisionTransformerDistilled) else 1
 
 
 def _embed(model: VisionTransformer, patches: Tensor, index: Tensor | None) -> Tensor:
@@ -296,9 +359,13 @@ def _last_block(block: Block, tokens: Tensor, queries: int) -> tuple[Tensor, Ten
     B, N, _ = tokens.shape
     H, width = attn.num_heads, attn.proj.in_features
     normed = block.norm1(tokens)
-    weight, bias = attn.qkv.weight, attn.qkv.bias
-    q = F.linear(normed[:, :queries], weight[:width], None if bias is None else bias[:width])
-    kv = F.linear(normed, weight[width:], None if bias is None else bias[width:])
+    if isinstance(attn.qkv, nn.Linear):
+        weight, bias = attn.qkv.weight, attn.qkv.bias
+        q = F.linear(normed[:, :queries], weight[:width], None if bias is None else bias[:width])
+        kv = F.linear(normed, weight[width:], None if bias is None else bias[width:])
+    else:  # with a LoRA adapter the matrix cannot be cut without leaving the adapter out
+        qkv = attn.qkv(normed)
+        q, kv = qkv[:, :queries, :width], qkv[..., width:]
     q = attn.q_norm(q.reshape(B, queries, H, -1).transpose(1, 2))
     k, v = kv.reshape(B, N, 2, H, -1).permute(2, 0, 3, 1, 4).unbind(0)
     weights = ((q * attn.scale) @ attn.k_norm(k).transpose(-2, -1)).softmax(dim=-1)

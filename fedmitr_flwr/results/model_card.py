@@ -46,6 +46,9 @@ def model_card(settings: Settings, spec: ImageSpec, evaluation: Evaluation | Non
     shared = _shared(settings)
     exchange = "once" if settings.run.rounds == 1 else f"{settings.run.rounds} times"
     shape = f"B, {spec.channels}, {spec.image_size}, {spec.image_size}"
+    weights = "the weights"
+    if settings.train.trainable != "all":
+        weights += f" that were trained (`train.trainable = {settings.train.trainable}`)"
     init, start = settings.model.init, "All clients started from the same initialisation"
     sections = [
         _front_matter(settings, evaluation, name),
@@ -54,7 +57,7 @@ def model_card(settings: Settings, spec: ImageSpec, evaluation: Evaluation | Non
         f"The method is {method.title}.\n",
         "## How it was made\n",
         f"Each of {clients.accepted} clients trained a model on its own images and uploaded its weights {exchange}. "
-        f"{start} (`model.init = {init}`). An upload contains the weights, the number of images, {reported}, "
+        f"{start} (`model.init = {init}`). An upload contains {weights}, the number of images, {reported}, "
         f"{shared}. The server received no image of a client. {method.server_part(settings)} "
         f"The seed of the run is {settings.run.seed}.\n",
         "## Use\n",

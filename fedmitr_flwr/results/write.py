@@ -38,6 +38,8 @@ def write_results(
     clients: ClientCounts,
     observer: Observer,
     keeper: Keeper | None = None,
+    *,
+    upload_mb: float | None = None,
 ) -> None:
     """Evaluate the last round and write model, figure, metrics and report into the run's directory.
 
@@ -53,6 +55,8 @@ def write_results(
         Holds the durations of all stages in seconds, summed over the rounds.
     keeper
         Snapshots of the stages for the report; None: the report has no density maps and no images at the stops.
+    upload_mb
+        Mean size of an upload of the last round in MB (10^6 bytes); None: not known.
     """
     # This import loads matplotlib's drawing code, which the server does not need while it collects uploads.
     from fedmitr_flwr.results.figures import save_synthetic
@@ -69,7 +73,7 @@ def write_results(
     if result.synthetic is not None:
         save_synthetic(result.synthetic, spec, PatchGrid.of(result.ensemble.teachers[0], spec), run.path / SYNTHETIC)
     found = None if result.diagnostics is None else {**result.diagnostics.as_dict()}
-    metrics = make_metrics(evaluation, clients, observer, settings.run.memory_mb)
+    metrics = make_metrics(evaluation, clients, observer, settings.run.memory_mb, upload_mb)
     run.write_json(METRICS, {**metrics, "diagnostics": found, "warnings": list(result.warnings)})
     write_report(run, settings, spec, result, evaluation, keeper)
     for line in accuracy_table(evaluation, settings.run.evaluate_on):
@@ -94,7 +98,11 @@ def write_report(
 
 
 def make_metrics(
-    evaluation: Evaluation | None, clients: ClientCounts, observer: Observer, budget_mb: int = 0
+    evaluation: Evaluation | None,
+    clients: ClientCounts,
+    observer: Observer,
+    budget_mb: int = 0,
+    upload_mb: float | None = None,
 ) -> dict[str, Json]:
     """Return the content of ``metrics.json``; accuracies are None without an evaluation, the budget if it is 0."""
     return {
@@ -102,6 +110,7 @@ def make_metrics(
         "metrics": {name: dict(values) for name, values in evaluation.metrics.items()} if evaluation else None,
         "per_class": {"global": evaluation.per_class["global"] if evaluation else None},
         "clients": clients.as_dict(),
+        "upload_mb": None if upload_mb is None else round(upload_mb, 3),
         "seconds": {stage: round(observer.seconds.get(stage, 0.0), 3) for stage in _STAGES},
         "peak_rss_mb": round(peak_rss_mb(), 1),
         "memory_budget_mb": budget_mb or None,

@@ -121,6 +121,29 @@ class ModelSettings(Stage):
 class TrainSettings(Stage):
     """Local training, which each client runs once per round."""
 
+    trainable: str = Field(
+        "all",
+        pattern=r"^(all|head|last-[1-9][0-9]*|lora)$",
+        description="Weights that a client trains and uploads. All others stay those of the common initialisation and "
+        "are not uploaded. `all`: all weights. `head`: the classifier head. `last-N`: the last N transformer blocks, "
+        "the last norm and the head; N is at least 1 and at most the number of blocks. `lora`: low-rank adapters of "
+        "the matrices of attention and MLP in every block, the last norm and the head; needs "
+        '`pip install "fedmitr-flwr[lora]"` on every client. `head`, `last-N` and `lora` are meant for pretrained '
+        "weights (`model.init`).",
+    )
+    lora_rank: int = Field(
+        8,
+        ge=1,
+        le=4096,
+        description="For `train.trainable = lora`: rank of the adapters, at most the embedding width of the model.",
+    )
+    lora_alpha: float = Field(
+        16.0,
+        gt=0.0,
+        le=1e4,
+        description="For `train.trainable = lora`: the product of an adapter's two matrices is multiplied by this "
+        "number divided by `train.lora-rank`.",
+    )
     epochs: int = Field(
         1,
         ge=0,
@@ -141,6 +164,14 @@ class TrainSettings(Stage):
     )
     optimizer: Literal["adamw", "sgd"] = Field("adamw", description="Optimiser: AdamW, or SGD with momentum 0.9.")
     learning_rate: float = Field(1e-3, gt=0.0, le=10.0, description="Peak learning rate.")
+    layer_decay: float = Field(
+        1.0,
+        gt=0.0,
+        le=1.0,
+        description="Factor by which the learning rate falls from one block to the block before it. The head and the "
+        "last norm have the full learning rate, the last block this factor, the block before it its square, and the "
+        "embeddings the smallest. 1: the same learning rate everywhere.",
+    )
     weight_decay: float = Field(
         0.05,
         ge=0.0,

@@ -13,6 +13,7 @@ from fedmitr_flwr.data import ImageSet, ImageSpec, client_images
 from fedmitr_flwr.models.build import build_model
 from fedmitr_flwr.models.feature_prior import FeaturePrior
 from fedmitr_flwr.models.moments import Moments, feature_moments
+from fedmitr_flwr.models.trainable import trained_part
 from fedmitr_flwr.settings import RunConfigValue, TrainSettings
 from fedmitr_flwr.settings.seeds import client_seed
 from fedmitr_flwr.training.head_start import start_head
@@ -72,7 +73,8 @@ def train_client(task: ClientTask, node_config: Mapping[str, RunConfigValue], na
     Raises
     ------
     SettingsError
-        If the data or the model cannot be loaded, or the model has two heads and feature moments are needed.
+        If the data or the model cannot be loaded, `train.trainable` does not fit the model, or the model has two heads
+        and feature moments are needed.
     RuntimeError
         If `task.initial` does not fit the model.
     """
@@ -85,6 +87,7 @@ def train_client(task: ClientTask, node_config: Mapping[str, RunConfigValue], na
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result, moments = train_model(model, images, spec, task.settings.train, prior=task.prior, seed=seed, device=device)
     state = {key: value.detach().cpu() for key, value in model.state_dict().items()}
+    state = trained_part(task.settings.train, task.initial).cut(state, result.adapters)
     trained = ClientUpload(state, result.num_examples, result.histogram, result.loss, result.accuracy, moments=moments)
     upload = prepare_upload(trained, task, seed)
     return replace(upload, numbers={number.name: number.compute(upload, task) for number in REPORTED})

@@ -46,7 +46,8 @@ class ClientUpload:
     Attributes
     ----------
     state
-        State dict of the trained model, fp32 on the CPU.
+        The tensors that are uploaded, fp32 on the CPU: the state dict of the trained model, or the part of it that
+        `train.trainable` names, with adapters in place of adapted weights (`models.trainable.TrainedPart.uploaded`).
     num_examples
         Number of local training images.
     histogram

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Set
 from dataclasses import dataclass
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from fedmitr_flwr.federation.uploads.validation import UploadRefused, brief
+from fedmitr_flwr.settings import UploadDtype
 
 UPLOAD_DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 _ANY_FORMAT = frozenset(UPLOAD_DTYPES.values())
@@ -41,6 +43,14 @@ class Layout:
     def of(cls, state: Mapping[str, Tensor], formats: frozenset[torch.dtype] = _ANY_FORMAT) -> Layout:
         """Return the layout of a state dict."""
         return cls({key: TensorLayout(tuple(value.shape), value.dtype) for key, value in state.items()}, formats)
+
+    def size(self, dtype: UploadDtype) -> int:
+        """Return the bytes of all values, with floating-point tensors in this number format."""
+        return sum(
+            math.prod(tensor.shape)
+            * (UPLOAD_DTYPES[dtype] if tensor.dtype.is_floating_point else tensor.dtype).itemsize
+            for tensor in self.tensors.values()
+        )
 
     def check(self, declared: Layout) -> None:
         """Compare a declared layout with this one, without allocating memory.

@@ -22,6 +22,7 @@ from torch import Tensor
 
 from fedmitr_flwr.federation.uploads.layout import UPLOAD_DTYPES, Layout, TensorLayout
 from fedmitr_flwr.federation.uploads.validation import UploadRefused
+from fedmitr_flwr.runs.tensors import checksum
 from fedmitr_flwr.settings import UploadDtype
 
 _SERIALISATION = "numpy.ndarray"
@@ -88,6 +89,23 @@ def decode_state(record: ArrayRecord, layout: Layout, dtype: object) -> dict[str
 def decode_trusted(record: ArrayRecord) -> dict[str, Tensor]:
     """Convert trusted arrays, such as the initialisation that the server sends, into new tensors."""
     return {key: torch.from_numpy(array.numpy().copy()) for key, array in record.items()}
+
+
+def check_initial(initial: Mapping[str, Tensor], expected: str) -> str:
+    """Return the checksum of the common initialisation that a client received, if it equals the server's.
+
+    Raises
+    ------
+    ValueError
+        If it differs. The server would complete the client's upload with other weights than the client trained from.
+    """
+    own = checksum(initial)
+    if own != expected:
+        raise ValueError(
+            f"the initial weights differ from the server's: the server's have the checksum {expected[:12]}, "
+            f"those received here {own[:12]}"
+        )
+    return own
 
 
 def unguessable(config: Mapping[str, ConfigRecordValues]) -> ConfigRecord:

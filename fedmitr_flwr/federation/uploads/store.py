@@ -32,6 +32,7 @@ from fedmitr_flwr.federation.uploads.validation import (
     natural_key,
 )
 from fedmitr_flwr.models.moments import Moments
+from fedmitr_flwr.models.trainable import CompletedState, TrainedPart
 from fedmitr_flwr.runs.tensors import StoredState, checksum, write_tensors
 from fedmitr_flwr.training.reported import REPORTED
 
@@ -72,6 +73,11 @@ class StoredUpload:
     checksum: str
     moments: str | None = None
 
+    @property
+    def megabytes(self) -> float:
+        """Size of the upload in MB (10^6 bytes), as it is stored."""
+        return self.path.stat().st_size / 1e6
+
 
 class UploadStore:
     """Uploads of one round in one directory.
@@ -81,8 +87,8 @@ class UploadStore:
     directory
         Directory of the files; it is made if it is missing.
     reference
-        State dict of the common initialisation. Every upload must have its names and shapes. Floating-point tensors
-        may be fp32, fp16 or bf16; other dtypes must be equal.
+        State dict of the common initialisation. Floating-point tensors of an upload may be fp32, fp16 or bf16; other
+        dtypes must be equal.
     num_classes
         C, the length of a histogram.
     needs_histogram
@@ -92,6 +98,14 @@ class UploadStore:
         number if that norm is below 1; 0: no limit.
     needs_moments
         Whether to refuse uploads without feature moments. If False, no moments are stored.
+    part
+        What clients train. Every upload must have exactly the tensors of `TrainedPart.uploaded`; the store completes
+        it from the reference when it is read. None: all weights.
+
+    Attributes
+    ----------
+    initial
+        Checksum of the reference.
     """
 
     def __init__(
@@ -103,16 +117,20 @@ class UploadStore:
         needs_histogram: bool = False,
         max_update_norm: float = 0.0,
         needs_moments: bool = False,
+        part: TrainedPart | None = None,
     ) -> None:
         self.directory = directory
         self.reference = reference
         self.max_update_norm = max_update_norm
         self.num_classes = num_classes
         self.needs_histogram = needs_histogram
-        self.layout = Layout.of(reference)
+        self.part = part or TrainedPart(tuple(reference))
+        self.initial = checksum(reference)
+        self.layout = Layout.of(self.part.uploaded(reference))
         self.moments_layout = moments_layout(reference) if needs_moments else None
-        self._floating = {key: value for key, value in reference.items() if value.is_floating_point()}
-        self._start = math.sqrt(sum(float(vector_norm(value)) ** 2 for value in self._floating.values()))
+        floating = {key: value for key, value in reference.items() if value.is_floating_point()}
+        self._start = math.sqrt(sum(float(vector_norm(value)) ** 2 for value in floating.values()))
+        self._floating = {key: floating[key] for key in self.part.changed if key in floating}
         self._max_distance = max_update_norm * max(1.0, self._start)
         # Buffer for all differences: new memory pages for 23 MB cost more time than the subtraction.
         self._difference = torch.empty(max((value.numel() for value in self._floating.values()), default=0))
@@ -149,7 +167,7 @@ class UploadStore:
         client
             The client's name.
         state
-            The client's weights; no reference to them is kept.
+            The client's tensors; no reference to them is kept.
         num_examples, numbers, histogram
             Reported numbers; of any type, because they are not trusted.
         moments
@@ -216,8 +234,9 @@ class UploadStore:
         )
         if path.stem != file_stem(upload.client):
             raise ValueError(f"its file name does not belong to its client {upload.client}")
-        state = self.load(upload)
-        self.layout.check(Layout.of(state))
+        if not self.part.whole and about.get("initial") != self.initial:
+            raise ValueError("it was trained from other initial weights than those of this run")
+        self.layout.check(Layout.of(self._stored(upload)))
         if self.moments_layout:
             moments = self.moments(upload)
             if moments is None:
@@ -230,13 +249,17 @@ class UploadStore:
         return sorted(self._uploads.values(), key=lambda upload: natural_key(upload.client))
 
     def load(self, upload: StoredUpload) -> dict[str, Tensor]:
-        """Read an upload's tensors, floating-point ones as fp32.
+        """Read a client's full weights, floating-point ones as fp32; tensors that it did not train are the reference's.
 
         Raises
         ------
         ValueError
             If the file has changed since it was accepted.
         """
+        return dict(self._completed(self._stored(upload)))
+
+    def _stored(self, upload: StoredUpload) -> dict[str, Tensor]:
+        """Read the tensors of an upload's file, and check that they have not changed."""
         state = load_file(upload.path)
         if checksum(state) != upload.checksum:
             raise ValueError(f"{upload.path} has changed since the upload of {upload.client} was accepted")
@@ -271,8 +294,15 @@ class UploadStore:
         check_moments(moments, count, histogram, longest_feature(self.reference))
         return moments
 
-    def _check_values(self, state: Mapping[str, Tensor]) -> None:
+    def _completed(self, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        return state if self.part.whole else CompletedState(self.part, state, self.reference)
+
+    def _check_values(self, upload: Mapping[str, Tensor]) -> None:
         """Refuse NaN, Inf, and weights further from the common initialisation than `max_update_norm` allows."""
+        for key in self.part.adapters:
+            if not torch.isfinite(upload[key]).all():
+                raise UploadRefused(f"{key} holds NaN or Inf")
+        state = self._completed(upload)
         # Fast check: |w| + |w0| bounds the distance, shows NaN and Inf, and costs a quarter of a norm of differences.
         size = math.sqrt(sum(float(vector_norm(state[key], dtype=torch.float32)) ** 2 for key in self._floating))
         if size + self._start <= (self._max_distance if self.max_update_norm else math.inf) and math.isfinite(size):
@@ -292,15 +322,17 @@ class UploadStore:
                 f"{self.max_update_norm:g} times its norm ({self._max_distance:.4g})"
             )
 
-    def open(self, upload: StoredUpload) -> StoredState:
-        """Return a mapping that reads each of the upload's tensors at access; the file is checked once, here.
+    def open(self, upload: StoredUpload) -> Mapping[str, Tensor]:
+        """Return the full weights as a mapping that reads tensors of the file at access; it is checked once, here.
+
+        Tensors that the client did not train are those of the reference, so that all clients share them in memory.
 
         Raises
         ------
         ValueError
             If the file has changed since it was accepted.
         """
-        return StoredState(upload.path, tuple(self.load(upload)))
+        return self._completed(StoredState(upload.path, tuple(self._stored(upload))))
 
     def _write(self, upload: StoredUpload, state: Mapping[str, Tensor], moments: Moments | None) -> None:
         """Write the moments first: an upload counts once its file of weights is there."""
@@ -314,6 +346,8 @@ class UploadStore:
         if moments is not None and upload.moments is not None:
             metadata["moments"] = upload.moments
             write_tensors(_beside(upload.path), moments.tensors(), {"client": upload.client})
+        if not self.part.whole:
+            metadata["initial"] = self.initial
         write_tensors(upload.path, state, metadata)
 
 

@@ -86,12 +86,13 @@ def _row(
 ) -> dict[str, object]:
     order = sorted(range(len(weights)), key=lambda c: -weights[c])[:3]
     strongest = [f"{class_names[c]} ({100 * weights[c]:.0f} %)" for c in order if weights[c] > 1e-3]
-    images = event.get("num_examples")
+    images, size = event.get("num_examples"), event.get("upload_mb")
     return {
         "name": str(event["client"]),
         "outcome": _OUTCOMES[event["outcome"]],
         "reason": str(event.get("reason", "")),
         "images": f"{images:,}" if isinstance(images, int) else "–",
+        "upload_mb": "–" if size is None else f"{size:.3g}",
         "reported": [number.text(event.get(number.name)) for number in REPORTED],
         "held_out": words.percent(held_out),
         "strongest": ", ".join(strongest),

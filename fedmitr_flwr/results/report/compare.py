@@ -108,6 +108,10 @@ def _rows(runs: Sequence[FinishedRun]) -> list[dict[str, object]]:
     rows.append(
         {"name": "Uploads used", "values": [f"{c.get('accepted', '–')} of {c.get('asked', '–')}" for c in counts]}
     )
+    sizes = [run.metrics.get("upload_mb") for run in runs]
+    if any(sizes):
+        shown = ["–" if size is None else f"{size:.3g} MB" for size in sizes]
+        rows.append({"name": "Upload of a client", "values": shown})
     for stage in ("clients", "invert", "distill"):
         seconds = [run.metrics.get("seconds", {}).get(stage, 0.0) for run in runs]
         rows.append({"name": f"Time: {STAGES[stage].lower()}", "values": [words.duration(value) for value in seconds]})

@@ -56,20 +56,21 @@ model.</p></div></div>
 <section><h2>Clients</h2>
 <p class="note">These columns show what a client reports about the training on its own images: Images
 {%- for title in clients.reported %}, {{ title }}{% endfor %}.
+MB is the size of the upload in units of 10<sup>6</sup> bytes.
 {% if accuracy %}
 Accuracy on {{ accuracy.split }} is the accuracy of the local model on the server's {{ accuracy.split }} images.
 {% endif %}
 Highest weights are the classes for which the client has the highest weights in the ensemble. For each class, the weights
 of all clients add up to 100 %.</p>
 <div class="panel"><div class="wide"><table class="clients">
-<tr><th>Client</th><th>Upload</th><th class="n">Images</th>
+<tr><th>Client</th><th>Upload</th><th class="n">MB</th><th class="n">Images</th>
 {% for title in clients.reported %}
 <th class="n">{{ title }}</th>
 {% endfor %}
 <th class="n">Accuracy{{ " on " + accuracy.split if accuracy }}</th><th>Highest weights</th></tr>
 {% for client in clients.rows %}<tr><td>{{ client.name }}</td>
 <td class="{{ 'good' if client.outcome == 'accepted' else 'bad' }}">{{ client.outcome }}{% if client.reason %}: {{ client.reason }}{% endif %}</td>
-<td class="n">{{ client.images }}</td>{% for value in client.reported %}<td class="n">{{ value }}</td>{% endfor %}<td class="n">{{ client.held_out }}</td>
+<td class="n">{{ client.upload_mb }}</td><td class="n">{{ client.images }}</td>{% for value in client.reported %}<td class="n">{{ value }}</td>{% endfor %}<td class="n">{{ client.held_out }}</td>
 <td>{{ client.strongest }}</td></tr>
 {% endfor %}</table></div>
 {% if clients.more %}<p class="note">{{ clients.more }}</p>{% endif %}</div>

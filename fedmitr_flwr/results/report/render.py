@@ -101,12 +101,13 @@ def accuracy_bars(evaluation: Mapping[str, Any]) -> list[charts.Bar]:
 def _facts(run: FinishedRun) -> list[tuple[str, str]]:
     settings, hardware = run.config.get("settings", {}), run.config.get("hardware", {})
     seconds = sum(run.metrics.get("seconds", {}).values())
-    gpus = hardware.get("gpus") or []
+    gpus, upload = hardware.get("gpus") or [], run.metrics.get("upload_mb")
     facts = [
         ("dataset", settings.get("data.source")),
         ("model", settings.get("model.name")),
         ("method", settings.get("run.method")),
         ("clients", str(run.metrics.get("clients", {}).get("accepted", "–"))),
+        ("upload", None if upload is None else f"{upload:.3g} MB a client"),
         ("duration", words.duration(seconds)),
         ("hardware", gpus[0] if gpus and hardware.get("device") != "cpu" else f"{hardware.get('cpus', '?')} CPU cores"),
         ("started", str(run.status.get("started", ""))[:16].replace("T", " ") + " UTC"),
