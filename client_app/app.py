@@ -70,7 +70,7 @@ def _log_of(node_config: Mapping[str, object]) -> Iterator[None]:
 def _train(content: RecordDict, context: Context, name: str) -> RecordDict:
     config = content.config_records["config"]
     digest = check_digest(str(config["digest"]))  # first, because other code may read the rest differently
-    settings = Settings.from_run_config(json.loads(str(config["settings"])))
+    settings = Settings.from_stored(json.loads(str(config["settings"])))
     task = ClientTask(
         settings=settings,
         spec=ImageSpec.from_json(str(config["spec"])),

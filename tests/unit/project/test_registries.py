@@ -11,6 +11,8 @@ from fedmitr_flwr.ensemble.weighting import WEIGHTINGS
 from fedmitr_flwr.pipeline.methods import METHODS
 from fedmitr_flwr.results.metrics import METRICS
 from fedmitr_flwr.settings import InversionName, MethodName, RandomFamily, Settings, Weighting, choices
+from fedmitr_flwr.settings.choices import RecipeName
+from fedmitr_flwr.settings.recipes import RECIPES
 from fedmitr_flwr.stages.inversion.methods import INVERSION
 from fedmitr_flwr.stages.random_images.families import FAMILIES
 from fedmitr_flwr.training.reported import REPORTED
@@ -18,6 +20,7 @@ from tests.pages import ROOT
 
 LISTS = {
     "run.method": (MethodName, METHODS, choices.METHODS),
+    "run.recipe": (RecipeName, ("auto", *RECIPES), choices.RECIPES),
     "ensemble.weighting": (Weighting, WEIGHTINGS, choices.WEIGHTINGS),
     "inversion.method": (InversionName, INVERSION, choices.INVERSIONS),
     "distill.noise-kind": (RandomFamily, FAMILIES, choices.RANDOM_FAMILIES),
