@@ -27,9 +27,9 @@ _INTRO = """\
 `make settings` writes this page from the fields in `fedmitr_flwr/settings/`; do not edit it by hand.
 
 A run reads its settings from a TOML file of dotted keys, such as the files in `conf/`. Keys that are left out have the
-defaults below. These are the settings of `make demo`, except that the demo distils on fewer images and for fewer
-steps. A value is an integer, a number, `true` or `false`, or a string. A list is a string with commas, such as
-`"50,100,200"`. The same keys can be given in three ways:
+defaults below, or the values of a recipe ([Recipes](#recipes)). The defaults are the settings of `make demo`, except
+that the demo distils on fewer images and for fewer steps. A value is an integer, a number, `true` or `false`, or a
+string. A list is a string with commas, such as `"50,100,200"`. The same keys can be given in three ways:
 
     fedmitr simulate conf/cifar10_dir01.toml --set run.seed=7 --set inversion.stops=50,100
     flwr run . --stream --run-config conf/cifar10_dir01.toml
