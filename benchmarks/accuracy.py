@@ -50,6 +50,12 @@ Row = dict[str, Any]
 SINCE = {
     "run.update-limit": 4.0,
     "run.update-limit-action": "clip",
+    "run.recipe": "auto",
+    "train.trainable": "all",
+    "train.lora-rank": 8,
+    "train.lora-alpha": 16.0,
+    "train.layer-decay": 1.0,
+    "train.head-start": "initial",
     "train.share-moments": False,
     "moments.shrinkage": 0.1,
     "moments.prior": "counts",

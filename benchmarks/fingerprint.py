@@ -26,9 +26,10 @@ ASIDE = {
         "runs.observer",
         "runs.process_memory",
         "runs.tensors",
+        "settings.recipes",
     )
 }
-"""Modules that only store or report results."""
+"""Modules that only store or report results, and the recipes: a line has a hash of its settings beside the code's."""
 SAME = Path(__file__).parent / "results" / "same-code.json"
 """For each data set, the digests of newer code that gives the results of older code (`benchmarks.same_results`)."""
 

@@ -76,7 +76,7 @@ def _prior(content: RecordDict) -> FeaturePrior | None:
 def _train(content: RecordDict, context: Context, name: str) -> RecordDict:
     config = content.config_records["config"]
     digest = check_digest(str(config["digest"]))  # first, because other code may read the rest differently
-    settings = Settings.from_run_config(json.loads(str(config["settings"])))
+    settings = Settings.from_stored(json.loads(str(config["settings"])))
     initial = decode_trusted(content.array_records["arrays"])
     start = check_initial(initial, str(config["initial"]))
     task = ClientTask(

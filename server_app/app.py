@@ -24,7 +24,13 @@ from fedmitr_flwr.runs.directory import CONFIG, EVENTS, INITIAL, RunDirectory
 from fedmitr_flwr.runs.jsonl import JsonLines
 from fedmitr_flwr.runs.log import console_log, failures_logged
 from fedmitr_flwr.runs.observer import Observer
-from fedmitr_flwr.runs.resume import changes_in, is_complete, resumed_settings, simulation_config
+from fedmitr_flwr.runs.resume import (
+    changes_in,
+    is_complete,
+    resumed_recipe,
+    resumed_settings,
+    simulation_config,
+)
 from fedmitr_flwr.runs.snapshots import Keeper
 from fedmitr_flwr.runs.tensorboard import boards
 from fedmitr_flwr.settings import Settings
@@ -42,12 +48,14 @@ def main(grid: Grid, context: Context) -> None:
     with console_log():
         with failures_logged():
             settings = Settings.from_run_config(context.run_config)
+            recipe = settings.applied_recipe()
             resumed = expand(settings.run.resume, "run.resume").absolute() if settings.run.resume else None
             if resumed is not None:
                 if is_complete(resumed):
                     log.info("Complete already: %s", resumed)
                     return
                 settings = resumed_settings(resumed, changes_in(settings, resumed))
+                recipe = resumed_recipe(resumed, settings)
             clients = _simulated_clients(grid, settings)
             federation = prepare(settings, clients)
             number = clients or max(settings.run.min_clients, len(list(grid.get_node_ids())))
@@ -60,7 +68,9 @@ def main(grid: Grid, context: Context) -> None:
         with stopped_with_flower(), run, run.logging(), failures_logged(), _workers(grid):
             # The console has this line already: the source is loaded before the run has a log file.
             log.debug("%s", federation.found)
-            run.write_json(CONFIG, {**describe_run(settings, federation), "federation": simulation_config(clients)})
+            log.info("%s%s", recipe, " (as when this run started)" if resumed else "")
+            about = describe_run(settings, federation, recipe)
+            run.write_json(CONFIG, {**about, "federation": simulation_config(clients)})
             _run(grid, resolved, planned, federation, run)
         log.info("Results: %s", run.path)
 

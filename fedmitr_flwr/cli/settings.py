@@ -30,23 +30,27 @@ def settings(
     """List all settings, or check a settings file.
 
     For each setting the list has the key, the value, the allowed values and a description. With CONF or --set the
-    command checks these settings as a run does and prints the values that a run would have. It names unknown keys,
-    which `flwr run` does not.
+    command checks these settings as a run does and prints the values that a run would have, and where each comes
+    from: the default, the recipe, the file or the command line. It names unknown keys, which `flwr run` does not.
 
     Exit code: 0 printed, 2 invalid input.
     """
-    checked = None
+    checked, origins, about = None, None, ""
     if conf is not None or overrides:
         with bad_input():
             directory = settings_files.app_directory(app_dir)
-            checked = settings_files.run_settings(directory, conf, overrides or [], absolute=False)
+            checked, origins = settings_files.given_settings(directory, conf, overrides or [], absolute=False)
             _check_trained_part(checked)
+            about = f"{checked.applied_recipe()}\n"
     if style is Format.TABLE:
-        text = docs.to_table(checked, shutil.get_terminal_size((100, 24)).columns)
+        text = about + docs.to_table(checked, shutil.get_terminal_size((100, 24)).columns, origins)
     elif style is Format.JSON:
-        text = docs.to_json(checked)
+        text = docs.to_json(checked, origins)
+    elif checked is None:
+        text = docs.to_toml()
     else:
-        text = docs.to_toml(checked.flat() if checked is not None else None)
+        text = f"# {about}# This file names all keys, so a recipe has no effect on it.\n"
+        text += docs.to_toml(checked.flat(), origins)
     typer.echo(text, nl=False)
 
 

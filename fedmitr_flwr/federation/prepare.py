@@ -19,6 +19,7 @@ from fedmitr_flwr.models.moments import check_one_head
 from fedmitr_flwr.models.trainable import KEY, trained_part
 from fedmitr_flwr.runs.atomic import Json
 from fedmitr_flwr.settings import Settings, SettingsError
+from fedmitr_flwr.settings.recipes import Recipe
 from fedmitr_flwr.version import __version__
 
 log = logging.getLogger("fedmitr.run")
@@ -107,10 +108,25 @@ def choose_device(name: str) -> torch.device:
     return device
 
 
-def describe_run(settings: Settings, federation: Federation) -> dict[str, Json]:
-    """Return the content of ``config.json``: all that is needed to repeat the run."""
+def describe_run(settings: Settings, federation: Federation, recipe: Recipe | None = None) -> dict[str, Json]:
+    """Return the content of ``config.json``: all that is needed to repeat the run.
+
+    Parameters
+    ----------
+    settings, federation
+        Settings of the run, and what `prepare` returned for them.
+    recipe
+        The recipe that was applied when the run started. None: that of the settings.
+    """
+    recipe = recipe or settings.applied_recipe()
     return {
         "settings": dict(settings.flat()),
+        "recipe": {
+            "name": recipe.name,
+            "reason": recipe.reason,
+            "keys": list(recipe.keys),
+            "named": list(recipe.named),
+        },
         "class_names": list(federation.spec.class_names),
         "seeds": {
             "run": settings.run.seed,

@@ -59,7 +59,7 @@ class Deployment:
         """
         with tempfile.TemporaryDirectory(prefix="fedmitr-") as folder:
             file = Path(folder) / "run.toml"
-            file.write_text(to_toml(settings.flat()), "utf-8")
+            file.write_text(to_toml(settings.run_config()), "utf-8")
             lean = stage_app(app, Path(folder) / "app")
             output = self._ask("run", str(lean), self.superlink, "--run-config", str(file))
         found = _STARTED.search(output)

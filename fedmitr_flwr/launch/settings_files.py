@@ -58,7 +58,21 @@ def run_settings(
     *,
     absolute: bool = True,
 ) -> Settings:
+    """Return the settings of a run from a user's input; see `given_settings`."""
+    return given_settings(app, conf, overrides, output, absolute=absolute)[0]
+
+
+def given_settings(
+    app: Path,
+    conf: Path | None = None,
+    overrides: Sequence[str] = (),
+    output: Path | None = None,
+    *,
+    absolute: bool = True,
+) -> tuple[Settings, dict[str, str]]:
     """Merge an app's defaults, a settings file and single keys, and validate the result. Later values win.
+
+    Keys of a recipe that none of these names get the recipe's value (see `settings.recipes`).
 
     Parameters
     ----------
@@ -74,6 +88,13 @@ def run_settings(
         If true, relative paths are made absolute from the current directory. If false, they are paths of another
         machine and are not changed.
 
+    Returns
+    -------
+    settings
+        The validated settings.
+    origins
+        Where the value of each key comes from: ``default``, ``recipe NAME``, ``--set``, ``--output`` or a file.
+
     Raises
     ------
     SettingsError
@@ -85,17 +106,24 @@ def run_settings(
     if missing:
         allowed = f"{CONFIG_TABLE} must declare {', '.join(missing)}, or Flower refuses the keys; run `make settings`"
         raise SettingsError(("--app", str(app), allowed))
-    if conf is not None:
-        config |= dict(flatten(_read_toml(conf, "settings file")))
-    config |= dict(_override(text) for text in overrides)
-    if output is not None:
-        config["run.output"] = str(output)
+    defaults = Settings().flat()
+    origins = {key: "default" if defaults.get(key) == value else "pyproject.toml" for key, value in config.items()}
+    given: list[tuple[str, dict[str, Any]]] = [
+        (str(conf), dict(flatten(_read_toml(conf, "settings file"))) if conf is not None else {}),
+        ("--set", dict(_override(text) for text in overrides)),
+        ("--output", {"run.output": str(output)} if output is not None else {}),
+    ]
+    for origin, values in given:
+        config |= values
+        origins |= dict.fromkeys(values, origin)
     lists = [(key, value) for key, value in config.items() if not isinstance(value, bool | int | float | str)]
     if lists:
         example = 'a list is written as a string with commas, for example "50,100"'
         raise SettingsError(*((key, str(value), example) for key, value in lists))
     settings = Settings.from_run_config(config)
-    return settings.replace(**_absolute_paths(settings)) if absolute else settings
+    recipe = settings.applied_recipe()
+    origins |= dict.fromkeys(settings.unnamed(), "default") | dict.fromkeys(recipe.keys, f"recipe {recipe.name}")
+    return settings.replace(**_absolute_paths(settings)) if absolute else settings, origins
 
 
 def resumed_run(run: Path, overrides: Sequence[str] = ()) -> tuple[Settings, Mapping[str, Any]]:

@@ -123,7 +123,7 @@ def _run(
 ) -> str:
     """Run the app; return the reason of its failure, or an empty string."""
     run_config, federation_config = flower.home / "run.toml", flower.home / "federation.toml"
-    run_config.write_text(to_toml(settings.flat()), "utf-8")
+    run_config.write_text(to_toml(settings.run_config()), "utf-8")
     federation_config.write_text(federation_toml(federation), "utf-8")
     command = ["run", str(stage_app(app, flower.home / "app")), "--stream"]
     command += ["--run-config", str(run_config), "--federation-config", str(federation_config)]

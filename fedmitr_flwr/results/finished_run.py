@@ -56,7 +56,7 @@ class FinishedRun:
             If the settings were written by another version and this version does not accept them.
         """
         try:
-            return Settings.from_run_config(self.config["settings"])
+            return Settings.from_stored(self.config["settings"])
         except (SettingsError, KeyError, TypeError, AttributeError) as error:
             said = str(error).splitlines()[0]
             allowed = f"was written by version {self.version}, this is version {__version__}: {said}"

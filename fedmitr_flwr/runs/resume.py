@@ -10,6 +10,7 @@ from typing import Any
 
 from fedmitr_flwr.runs.directory import CHECKPOINTS, CONFIG, METRICS, STATUS, UPLOADS
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError
+from fedmitr_flwr.settings.recipes import KEYS, Recipe, is_unnamed
 
 # The first stage whose result depends on a group of settings. For groups that are not listed it is inversion.
 _DECIDES = {
@@ -68,7 +69,7 @@ def stored_config(run: Path) -> dict[str, Any]:
 
 
 def resumed_settings(run: Path, changes: Mapping[str, RunConfigValue]) -> Settings:
-    """Return the settings of a run with some of them changed.
+    """Return the settings of a run with some of them changed. No recipe is applied again.
 
     Parameters
     ----------
@@ -80,9 +81,14 @@ def resumed_settings(run: Path, changes: Mapping[str, RunConfigValue]) -> Settin
     Raises
     ------
     SettingsError
-        If finished work depends on the old value of a changed key; the message names each such key.
+        If finished work depends on the old value of a changed key, or `run.recipe` is changed; the message names each
+        such key.
     """
-    stored = Settings.from_run_config(stored_config(run)["settings"])
+    stored = Settings.from_stored(stored_config(run)["settings"])
+    changes = {key: value for key, value in changes.items() if not is_unnamed(key, value)}
+    if changes.get("run.recipe", stored.run.recipe) != stored.run.recipe:
+        allowed = "cannot change, because a recipe applies only when a run starts; name single keys instead"
+        raise SettingsError(("run.recipe", changes["run.recipe"], allowed))
     place: dict[str, RunConfigValue] = {
         "run.output": str(run.parent),
         "run.name": run.name,
@@ -102,15 +108,34 @@ def resumed_settings(run: Path, changes: Mapping[str, RunConfigValue]) -> Settin
     return settings
 
 
+def resumed_recipe(run: Path, settings: Settings) -> Recipe:
+    """Return the recipe that was applied when a run started, as far as `settings` still have its values."""
+    config = stored_config(run)
+    stored, values = config["settings"], settings.flat()
+    try:
+        about = config["recipe"]
+        keys = [str(key) for key in about["keys"]]
+        kept = tuple(key for key in keys if key in values and values[key] == stored.get(key))
+        named = (*map(str, about["named"]), *(key for key in keys if key not in kept))
+        return Recipe(str(about["name"]), str(about["reason"]), kept, named)
+    except (KeyError, TypeError):
+        return Recipe("scratch", "the run was started by a version without recipes", ())
+
+
 def changes_in(given: Settings, run: Path) -> dict[str, RunConfigValue]:
     """Return the keys that a run-config with `run.resume` changes in the resumed run.
 
-    Flower adds the app's defaults to a run-config, so a key with its default value does not change the run. The
-    run-config of ``fedmitr resume`` is complete and names the run; all its keys apply.
+    Flower adds the app's defaults to a run-config. A key with its default value therefore does not change the run,
+    unless it is a key of a recipe: for these the run-config says whether they are named. The run-config of ``fedmitr
+    resume`` is complete and names the run; all its keys apply.
     """
-    values, defaults = given.flat(), Settings().flat()
+    values, defaults, unnamed = given.flat(), Settings().flat(), given.unnamed()
     complete = given.run.name == run.name
-    return {key: value for key, value in values.items() if complete or value != defaults[key]}
+    return {
+        key: value
+        for key, value in values.items()
+        if key not in unnamed and (complete or key in KEYS or value != defaults[key])
+    }
 
 
 def _decided_stage(key: str) -> str | None:

@@ -30,6 +30,9 @@ MethodName = Literal[
 MOMENT_METHODS: tuple[MethodName, ...] = ("lda", "ridge")
 """The methods that need `train.share-moments`."""
 
+RecipeName = Literal["auto", "scratch", "pretrained"]
+"""Choices of `run.recipe`."""
+
 Weighting = Literal["uniform", "examples", "histogram", "competence"]
 """Choices of `ensemble.weighting`."""
 
@@ -82,6 +85,11 @@ METHODS = (
     Choice("random-images", description="distillation on random images alone"),
     Choice("dense", description="DENSE, an image generator in place of inversion"),
     Choice("co-boosting", description="Co-Boosting, likewise"),
+)
+RECIPES = (
+    Choice("auto", description="`pretrained` if `model.init` is `pretrained` or `file:PATH`, otherwise `scratch`"),
+    Choice("scratch", description="the defaults, which are made for small models that are trained from scratch"),
+    Choice("pretrained", description="values for a ViT with pretrained weights, shown beside the defaults"),
 )
 WEIGHTINGS = (
     Choice("uniform", description="the same for all teachers"),

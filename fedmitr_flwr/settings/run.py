@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Literal, Self
 
 from pydantic import Field, ValidationError, model_validator
 from pydantic.fields import FieldInfo
 
-from fedmitr_flwr.settings.choices import METHODS, MOMENT_METHODS, MethodName, described
+from fedmitr_flwr.settings import recipes
+from fedmitr_flwr.settings.choices import METHODS, MOMENT_METHODS, RECIPES, MethodName, RecipeName, described
 from fedmitr_flwr.settings.client_stages import DataSettings, ModelSettings, PartitionSettings, TrainSettings
 from fedmitr_flwr.settings.generator import GeneratorSettings
 from fedmitr_flwr.settings.moments import MomentsSettings
@@ -26,6 +27,11 @@ class RunSettings(Stage):
     """Settings of the whole run: method, device, results, clients and time limits."""
 
     method: MethodName = Field("fedmitr", description=described("Way from the uploads to one model.", METHODS))
+    recipe: RecipeName = Field(
+        "auto",
+        description=described("Source of the values for keys of a recipe that are not named.", RECIPES)
+        + " It applies when a run starts, and not again when the run is resumed.",
+    )
     seed: int = Field(
         42, ge=0, le=2**31 - 1, description="Seed of all random draws but the partition and the data split."
     )
@@ -184,12 +190,15 @@ class Settings(Stage):
 
     @classmethod
     def from_run_config(cls, config: Mapping[str, RunConfigValue]) -> Settings:
-        """Validate a flat run-config; missing keys get their defaults.
+        """Validate a flat run-config; missing keys get the value of the recipe (`run.recipe`), or else their default.
+
+        `Settings(...)`, `replace` and `from_stored` apply no recipe.
 
         Parameters
         ----------
         config
             Dotted kebab-case keys with values of type int, float, bool or str, as in Flower's ``context.run_config``.
+            A key of a recipe with the value `recipes.UNNAMED` counts as missing.
 
         Raises
         ------
@@ -197,6 +206,34 @@ class Settings(Stage):
             If a key is unknown, has a value of the wrong type or out of range, or contradicts another key. The
             message has one line for each such key, with its value and what is allowed.
         """
+        named = {key: value for key, value in config.items() if not recipes.is_unnamed(key, value)}
+        init = named.get("model.init", ModelSettings().init)
+        name, _ = recipes.choose(named.get("run.recipe", RunSettings().recipe), init)
+        added = {key: value for key, value in recipes.RECIPES[name].items() if key not in named}
+        try:
+            settings = cls._validated({**named, **added})
+        except SettingsError as error:
+            note = f"; the value is from the recipe {name}, so name the key to set another"
+            problems = ((key, value, allowed + note * (key in added)) for key, value, allowed in error.problems)
+            raise SettingsError(*problems) from None
+        settings._mark_unnamed(added)
+        return settings
+
+    @classmethod
+    def from_stored(cls, config: Mapping[str, RunConfigValue]) -> Settings:
+        """Validate settings that `flat` returned earlier; missing keys get their default and no recipe is applied.
+
+        Keys are missing if an older version stored the settings. An older version also had no recipes.
+
+        Raises
+        ------
+        SettingsError
+            As for `from_run_config`.
+        """
+        return cls._validated({**Settings().flat(), "run.recipe": "scratch", **config})
+
+    @classmethod
+    def _validated(cls, config: Mapping[str, RunConfigValue]) -> Settings:
         known = flat_fields()
         unknown = [key for key in config if key not in known]
         if unknown:
@@ -211,17 +248,53 @@ class Settings(Stage):
             raise SettingsError(*problems_of(error, known)) from None
 
     def flat(self) -> dict[str, RunConfigValue]:
-        """Return the settings as a flat run-config, the inverse of `from_run_config`."""
+        """Return all values as a flat run-config in which every key is named."""
         out: dict[str, RunConfigValue] = {}
         for key in flat_fields():
-            stage, name = key.split(".", 1)
-            value = getattr(getattr(self, stage), name.replace("-", "_"))
+            value = getattr(*self._place(key))
             out[key] = ",".join(str(item) for item in value) if isinstance(value, tuple) else value
         return out
 
+    def run_config(self) -> dict[str, RunConfigValue]:
+        """Return the run-config from which `from_run_config` makes these settings, with the same keys named."""
+        values = self.flat()
+        follow = {**Settings().flat(), **recipes.RECIPES[self.applied_recipe().name]}
+        free = {key: recipes.UNNAMED for key in self.unnamed() if values[key] == follow[key]}
+        return {**values, **free}
+
+    def unnamed(self) -> frozenset[str]:
+        """Return the keys of recipes that were not named: they have the recipe's value or their default."""
+        places = {key: self._place(key) for key in recipes.KEYS}
+        return frozenset(key for key, (stage, name) in places.items() if name not in stage.model_fields_set)
+
+    def applied_recipe(self) -> recipes.Recipe:
+        """Return the recipe, the reason for it, and the keys that have their values from it."""
+        name, reason = recipes.choose(self.run.recipe, self.model.init)
+        values, unnamed = self.flat(), self.unnamed()
+        wanted = recipes.RECIPES[name]
+        keys = tuple(key for key in wanted if key in unnamed and values[key] == wanted[key])
+        return recipes.Recipe(name, reason, keys, tuple(key for key in wanted if key not in keys))
+
     def replace(self, **changes: RunConfigValue) -> Settings:
-        """Return validated settings with some keys changed, as in ``replace(**{"run.seed": 7})``."""
-        return Settings.from_run_config({**self.flat(), **changes})
+        """Return validated settings with some keys changed, as in ``replace(**{"run.seed": 7})``.
+
+        All other values stay as they are: no recipe is applied again. To give a key of a recipe the recipe's value,
+        change it to `recipes.UNNAMED`.
+        """
+        settings = Settings.from_run_config({**self.flat(), **changes})
+        settings._mark_unnamed(self.unnamed() - changes.keys())
+        return settings
+
+    def _place(self, key: str) -> tuple[Stage, str]:
+        """Return the stage and the field of a key."""
+        stage, name = key.split(".", 1)
+        return getattr(self, stage), name.replace("-", "_")
+
+    def _mark_unnamed(self, keys: Iterable[str]) -> None:
+        """Take keys out of pydantic's record of the fields that were given; it is not part of a comparison."""
+        for key in keys:
+            stage, name = self._place(key)
+            stage.model_fields_set.discard(name)
 
 
 def flat_fields() -> dict[str, FieldInfo]:

@@ -162,6 +162,9 @@ def _tables(run: FinishedRun) -> list[dict[str, object]]:
     versions.append(("code", str(run.config.get("digest", ""))[:12], False))
     hardware = [(name, _plain(value), False) for name, value in run.config.get("hardware", {}).items()]
     note = "● marks a value that differs from the default. On a CPU the same settings give the same results."
+    if recipe := run.config.get("recipe"):
+        keys = ", ".join(recipe["keys"]) or "no value"
+        note += f" The recipe {recipe['name']} ({recipe['reason']}) set {keys}."
     return [
         {"title": "Settings", "rows": rows, "note": note},
         {"title": "Versions", "rows": versions, "note": ""},

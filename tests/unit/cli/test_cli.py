@@ -366,7 +366,7 @@ def test_settings_checks_a_file_and_single_keys_and_prints_what_a_run_would_have
     values = dict(flatten(tomllib.loads(result.stdout)))
     assert values == Settings().flat() | {"run.seed": 7, "inversion.images": 30, "train.epochs": 3}
     table = CliRunner().invoke(cli.app, ["settings", str(conf)]).stdout
-    assert "run.seed = 7    [an integer >= 0 and <= 2147483647; default 42]" in table
+    assert f"run.seed = 7    [an integer >= 0 and <= 2147483647; default 42; from {conf}]" in table
 
 
 def test_settings_names_the_keys_that_plain_flwr_run_refuses_without_naming_them(tmp_path: Path):
@@ -384,7 +384,7 @@ def test_settings_are_printed_in_every_format(style: str):
     assert result.exit_code == 0
     assert "inversion.iterations" in result.stdout
     if style == "toml":
-        assert dict(flatten(tomllib.loads(result.stdout))) == Settings().flat()
+        assert dict(flatten(tomllib.loads(result.stdout))) == Settings().run_config()
 
 
 def test_version_and_help_are_there():

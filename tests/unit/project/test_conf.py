@@ -13,6 +13,7 @@ from fedmitr_flwr.settings.docs import flatten
 ROOT = Path(__file__).resolve().parents[3]
 RUNS = sorted((ROOT / "conf").glob("*.toml"))
 PUBLISHED = [path for path in RUNS if "_dir" in path.stem or path.stem == "office_home"]
+OWN = [path for path in RUNS if path.stem in ("photographs", "cifar10_pretrained", "emojihome", "food12")]
 FEDERATIONS = sorted((ROOT / "conf" / "federation").glob("*.toml"))
 
 
@@ -41,6 +42,25 @@ def test_every_settings_file_begins_with_its_command_and_what_it_reproduces(path
     assert f"fedmitr simulate conf/{path.name}" in text
     assert re.search(r"Reproduces:|Sets up:", text)
     assert re.search(r"README|measured with|not measured yet|mean nothing", text, flags=re.IGNORECASE)
+
+
+@pytest.mark.parametrize("path", PUBLISHED, ids=by_name)
+def test_a_published_run_does_not_change_with_a_recipe(path: Path):
+    settings = run_settings(ROOT, path)
+    assert (settings.model.init, settings.run.recipe) == ("pretrained", "scratch")
+    assert settings == Settings().replace(**settings.flat())
+    named = dict(flatten(tomllib.loads(path.read_text("utf-8")))) | {"run.output": settings.run.output}
+    assert settings.flat() == Settings().flat() | named
+
+
+@pytest.mark.parametrize("path", OWN, ids=by_name)
+def test_a_run_on_own_images_with_a_pretrained_model_follows_the_recipe(path: Path):
+    for overrides in ([], ["model.init=file:vit.safetensors"]):
+        settings = run_settings(ROOT, path, overrides)
+        recipe = settings.applied_recipe()
+        assert (recipe.name, recipe.named) == ("pretrained", ())
+        assert settings.data.image_size % 14 == 0
+    assert len(OWN) == 4
 
 
 @pytest.mark.parametrize("path", [*RUNS, *FEDERATIONS], ids=by_name)

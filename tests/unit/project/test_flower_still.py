@@ -27,7 +27,7 @@ from flwr.app import Array, ArrayRecord, Context, Message, MessageType, RecordDi
 from flwr.cli import local_superlink
 from flwr.cli.constant import LOCAL_CONTROL_API_ADDRESS, LOCAL_SUPERLINK_HTTP_API_PORT, LOCAL_SUPERLINK_STARTUP_TIMEOUT
 from flwr.cli.utils import collect_files, validate_project_name
-from flwr.common.config import flatten_dict, parse_config_args
+from flwr.common.config import flatten_dict, get_fused_config_from_dir, parse_config_args
 from flwr.common.constant import FAB_INCLUDE_PATTERNS, ErrorCode
 from flwr.server.superlink.fleet.vce import vce_api
 from flwr.server.superlink.fleet.vce.backend.raybackend import RayBackend
@@ -107,6 +107,18 @@ def test_flower_still_uses_the_ports_that_doctor_looks_at() -> None:
 
 def test_flower_still_ignores_a_settings_file_beside_single_keys() -> None:
     assert parse_config_args(["run.toml run.seed=3"]) == {"run.seed": 3}
+
+
+def test_flower_still_does_not_say_which_keys_were_named(tmp_path: Path) -> None:
+    app = '[project]\nname = "a"\nversion = "1"\n[tool.flwr.app]\npublisher = "me"\n'
+    app += (
+        '[tool.flwr.app.components]\nserverapp = "a:b"\nclientapp = "a:c"\n[tool.flwr.app.config]\ntrain.epochs = 1\n'
+    )
+    (tmp_path / "pyproject.toml").write_text(app)
+    assert get_fused_config_from_dir(tmp_path, {"train.epochs": 1}) == get_fused_config_from_dir(tmp_path, {})
+    assert get_fused_config_from_dir(tmp_path, {"train.epochs": "recipe"}) == {"train.epochs": "recipe"}
+    with pytest.raises(ValueError, match=r"train\.steps"):
+        get_fused_config_from_dir(tmp_path, {"train.steps": 1})
 
 
 def test_flower_still_takes_no_list_in_a_run_config() -> None:

@@ -20,6 +20,8 @@ from fedmitr_flwr.settings import (
     Weighting,
     choices,
 )
+from fedmitr_flwr.settings.choices import RecipeName
+from fedmitr_flwr.settings.recipes import RECIPES
 from fedmitr_flwr.stages.inversion.methods import INVERSION
 from fedmitr_flwr.stages.random_images.families import FAMILIES
 from fedmitr_flwr.training.reported import REPORTED
@@ -27,6 +29,7 @@ from tests.pages import ROOT
 
 LISTS = {
     "run.method": (MethodName, METHODS, choices.METHODS),
+    "run.recipe": (RecipeName, ("auto", *RECIPES), choices.RECIPES),
     "ensemble.weighting": (Weighting, WEIGHTINGS, choices.WEIGHTINGS),
     "ensemble.combine": (Combination, COMBINATIONS, choices.COMBINATIONS),
     "inversion.method": (InversionName, INVERSION, choices.INVERSIONS),

@@ -38,7 +38,7 @@ def test_flat_has_every_key_in_flower_s_types_only():
 def test_pyproject_declares_exactly_the_defaults():
     table = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["flwr"]["app"]["config"]
     declared = dict(settings_docs.flatten(table))
-    expected = Settings().flat()
+    expected = Settings().run_config()
     assert declared == expected, "run `make settings`"
     assert {key: type(value) for key, value in declared.items()} == {k: type(v) for k, v in expected.items()}
 
@@ -146,7 +146,7 @@ def test_writing_the_block_into_pyproject_twice_changes_nothing_and_keeps_the_re
     assert settings_docs.with_config(once) == once
     tools = tomllib.loads(once)["tool"]
     assert tools["flwr"]["app"]["components"] == {"serverapp": "a:b"}
-    assert dict(settings_docs.flatten(tools["flwr"]["app"]["config"])) == Settings().flat()
+    assert dict(settings_docs.flatten(tools["flwr"]["app"]["config"])) == Settings().run_config()
     assert ("ruff" in tools) == bool(rest)
 
 
