@@ -6,8 +6,11 @@ forward pass on a subset of the patches: the result equals that of the full mode
 the position embedding. To save time, only the given patches are embedded, and the last block computes keys and values
 for all tokens, but everything else only for the [CLS] token, because the head uses no other output.
 
+The forward pass can be cut after any block. `forward_trunk` runs the part before the cut, `forward_tail` the part after
+it. Models that share their first blocks need the first part only once for all of them.
+
 Dimension letters: B images, C classes, P patches of the full grid, L patches in the input, N tokens (prefix and
-patches), E pixels of a patch (channels x height x width), D embedding, H heads.
+patches), E pixels of a patch (channels x height x width), D embedding, H heads, Q rows that the head reads.
 """
 
 from __future__ import annotations
@@ -59,6 +62,22 @@ class TokenOutput:
     features: Tensor
 
 
+@dataclass(frozen=True)
+class TrunkOutput:
+    """Output of the first blocks of a model, in the autograd graph.
+
+    Attributes
+    ----------
+    tokens
+        (B, N, D) all tokens. If the last block is included: (B, Q, D), only the rows that the head reads.
+    attention
+        (B, L) as in `TokenOutput`, if the last block is included and the attention is requested; else None.
+    """
+
+    tokens: Tensor
+    attention: Tensor | None
+
+
 def check_supported(model: nn.Module) -> None:
     """Raise an error for a model that cannot run on a subset of its patches.
 
@@ -103,6 +122,19 @@ def _reason_against(model: nn.Module) -> str | None:
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm) for module in model.modules()):
         return "must normalise each token separately; batch and group norm mix tokens"
     return None
+
+
+_STEM = ("cls_token", "dist_token", "reg_token", "pos_embed", "patch_embed.", "norm_pre.")
+
+
+def in_trunk(name: str, depth: int) -> bool:
+    """Return whether a parameter of this name belongs to the patch embedding, its tokens or the first `depth` blocks.
+
+    These are the parameters that `forward_trunk` uses; all others belong to `forward_tail`.
+    """
+    if name.startswith("blocks."):
+        return int(name.split(".", 2)[1]) < depth
+    return name.startswith(_STEM)
 
 
 def patch_size(model: VisionTransformer) -> tuple[int, int]:
@@ -232,22 +264,80 @@ def forward_patches(
         If the shapes do not fit, or the attention is requested while patch dropout is active, because its columns
         would not correspond to `index`.
     """
+    start = forward_trunk(model, patches, index, 0)
+    return forward_tail(model, start, 0, attention=attention)
+
+
+def forward_trunk(
+    model: VisionTransformer, patches: Tensor, index: Tensor | None, depth: int, *, attention: bool = False
+) -> TrunkOutput:
+    """Run the patch embedding and the first `depth` blocks on patches.
+
+    Parameters
+    ----------
+    model, patches, index
+        As for `forward_patches`.
+    depth
+        Number of blocks, 0 to all.
+    attention
+        Whether to return the [CLS] attention if the last block is included.
+
+    Raises
+    ------
+    ValueError
+        As for `forward_patches`.
+    """
     P = model.patch_embed.num_patches
     if (P if index is None else index.shape[1]) != patches.shape[1]:
         wanted = f"all {P} patches without an index" if index is None else f"index of shape {tuple(index.shape)}"
         raise ValueError(f"patches of shape {tuple(patches.shape)} do not fit: {wanted}")
+    tokens = model.norm_pre(model.patch_drop(_embed(model, patches, index)))
+    for block in model.blocks[: min(depth, len(model.blocks) - 1)]:
+        tokens = block(tokens)
+    if depth < len(model.blocks):
+        return TrunkOutput(tokens, None)
+    return TrunkOutput(*_read_rows(model, tokens, attention))
+
+
+def forward_tail(
+    model: VisionTransformer, trunk: TrunkOutput, depth: int, *, attention: bool = False
+) -> TokenOutput:  # fmt: skip
+    """Run the blocks after the first `depth` ones, the last norm and the head.
+
+    Parameters
+    ----------
+    model
+        A model whose first blocks are those that computed `trunk`.
+    trunk
+        Output of `forward_trunk` with the same depth; with the attention if it is requested here.
+    depth
+        Number of blocks that `trunk` includes.
+    attention
+        Whether to return the [CLS] attention.
+
+    Raises
+    ------
+    ValueError
+        If the attention is requested while patch dropout is active, as for `forward_patches`.
+    """
+    rows, seen = trunk.tokens, trunk.attention
+    if depth < len(model.blocks):
+        for block in model.blocks[depth:-1]:
+            rows = block(rows)
+        rows, seen = _read_rows(model, rows, attention)
+    logits = model.forward_head(model.norm(rows))
+    return TokenOutput(logits=logits, attention=seen if attention else None, features=rows[:, 0])
+
+
+def _read_rows(model: VisionTransformer, tokens: Tensor, attention: bool) -> tuple[Tensor, Tensor | None]:
+    """Run the last block; return the (B, Q, D) rows that the head reads and, if requested, the (B, L) attention."""
     if attention and model.training and isinstance(model.patch_drop, PatchDropout):
         raise ValueError(
             "no [CLS] attention in train mode with patch_drop_rate > 0: its columns would not correspond to index"
         )
-    tokens = model.norm_pre(model.patch_drop(_embed(model, patches, index)))
-    for block in model.blocks[:-1]:
-        tokens = block(tokens)
     distilled = isinstance(model, VisionTransformerDistilled)
     rows, weights = _last_block(cast(Block, model.blocks[-1]), tokens, queries=2 if distilled else 1)
-    patch_weights = weights[:, :, 0, model.num_prefix_tokens :].mean(dim=1) if attention else None
-    logits = model.forward_head(model.norm(rows))
-    return TokenOutput(logits=logits, attention=patch_weights, features=rows[:, 0])
+    return rows, weights[:, :, 0, model.num_prefix_tokens :].mean(dim=1) if attention else None
 
 
 def _embed(model: VisionTransformer, patches: Tensor, index: Tensor | None) -> Tensor:
