@@ -3,13 +3,17 @@
 Teachers of an architecture that `packing.py` supports are packed and run by the hand-written passes of `passes.py`.
 Other teachers, and calls that need autograd, use `vit.forward_patches`.
 
-Letters: B images, K teachers, C classes, L patches kept, E pixels of a patch.
+If all teachers have the same weights in the patch embedding and the first t blocks, because no client trained them,
+these run once for all teachers. A pass then costs t + K (n - t) blocks instead of K n, n blocks of a teacher.
+
+Letters: B images, K teachers, C classes, L patches kept, E pixels of a patch, N tokens, D embedding.
 """
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
@@ -17,12 +21,13 @@ from torch import Tensor
 
 from fedmitr_flwr.ensemble.combining import COMBINATIONS, Combined
 from fedmitr_flwr.ensemble.engine.graphs import Graphs
-from fedmitr_flwr.ensemble.engine.groups import Group, Step, group_teachers
+from fedmitr_flwr.ensemble.engine.groups import Groups, Start, Step, group_teachers
 from fedmitr_flwr.ensemble.engine.kernels import Arena
 from fedmitr_flwr.ensemble.engine.teachers import MemoryLimits, PagedTeachers
+from fedmitr_flwr.ensemble.engine.trunk import shared_depth_of_models
 from fedmitr_flwr.ensemble.loss_terms import Seen, Term
 from fedmitr_flwr.ensemble.outputs import EnsembleOutput, LossGradient, TeacherOutputs
-from fedmitr_flwr.models.vit import forward_patches
+from fedmitr_flwr.models.vit import TokenOutput, forward_patches, forward_tail, forward_trunk
 from fedmitr_flwr.settings import Combination
 
 LABEL_ROWS = 1600
@@ -78,11 +83,24 @@ class Ensemble:
             self._hold = False
         else:
             self.teachers = [teacher.eval().requires_grad_(False) for teacher in teachers]
-            self._hold = sum(self.limits.shrink(teacher, len(teachers)) for teacher in self.teachers) == 0
+            K = len(teachers)
+            fits = all(self.limits.place(teacher, K) == "held" for teacher in self.teachers)
+            depth = 0 if fits else self.shared_blocks  # the comparison of the weights is put off if it is not needed
+            self._hold = sum(self.limits.shrink(teacher, K, depth) for teacher in self.teachers) == 0
         self.weights, self.rule = weights, rule
-        self._groups: dict[torch.dtype, list[Group]] = {}
-        self._scratch = Arena()
+        self._groups: dict[torch.dtype, Groups] = {}
+        self._scratch, self._trunk = Arena(), Arena()
         self._kept: list[Arena] = []
+
+    @cached_property
+    def shared_blocks(self) -> int:
+        """t, the number of leading blocks that have the same weights in all teachers, the patch embedding included.
+
+        0 if the first block or the patch embedding differs, or if there is one teacher.
+        """
+        if isinstance(self.teachers, PagedTeachers):
+            return self.teachers.depth
+        return shared_depth_of_models(self.teachers)
 
     def __call__(
         self,
@@ -115,16 +133,27 @@ class Ensemble:
         if patches.requires_grad and torch.is_grad_enabled():
             if isinstance(self.teachers, PagedTeachers):
                 raise ValueError("teachers read from disk keep no graph for autograd: use Ensemble.loss_gradient")
-            outputs = [forward_patches(_fp32(teacher), patches, index, attention=True) for teacher in self.teachers]
+            outputs = self._by_autograd(patches, index)
             logits = torch.stack([out.logits.float() for out in outputs])
             seen = torch.stack([out.attention.detach() for out in outputs if out.attention is not None])
         else:
-            logits, seen, _ = self.see(patches, index)
+            out = self.see(patches, index)
+            logits, seen = out.logits, out.attention
         probabilities = self.combine(logits)
         return EnsembleOutput(probabilities, self._share(probabilities, seen, labels) if attention else None)
 
+    def _by_autograd(self, patches: Tensor, index: Tensor | None) -> list[TokenOutput]:
+        """Return the outputs of all teachers with attention, with gradients to the patches."""
+        depth = self.shared_blocks
+        if depth == 0:
+            return [forward_patches(_fp32(teacher), patches, index, attention=True) for teacher in self.teachers]
+        trunk = forward_trunk(_fp32(self.teachers[0]), patches, index, depth, attention=True)
+        return [forward_tail(_fp32(teacher), trunk, depth, attention=True) for teacher in self.teachers]
+
     @torch.no_grad()
-    def see(self, patches: Tensor, index: Tensor | None = None, *, features: bool = False) -> TeacherOutputs:
+    def see(
+        self, patches: Tensor, index: Tensor | None = None, *, features: bool = False, tokens: bool = False
+    ) -> TeacherOutputs:
         """Return the outputs of every teacher, without autograd.
 
         Parameters
@@ -133,22 +162,28 @@ class Ensemble:
             As for `__call__`.
         features
             Whether to return the [CLS] tokens too.
+        tokens
+            Whether to return what the teachers' common trunk makes of the patches too.
         """
         B, L, _ = patches.shape
         logits = patches.new_empty(len(self.teachers), B, self.weights.shape[1])
         attention = patches.new_empty(len(self.teachers), B, L)
-        tokens = None
+        seen, common = None, []
         size = max(1, LABEL_ROWS // L)
-        for start in range(0, B, size):
-            part = slice(start, start + size)
-            for step in self._steps(patches[part], None if index is None else index[part], torch.float32):
+        for first in range(0, B, size):
+            part = slice(first, first + size)
+            start, steps = self._steps(patches[part], None if index is None else index[part], torch.float32)
+            start.forward(self._scratch, None)
+            if tokens and start.tokens is not None:
+                common.append(start.tokens.clone())
+            for step in steps:
                 out = step.forward(self._scratch, None)
                 logits[step.members, part], attention[step.members, part] = out.logits, out.attention
                 if features:
-                    if tokens is None:
-                        tokens = patches.new_empty(len(self.teachers), B, out.features.shape[-1])
-                    tokens[step.members, part] = out.features
-        return TeacherOutputs(logits, attention, tokens)
+                    if seen is None:
+                        seen = patches.new_empty(len(self.teachers), B, out.features.shape[-1])
+                    seen[step.members, part] = out.features
+        return TeacherOutputs(logits, attention, seen, torch.cat(common) if common else None)
 
     def loss_gradient(
         self,
@@ -161,7 +196,8 @@ class Ensemble:
         """Compute ``-log A_y`` and its exact gradient with respect to the pixels, in bounded memory for any K.
 
         The gradient needs the outputs of all teachers first. Their activations are kept until then if they fit in
-        `MemoryLimits.activations`; otherwise each teacher runs forward a second time.
+        `MemoryLimits.activations`; otherwise each teacher runs forward a second time. A trunk that all teachers share
+        runs forward and backward once.
 
         Parameters
         ----------
@@ -176,8 +212,9 @@ class Ensemble:
             does not include them.
         """
         with torch.no_grad():
-            steps = self._steps(patches, index, dtype)
-            arenas = self._arenas(steps)
+            start, steps = self._steps(patches, index, dtype)
+            arenas = self._arenas(start, steps)
+            start.forward(self._scratch, self._trunk)
             logits = patches.new_empty(len(self.teachers), len(patches), self.weights.shape[1])
             seen = patches.new_empty(len(self.teachers), *patches.shape[:2])
             features = []
@@ -203,6 +240,7 @@ class Ensemble:
             gradient = steps[0].backward(self._scratch, upstream[steps[0].members], of_features[0])
             for step, of in zip(steps[1:], of_features[1:], strict=True):
                 gradient += step.backward(self._scratch, upstream[step.members], of)
+            gradient = start.backward(self._scratch, gradient)
             if direct is not None:
                 gradient += direct
         return LossGradient(loss.detach(), gradient, self._share(probabilities, seen, labels), probabilities)
@@ -268,7 +306,7 @@ class Ensemble:
 
     def release(self) -> None:
         """Free the memory of the activations."""
-        self._scratch = Arena()
+        self._scratch, self._trunk = Arena(), Arena()
         self._kept = []
 
     @property
@@ -279,21 +317,25 @@ class Ensemble:
     @property
     def buffers(self) -> list[Tensor]:
         """Buffers that the passes write to, until `release`."""
-        return [buffer for arena in (self._scratch, *self._kept) for buffer in arena.buffers]
+        return [buffer for arena in (self._scratch, self._trunk, *self._kept) for buffer in arena.buffers]
 
     @property
     def activation_bytes(self) -> int:
         """Size in bytes of the buffers that the passes use, until `release`."""
-        return sum(arena.bytes for arena in (self._scratch, *self._kept))
+        return sum(arena.bytes for arena in (self._scratch, self._trunk, *self._kept))
 
-    def _steps(self, patches: Tensor, index: Tensor | None, dtype: torch.dtype) -> list[Step]:
+    def _steps(self, patches: Tensor, index: Tensor | None, dtype: torch.dtype) -> tuple[Start, list[Step]]:
         if dtype not in self._groups:
-            self._groups[dtype] = group_teachers(self.teachers, dtype, self._hold)
-        return [step for group in self._groups[dtype] for step in group.steps(patches, index)]
+            self._groups[dtype] = group_teachers(self.teachers, dtype, self._hold, self.shared_blocks)
+        return self._groups[dtype].steps(patches, index)
 
-    def _arenas(self, steps: list[Step]) -> list[Arena] | list[None]:
-        """Return the buffers for each step's activations; None for every step if they exceed the limit."""
-        if len(steps) > 1 and sum(step.bytes() for step in steps) > self.limits.activations << 20:
+    def _arenas(self, start: Start, steps: list[Step]) -> list[Arena] | list[None]:
+        """Return the buffers for each step's activations; None for every step if they exceed the limit.
+
+        The activations of the trunk count once, and are always kept: they need no more memory than those of a teacher.
+        """
+        needed = start.bytes() + sum(step.bytes() for step in steps)
+        if len(steps) > 1 and needed > self.limits.activations << 20:
             self._kept.clear()
             return [None] * len(steps)
         self._kept += [Arena() for _ in range(len(steps) - len(self._kept))]

@@ -1,6 +1,7 @@
 """Outputs of the ensemble, outputs of each teacher, and the ensemble's loss with its gradient.
 
-Letters: B images, K teachers, C classes, L patches kept, E pixels of a patch, D embedding.
+Letters: B images, K teachers, C classes, L patches kept, E pixels of a patch, N tokens, D embedding, Q rows that the
+head reads.
 """
 
 from __future__ import annotations
@@ -39,11 +40,15 @@ class TeacherOutputs(NamedTuple):
         ``(K, B, L)`` [CLS] attention of the last block, mean over the heads.
     features
         ``(K, B, D)`` fp32 [CLS] token after the last block, before the last norm; None unless requested.
+    tokens
+        ``(B, N, D)`` fp32 output of the blocks that all teachers share, or ``(B, Q, D)`` if the last block is one of
+        them (`vit.TrunkOutput`); None unless requested, and if no block is shared.
     """
 
     logits: Tensor
     attention: Tensor
     features: Tensor | None
+    tokens: Tensor | None = None
 
 
 @dataclass(frozen=True)

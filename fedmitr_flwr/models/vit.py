@@ -6,8 +6,11 @@ forward pass on a subset of the patches: the result equals that of the full mode
 the position embedding. To save time, only the given patches are embedded, and the last block computes keys and values
 for all tokens, but everything else only for the [CLS] token, because the head uses no other output.
 
+The forward pass can be cut after any block. `forward_trunk` runs the part before the cut, `forward_tail` the part after
+it. Models that share their first blocks need the first part only once for all of them.
+
 Dimension letters: B images, C classes, P patches of the full grid, L patches in the input, N tokens (prefix and
-patches), E pixels of a patch (channels x height x width), D embedding, H heads.
+patches), E pixels of a patch (channels x height x width), D embedding, H heads, Q rows that the head reads.
 """
 
 from __future__ import annotations
@@ -59,6 +62,22 @@ class TokenOutput:
     features: Tensor
 
 
+@dataclass(frozen=True)
+class TrunkOutput:
+    """Output of the first blocks of a model, in the autograd graph.
+
+    Attributes
+    ----------
+    tokens
+        (B, N, D) all tokens. If the last block is included: (B, Q, D), only the rows that the head reads.
+    attention
+        (B, L) as in `TokenOutput`, if the last block is included and the attention is requested; else None.
+    """
+
+    tokens: Tensor
+    attention: Tensor | None
+
+
 def check_supported(model: nn.Module) -> None:
     """Raise an error for a model that cannot run on a subset of its patches.
 
@@ -103,6 +122,19 @@ def _reason_against(model: nn.Module) -> str | None:
     if any(isinstance(module, nn.modules.batchnorm._BatchNorm | nn.GroupNorm) for module in model.modules()):
         return "must normalise each token separately; batch and group norm mix tokens"
     return None
+
+
+_STEM = ("cls_token", "dist_token", "reg_token", "pos_embed", "patch_embed.", "norm_pre.")
+
+
+def in_trunk(name: str, depth: int) -> bool:
+    """Return whether a parameter of this name belongs to the patch embedding, its tokens or the first `depth` blocks.
+
+    These are the parameters that `forward_trunk` uses; all others belong to `forward_tail`.
+    """
+    if name.startswith("blocks."):
+        return int(name.split(".", 2)[1]) < depth
+    return name.startswith(_STEM)
 
 
 def patch_size(model: VisionTransformer) -> tuple[int, int]:
@@ -202,31 +234,30 @@ def forward_images(
     return forward_patches(model, patches, index, attention=attention)
 
 
+def trunk_of_images(model: VisionTransformer, images: Tensor, depth: int) -> TrunkOutput:
+    """Run the patch embedding and the first `depth` blocks on all patches of images; see `forward_trunk`.
+
+    Parameters
+    ----------
+    model, images
+        As for `forward_images`.
+    depth
+        Number of blocks, 0 to all.
+
+    Raises
+    ------
+    ValueError
+        If the images do not have the model's image size.
+    """
+    return forward_trunk(model, _all_patches(model, images), None, depth)
+
+
 def _all_patches(model: VisionTransformer, images: Tensor) -> Tensor:
     patch, grid = patch_size(model), grid_size(model)
     if images.shape[-2:] != (patch[0] * grid[0], patch[1] * grid[1]):
         expected = f"{patch[0] * grid[0]} x {patch[1] * grid[1]}"
         raise ValueError(f"images of shape {tuple(images.shape)} do not fit: the model takes {expected} pixels")
     return patchify(images, patch)
-
-
-def head_input(model: VisionTransformer, features: Tensor) -> Tensor:
-    """Return what the classifier head multiplies with its weights: the normalised [CLS] token.
-
-    Parameters
-    ----------
-    model
-        A model with one head, in evaluation mode.
-    features
-        (B, D) [CLS] tokens before the last norm, as in `TokenOutput.features`.
-
-    Returns
-    -------
-    Tensor
-        (B, D) tokens after ``norm`` and ``fc_norm``, whichever the model has. The logits are ``model.head`` of them.
-    """
-    rows: Tensor = model.forward_head(model.norm(features[:, None]), pre_logits=True)
-    return rows
 
 
 def forward_patches(
@@ -255,81 +286,99 @@ def forward_patches(
         If the shapes do not fit, or the attention is requested while patch dropout is active, because its columns
         would not correspond to `index`.
     """
-    P = model.patch_embed.num_patches
-    if (P if index is None else index.shape[1]) != patches.shape[1]:
-        wanted = f"all {P} patches without an index" if index is None else f"index of shape {tuple(index.shape)}"
-        raise ValueError(f"patches of shape {tuple(patches.shape)} do not fit: {wanted}")
-    if attention and model.training and isinstance(model.patch_drop, PatchDropout):
-        raise ValueError(
-            "no [CLS] attention in train mode with patch_drop_rate > 0: its columns would not correspond to index"
-        )
-    return forward_tokens(model, _leading(model, patches, index, 0), 0, attention=attention)
+    start = forward_trunk(model, patches, index, 0)
+    return forward_tail(model, start, 0, attention=attention)
 
 
-def leading_tokens(model: VisionTransformer, images: Tensor, blocks: int) -> Tensor:
-    """Run the embedding and the first blocks on all patches of images; `forward_tokens` runs the rest of the model.
+def forward_trunk(
+    model: VisionTransformer, patches: Tensor, index: Tensor | None, depth: int, *, attention: bool = False
+) -> TrunkOutput:
+    """Run the patch embedding and the first `depth` blocks on patches.
 
     Parameters
     ----------
-    model
-        A model that `check_supported` accepts.
-    images
-        (B, ch, H, W) float, normalised, of the model's image size.
-    blocks
-        Number of leading blocks to run, from 0 to the depth of the model.
-
-    Returns
-    -------
-    Tensor
-        (B, N, D) tokens, prefix tokens first. After the last block these are only the tokens that a head reads: one,
-        or two in a distilled DeiT.
+    model, patches, index
+        As for `forward_patches`.
+    depth
+        Number of blocks, 0 to all.
+    attention
+        Whether to return the [CLS] attention if the last block is included.
 
     Raises
     ------
     ValueError
-        If the images do not have the model's image size.
+        As for `forward_patches`.
     """
-    return _leading(model, _all_patches(model, images), None, blocks)
+    P = model.patch_embed.num_patches
+    if (P if index is None else index.shape[1]) != patches.shape[1]:
+        wanted = f"all {P} patches without an index" if index is None else f"index of shape {tuple(index.shape)}"
+        raise ValueError(f"patches of shape {tuple(patches.shape)} do not fit: {wanted}")
+    tokens = model.norm_pre(model.patch_drop(_embed(model, patches, index)))
+    for block in model.blocks[: min(depth, len(model.blocks) - 1)]:
+        tokens = block(tokens)
+    if depth < len(model.blocks):
+        return TrunkOutput(tokens, None)
+    return TrunkOutput(*_read_rows(model, tokens, attention))
 
 
-def forward_tokens(model: VisionTransformer, tokens: Tensor, blocks: int, *, attention: bool = False) -> TokenOutput:
-    """Run the rest of the model on the tokens that its first blocks return.
+def forward_tail(
+    model: VisionTransformer, trunk: TrunkOutput, depth: int, *, attention: bool = False
+) -> TokenOutput:  # fmt: skip
+    """Run the blocks after the first `depth` ones, the last norm and the head.
 
     Parameters
     ----------
     model
-        A model that `check_supported` accepts.
-    tokens
-        Result of `leading_tokens`.
-    blocks
-        Number of blocks that have run.
+        A model whose first blocks are those that computed `trunk`.
+    trunk
+        Output of `forward_trunk` with the same depth; with the attention if it is requested here.
+    depth
+        Number of blocks that `trunk` includes.
     attention
-        Whether to return the [CLS] attention. It is not available if all blocks have run.
+        Whether to return the [CLS] attention.
+
+    Raises
+    ------
+    ValueError
+        If the attention is requested while patch dropout is active, as for `forward_patches`.
     """
-    weights = None
-    if blocks < len(model.blocks):
-        for block in model.blocks[blocks:-1]:
-            tokens = block(tokens)
-        tokens, weights = _last_block(cast(Block, model.blocks[-1]), tokens, _read_tokens(model))
-    patch_weights = None
-    if attention and weights is not None:
-        patch_weights = weights[:, :, 0, model.num_prefix_tokens :].mean(dim=1)
-    logits = model.forward_head(model.norm(tokens))
-    return TokenOutput(logits=logits, attention=patch_weights, features=tokens[:, 0])
+    rows, seen = trunk.tokens, trunk.attention
+    if depth < len(model.blocks):
+        for block in model.blocks[depth:-1]:
+            rows = block(rows)
+        rows, seen = _read_rows(model, rows, attention)
+    logits = model.forward_head(model.norm(rows))
+    return TokenOutput(logits=logits, attention=seen if attention else None, features=rows[:, 0])
 
 
-def _leading(model: VisionTransformer, patches: Tensor, index: Tensor | None, blocks: int) -> Tensor:
-    tokens: Tensor = model.norm_pre(model.patch_drop(_embed(model, patches, index)))
-    for block in model.blocks[: min(blocks, len(model.blocks) - 1)]:
-        tokens = block(tokens)
-    if blocks == len(model.blocks):
-        tokens, _ = _last_block(cast(Block, model.blocks[-1]), tokens, _read_tokens(model))
-    return tokens
+def _read_rows(model: VisionTransformer, tokens: Tensor, attention: bool) -> tuple[Tensor, Tensor | None]:
+    """Run the last block; return the (B, Q, D) rows that the head reads and, if requested, the (B, L) attention."""
+    if attention and model.training and isinstance(model.patch_drop, PatchDropout):
+        raise ValueError(
+            "no [CLS] attention in train mode with patch_drop_rate > 0: its columns would not correspond to index"
+        )
+    distilled = isinstance(model, VisionTransformerDistilled)
+    rows, weights = _last_block(cast(Block, model.blocks[-1]), tokens, queries=2 if distilled else 1)
+    return rows, weights[:, :, 0, model.num_prefix_tokens :].mean(dim=1) if attention else None
 
 
-def _read_tokens(model: VisionTransformer) -> int:
-    """Return the number of tokens that the heads read."""
-    return 2 if isinstance(model, VisionTransformerDistilled) else 1
+def head_input(model: VisionTransformer, features: Tensor) -> Tensor:
+    """Return what the classifier head multiplies with its weights: the normalised [CLS] token.
+
+    Parameters
+    ----------
+    model
+        A model with one head, in evaluation mode.
+    features
+        (B, D) [CLS] tokens before the last norm, as in `TokenOutput.features`.
+
+    Returns
+    -------
+    Tensor
+        (B, D) tokens after ``norm`` and ``fc_norm``, whichever the model has. The logits are ``model.head`` of them.
+    """
+    rows: Tensor = model.forward_head(model.norm(features[:, None]), pre_logits=True)
+    return rows
 
 
 def _embed(model: VisionTransformer, patches: Tensor, index: Tensor | None) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -73,10 +73,13 @@ class StoredState(Mapping[str, Tensor]):
             value: Tensor = file.get_tensor(name)
         return value.float() if value.is_floating_point() else value
 
-    def read(self) -> dict[str, Tensor]:
-        """Return all tensors. Do not write to them: fp32 tensors may share memory with the mapped file."""
+    def read(self, needed: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+        """Return the tensors of all names for which `needed` is true.
+
+        Do not write to them: fp32 tensors may share memory with the mapped file.
+        """
         with safe_open(self._path, "pt") as file:
-            state = {name: file.get_tensor(name) for name in self._names}
+            state = {name: file.get_tensor(name) for name in self._names if needed(name)}
         return {name: value.float() if value.is_floating_point() else value for name, value in state.items()}
 
     def __iter__(self) -> Iterator[str]:

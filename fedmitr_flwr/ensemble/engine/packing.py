@@ -7,7 +7,8 @@ The weights of teachers are constant, so operations that follow each other are f
 - the bias of the patch embedding into the position embedding.
 
 The result equals that of `vit.forward_patches` up to rounding. Teachers of one architecture are stacked along a leading
-axis and run as batched matrix products.
+axis and run as batched matrix products. The blocks that all teachers share can be packed once, as a `Trunk` of one
+teacher, and the rest of each teacher as `Tail`.
 
 Letters: T teachers of a pack, D embedding, F hidden width of the MLP, H heads, E pixels of a patch, P patches of
 the full grid, C classes, Q rows that the head reads ([CLS], and the distillation token of a distilled DeiT).
@@ -26,6 +27,8 @@ from timm.models.deit import VisionTransformerDistilled
 from timm.models.vision_transformer import Block, VisionTransformer
 from torch import Tensor, nn
 
+from fedmitr_flwr.models.vit import in_trunk
+
 ACTIVATIONS = {"none", "tanh"}  # supported values of nn.GELU.approximate
 WIDE = 192
 """From this embedding width on, the weights are also stored transposed (see `transposed`)."""
@@ -41,6 +44,13 @@ class Architecture:
     approximate: str
     distilled: bool
     patches: int
+    prefix: int
+    blocks: int
+
+    @property
+    def rows(self) -> int:
+        """Q, the number of rows that the head reads."""
+        return 2 if self.distilled else 1
 
 
 @dataclass(frozen=True)
@@ -64,9 +74,14 @@ class PackedBlock:
     fc2_bias: Tensor  # (T, 1, D)
 
 
+def _cut(blocks: tuple[PackedBlock, ...], start: int, stop: int) -> tuple[PackedBlock, ...]:
+    """Return the weights of the teachers from `start` up to, excluding, `stop`, as views."""
+    return tuple(PackedBlock(*(value[start:stop] for value in vars(block).values())) for block in blocks)
+
+
 @dataclass(frozen=True)
-class Pack:
-    """T teachers of one architecture.
+class Trunk:
+    """Patch embedding and first blocks of T teachers, or of all teachers if they share them (T = 1).
 
     Attributes
     ----------
@@ -80,26 +95,56 @@ class Pack:
     positions: Tensor  # (T, P, D), includes the bias of the patch embedding
     prefix: Tensor  # (T, prefix tokens, D), includes their position embedding
     blocks: tuple[PackedBlock, ...]
+
+    def part(self, start: int, stop: int) -> Trunk:
+        """Return the teachers from `start` up to, excluding, `stop`, as views."""
+        cut = {name: getattr(self, name)[start:stop] for name in ("embed", "positions", "prefix")}
+        return replace(self, blocks=_cut(self.blocks, start, stop), **cut)
+
+
+@dataclass(frozen=True)
+class Tail:
+    """The other blocks, the last norm and the head of T teachers; attributes as in `Trunk`."""
+
+    architecture: Architecture
+    dtype: torch.dtype
+    blocks: tuple[PackedBlock, ...]
     head: Tensor  # (T, C, Q D)
     head_bias: Tensor  # (T, 1, C)
 
     @property
     def teachers(self) -> int:
         """T, the number of teachers."""
-        return self.embed.shape[0]
+        return self.head.shape[0]
+
+    def part(self, start: int, stop: int) -> Tail:
+        """Return the teachers from `start` up to, excluding, `stop`, as views."""
+        head, bias = self.head[start:stop], self.head_bias[start:stop]
+        return replace(self, blocks=_cut(self.blocks, start, stop), head=head, head_bias=bias)
+
+
+@dataclass(frozen=True)
+class Pack:
+    """T teachers of one architecture.
+
+    Attributes
+    ----------
+    trunk
+        The patch embedding of each teacher, without any block. None if a trunk that all teachers share computes the
+        input of the tails.
+    tail
+        The rest of each teacher.
+    """
+
+    trunk: Trunk | None
+    tail: Tail
 
     def part(self, start: int, stop: int) -> Pack:
         """Return the teachers from `start` up to, excluding, `stop`, as views."""
-        if start == 0 and stop >= self.teachers:
+        if start == 0 and stop >= self.tail.teachers:
             return self
-        cut = {name: getattr(self, name)[start:stop] for name in ("embed", "positions", "prefix", "head", "head_bias")}
-        blocks = (PackedBlock(*(value[start:stop] for value in vars(block).values())) for block in self.blocks)
-        return replace(self, blocks=tuple(blocks), **cut)
-
-    @property
-    def rows(self) -> int:
-        """Q, the number of rows that the head reads."""
-        return 2 if self.architecture.distilled else 1
+        trunk = None if self.trunk is None else self.trunk.part(start, stop)
+        return Pack(trunk, self.tail.part(start, stop))
 
 
 def architecture_of(model: VisionTransformer) -> Architecture | None:
@@ -126,12 +171,20 @@ def architecture_of(model: VisionTransformer) -> Architecture | None:
     if len(eps) != 1 or len(heads) != 1 or len(activations) != 1 or not activations <= ACTIVATIONS:
         return None
     shapes = tuple(tuple(parameter.shape) for parameter in model.parameters())
-    distilled = isinstance(model, VisionTransformerDistilled)
-    return Architecture(shapes, heads.pop(), eps.pop(), activations.pop(), distilled, model.patch_embed.num_patches)
+    return Architecture(
+        shapes,
+        heads.pop(),
+        eps.pop(),
+        activations.pop(),
+        distilled=isinstance(model, VisionTransformerDistilled),
+        patches=model.patch_embed.num_patches,
+        prefix=model.num_prefix_tokens,
+        blocks=len(blocks),
+    )
 
 
 @torch.no_grad()
-def pack(models: Sequence[VisionTransformer], dtype: torch.dtype = torch.float32) -> Pack:
+def pack(models: Sequence[VisionTransformer], dtype: torch.dtype = torch.float32, depth: int = 0) -> Pack:
     """Fold and stack the weights of T teachers of one architecture.
 
     Parameters
@@ -140,6 +193,8 @@ def pack(models: Sequence[VisionTransformer], dtype: torch.dtype = torch.float32
         T models for which `architecture_of` returns the same value.
     dtype
         Number format of the packed matrices, fp32 or bf16. Folding is done in fp32.
+    depth
+        Number of blocks of the trunk that the teachers share. It is left out; `pack_trunk` packs it. 0: no trunk.
 
     Raises
     ------
@@ -149,24 +204,47 @@ def pack(models: Sequence[VisionTransformer], dtype: torch.dtype = torch.float32
     architecture = architecture_of(models[0])
     if architecture is None or any(architecture_of(model) != architecture for model in models[1:]):
         raise ValueError("models packed together must share one architecture that `architecture_of` supports")
-    states = [{name: value.detach().float() for name, value in model.state_dict().items()} for model in models]
+    states = [_state(model, lambda name: depth == 0 or not in_trunk(name, depth)) for model in models]
+    head, head_bias = _head(states, architecture.distilled)
+    blocks = _blocks(states, range(depth, architecture.blocks), architecture, dtype)
+    tail = Tail(architecture, dtype, blocks, head.to(dtype), head_bias)
+    return Pack(None if depth else _trunk(models[0], states, architecture, dtype, 0), tail)
 
+
+@torch.no_grad()
+def pack_trunk(model: VisionTransformer, dtype: torch.dtype, depth: int) -> Trunk:
+    """Fold the patch embedding and the first `depth` blocks of a model that `architecture_of` supports; T = 1."""
+    architecture = architecture_of(model)
+    if architecture is None:
+        raise ValueError("a model without an architecture that `architecture_of` supports has no packed trunk")
+    return _trunk(model, [_state(model, lambda name: in_trunk(name, depth))], architecture, dtype, depth)
+
+
+def _state(model: VisionTransformer, needed: Callable[[str], bool] = lambda name: True) -> dict[str, Tensor]:
+    return {name: value.detach().float() for name, value in model.state_dict().items() if needed(name)}
+
+
+def _trunk(
+    like: VisionTransformer, states: list[dict[str, Tensor]], architecture: Architecture, dtype: torch.dtype, depth: int
+) -> Trunk:
     def stacked(each: Callable[[dict[str, Tensor]], Tensor]) -> Tensor:
         return torch.stack([each(state) for state in states])
 
-    count = models[0].num_prefix_tokens
-    no_class = models[0].no_embed_class
-    head, head_bias = _head(states, architecture.distilled)
-    return Pack(
+    count, no_class = like.num_prefix_tokens, like.no_embed_class
+    return Trunk(
         architecture,
         dtype,
         embed=stacked(lambda s: s["patch_embed.proj.weight"].flatten(1)).to(dtype),
         positions=stacked(lambda s: _positions(s, count, no_class)),
         prefix=stacked(lambda s: _prefix(s, count, no_class)),
-        blocks=tuple(_block(states, f"blocks.{i}.", architecture.heads, dtype) for i in range(len(models[0].blocks))),
-        head=head.to(dtype),
-        head_bias=head_bias,
+        blocks=_blocks(states, range(depth), architecture, dtype),
     )
+
+
+def _blocks(
+    states: list[dict[str, Tensor]], numbers: range, architecture: Architecture, dtype: torch.dtype
+) -> tuple[PackedBlock, ...]:
+    return tuple(_block(states, f"blocks.{number}.", architecture.heads, dtype) for number in numbers)
 
 
 def spread(matrix: Tensor) -> Tensor:

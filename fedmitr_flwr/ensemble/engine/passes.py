@@ -5,6 +5,8 @@
 - The last block computes only the rows that the head reads. Each such row is one query per head, so ``q W_k`` and the
   attention-weighted sum of tokens are computed before the projections; no token itself is multiplied by ``W_k`` or
   ``W_v``. The key bias adds the same value to all scores of a softmax and is omitted.
+- A pass has two parts. The trunk turns pixels into tokens, the tail turns tokens into logits. A trunk that T teachers
+  share runs once (T = 1); its tokens are the input of the T tails.
 
 Letters: T teachers, B images, L patches, N tokens (prefix and patches), M = B N, D embedding, F hidden width of
 the MLP, H heads, d = D / H, Q rows that the head reads, E pixels of a patch, C classes.
@@ -12,6 +14,7 @@ the MLP, H heads, d = D / H, Q rows that the head reads, E pixels of a patch, C 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
@@ -23,7 +26,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from fedmitr_flwr.ensemble.engine.kernels import Arena, add_linear, layer_norm, layer_norm_backward, linear, softmax
-from fedmitr_flwr.ensemble.engine.packing import Pack, PackedBlock
+from fedmitr_flwr.ensemble.engine.packing import PackedBlock, Tail, Trunk
+
+_Packed = Trunk | Tail
 
 
 @dataclass
@@ -41,7 +46,7 @@ class _Saved:
 
 @dataclass
 class _SavedLast:
-    """Activations that the backward pass of the last block and of the head reads."""
+    """Activations that the backward pass of the last block reads."""
 
     x: Tensor  # (T, M, D)
     norm1: tuple[Tensor, Tensor]
@@ -51,13 +56,33 @@ class _SavedLast:
     middle: Tensor  # (T, B Q, D)
     norm2: tuple[Tensor, Tensor]
     hidden: Tensor  # (T, B Q, F)
-    rows: Tensor  # (T, B Q, D)
-    norm: tuple[Tensor, Tensor]
+
+
+@dataclass
+class Tokens:
+    """Result of a trunk, the input of tails.
+
+    Attributes
+    ----------
+    x
+        ``(T, B N, D)`` fp32 tokens. If the trunk includes the last block: ``(T, B Q, D)``, the rows that the head
+        reads.
+    images, tokens
+        B and N.
+    saved, last
+        Activations for `trunk_backward`; `saved` is empty without `keep`, `last` is None without the last block.
+    """
+
+    x: Tensor
+    images: int
+    tokens: int
+    saved: list[_Saved]
+    last: _SavedLast | None
 
 
 @dataclass
 class Pass:
-    """Result of a forward pass.
+    """Result of a tail.
 
     Attributes
     ----------
@@ -67,22 +92,26 @@ class Pass:
         ``(T, B, L)`` attention of [CLS] to the patches in the last block, mean over the heads.
     features
         ``(T, B, D)`` fp32 [CLS] token after the last block, before the last norm.
-    tokens
-        N.
+    rows, norm
+        ``(T, B Q, D)`` fp32 rows that the head reads, and the statistics of the last norm, for `tail_backward`.
     saved, last
-        Activations for `backward`; `saved` is empty without `keep`.
+        Activations for `tail_backward`; `saved` is empty without `keep`, `last` is None if the trunk includes the last
+        block.
     """
 
     logits: Tensor
     attention: Tensor
     features: Tensor
-    tokens: int
+    rows: Tensor
+    norm: tuple[Tensor, Tensor]
     saved: list[_Saved]
-    last: _SavedLast
+    last: _SavedLast | None
 
 
-def forward(pack: Pack, patches: Tensor, index: Tensor | None, scratch: Arena, keep: Arena | None = None) -> Pass:
-    """Run the forward pass of a pack on patches.
+def trunk_forward(
+    trunk: Trunk, patches: Tensor, index: Tensor | None, scratch: Arena, keep: Arena | None = None
+) -> Tokens:
+    """Run the patch embedding and the blocks of a trunk on patches.
 
     Parameters
     ----------
@@ -93,26 +122,73 @@ def forward(pack: Pack, patches: Tensor, index: Tensor | None, scratch: Arena, k
     scratch
         Buffers whose content is not needed after the call.
     keep
-        Buffers for the activations that `backward` reads; may be `scratch` itself. None: no backward pass follows, and
-        all blocks share the buffers of the first.
+        Buffers for the activations that `trunk_backward` reads; may be `scratch` itself. None: no backward pass
+        follows, and all blocks share the buffers of the first.
     """
-    T, (B, L, _) = pack.teachers, patches.shape
-    store = scratch if keep is None else keep
-    x = store.take("x", (T, B * (L + pack.prefix.shape[1]), _width(pack)), patches)
-    _embed(pack, patches, index, x)
-    saved = []
-    for number, block in enumerate(pack.blocks[:-1]):
-        x, parts = _block_forward(pack, block, x, B, scratch, store, "0" if keep is None else str(number))
-        if keep is not None:
-            saved.append(parts)
-    last, logits = _last_forward(pack, x, B)
-    attention = last.weights.view(T, B, pack.architecture.heads, pack.rows, -1)[:, :, :, 0].float().mean(2)
-    features = last.rows.view(T, B, pack.rows, -1)[:, :, 0]
-    return Pass(logits, attention[..., pack.prefix.shape[1] :], features, x.shape[1] // B, saved, last)
+    T, D, (B, L, _) = *trunk.embed.shape[:2], patches.shape
+    store, N = scratch if keep is None else keep, trunk.prefix.shape[1] + L
+    x = store.take("x", (T, B * N, D), patches)
+    _embed(trunk, patches, index, x)
+    whole = len(trunk.blocks) == trunk.architecture.blocks
+    x, saved = _blocks_forward(trunk, trunk.blocks[:-1] if whole else trunk.blocks, x, B, scratch, keep)
+    if not whole:
+        return Tokens(x, B, N, saved, None)
+    rows, last = _last_forward(trunk, trunk.blocks[-1], x, B)
+    return Tokens(rows, B, N, saved, last)
 
 
-def backward(pack: Pack, done: Pass, gradient: Tensor, scratch: Arena, of_features: Tensor | None = None) -> Tensor:
-    """Return the gradient of ``(gradient * logits).sum() + (of_features * features).sum()`` for the pixels.
+def trunk_backward(trunk: Trunk, done: Tokens, g: Tensor, scratch: Arena) -> Tensor:
+    """Return the gradient with respect to the pixels, ``(B, L, E)`` fp32, summed over the trunk's teachers.
+
+    Parameters
+    ----------
+    done
+        A forward pass that was run with `keep`.
+    g
+        Gradient with respect to `Tokens.x`, of the same shape. It is overwritten.
+    """
+    T, B, N, D = g.shape[0], done.images, done.tokens, g.shape[-1]
+    blocks = trunk.blocks
+    if done.last is not None:
+        g, blocks = _last_backward(trunk, blocks[-1], done.last, g), blocks[:-1]
+    g = _blocks_backward(trunk, blocks, done.saved, g, B, scratch)
+    prefix = trunk.prefix.shape[1]
+    tokens = g.view(T, B, N, D)[:, :, prefix:]
+    flat = tokens.permute(1, 2, 0, 3).reshape(-1, T * D).to(trunk.dtype)
+    return (flat @ trunk.embed.reshape(T * D, -1)).float().view(B, N - prefix, -1)
+
+
+def tail_forward(tail: Tail, start: Tokens, scratch: Arena, keep: Arena | None = None) -> Pass:
+    """Run the blocks of a tail, the last norm and the head.
+
+    Parameters
+    ----------
+    start
+        Result of the trunk of the same teachers, or of the trunk that all of them share. Its memory must not lie in
+        `scratch` or `keep`, unless the trunk has no blocks.
+    scratch, keep
+        As for `trunk_forward`.
+    """
+    T, B = tail.teachers, start.images
+    H, Q, prefix = tail.architecture.heads, tail.architecture.rows, tail.architecture.prefix
+    x = start.x if start.x.shape[0] == T else start.x.expand(T, -1, -1)
+    if start.last is None:
+        x, saved = _blocks_forward(tail, tail.blocks[:-1], x, B, scratch, keep)
+        rows, last = _last_forward(tail, tail.blocks[-1], x, B)
+        weights = last.weights
+    else:
+        rows, last, saved, weights = x, None, [], start.last.weights
+    final, norm = layer_norm(rows, tail.architecture.eps, tail.dtype)
+    logits = torch.bmm(final.reshape(T, B, -1), tail.head.mT).float() + tail.head_bias
+    attention = weights.view(-1, B, H, Q, start.tokens)[:, :, :, 0].float().mean(2)[..., prefix:].expand(T, -1, -1)
+    features = rows.view(T, B, Q, -1)[:, :, 0]
+    return Pass(logits, attention, features, rows, norm, saved, last)
+
+
+def tail_backward(
+    tail: Tail, done: Pass, gradient: Tensor, scratch: Arena, of_features: Tensor | None = None
+) -> Tensor:  # fmt: skip
+    """Return the gradient of ``(gradient * logits).sum() + (of_features * features).sum()`` for the tail's input.
 
     Parameters
     ----------
@@ -126,44 +202,71 @@ def backward(pack: Pack, done: Pass, gradient: Tensor, scratch: Arena, of_featur
     Returns
     -------
     Tensor
-        ``(B, L, E)`` fp32, summed over the pack's teachers.
+        Gradient with respect to `Tokens.x` for each teacher, ``(T, B N, D)`` or ``(T, B Q, D)`` fp32.
     """
     T, B, _ = gradient.shape
-    g = _last_backward(pack, done.last, gradient, of_features)
-    for block, saved in zip(reversed(pack.blocks[:-1]), reversed(done.saved), strict=True):
-        g = _block_backward(pack, block, saved, g, B, scratch)
-    D, prefix = g.shape[-1], pack.prefix.shape[1]
-    tokens = g.view(T, B, done.tokens, D)[:, :, prefix:]
-    flat = tokens.permute(1, 2, 0, 3).reshape(-1, T * D).to(pack.dtype)
-    return (flat @ pack.embed.reshape(T * D, -1)).float().view(B, done.tokens - prefix, -1)
+    g = torch.bmm(gradient.to(tail.dtype), tail.head).float().view(done.rows.shape)
+    g = layer_norm_backward(g, done.rows, done.norm)
+    if of_features is not None:
+        g.view(T, B, tail.architecture.rows, -1)[:, :, 0] += of_features
+    if done.last is None:
+        return g
+    g = _last_backward(tail, tail.blocks[-1], done.last, g)
+    return _blocks_backward(tail, tail.blocks[:-1], done.saved, g, B, scratch)
 
 
-def activation_bytes(model: VisionTransformer, T: int, B: int, L: int, dtype: torch.dtype) -> int:
-    """Return the size in bytes of what `forward` keeps for `backward`, for T teachers and without the last block."""
+def activation_bytes(
+    model: VisionTransformer, T: int, B: int, L: int, dtype: torch.dtype, blocks: int | None = None
+) -> int:
+    """Return the size in bytes of what the blocks keep for the backward pass, for T teachers.
+
+    Parameters
+    ----------
+    blocks
+        Number of blocks, without the last one of the model; None: all but the last one.
+    """
     N, D, block = L + model.num_prefix_tokens, model.embed_dim, cast(Block, model.blocks[0])
     heads, hidden = cast(Attention, block.attn).num_heads, cast(Mlp, block.mlp).fc1.out_features
     single = 8 * D + dtype.itemsize * (3 * D + cast(int, hidden) + heads * N)
-    return T * B * N * single * (len(model.blocks) - 1)
+    return T * B * N * single * (len(model.blocks) - 1 if blocks is None else blocks)
 
 
-def _width(pack: Pack) -> int:
-    return pack.embed.shape[1]
-
-
-def _embed(pack: Pack, patches: Tensor, index: Tensor | None, out: Tensor) -> None:
+def _embed(trunk: Trunk, patches: Tensor, index: Tensor | None, out: Tensor) -> None:
     """Write the ``(T, M, D)`` tokens, with position embedding, to `out`."""
-    T, (B, L, E) = pack.teachers, patches.shape
-    prefix, D = pack.prefix.shape[1], _width(pack)
+    T, D, (B, L, E) = *trunk.embed.shape[:2], patches.shape
+    prefix = trunk.prefix.shape[1]
     tokens = out.view(T, B, prefix + L, D)
-    tokens[:, :, :prefix] = pack.prefix[:, None]
-    flat = patches.reshape(B * L, E).to(pack.dtype)
-    embedded = (flat @ pack.embed[0].mT)[None] if T == 1 else torch.bmm(flat.expand(T, -1, -1), pack.embed.mT)
-    positions = pack.positions[:, None] if index is None else pack.positions[:, index]
+    tokens[:, :, :prefix] = trunk.prefix[:, None]
+    flat = patches.reshape(B * L, E).to(trunk.dtype)
+    embedded = (flat @ trunk.embed[0].mT)[None] if T == 1 else torch.bmm(flat.expand(T, -1, -1), trunk.embed.mT)
+    positions = trunk.positions[:, None] if index is None else trunk.positions[:, index]
     torch.add(embedded.view(T, B, L, D), positions, out=tokens[:, :, prefix:])
 
 
+def _blocks_forward(
+    pack: _Packed, blocks: Sequence[PackedBlock], x: Tensor, B: int, scratch: Arena, keep: Arena | None
+) -> tuple[Tensor, list[_Saved]]:
+    """Run blocks on ``(T, M, D)`` tokens; return the tokens and, with `keep`, the activations of each block."""
+    saved = []
+    for number, block in enumerate(blocks):
+        store, place = (scratch, "0") if keep is None else (keep, str(number))
+        x, parts = _block_forward(pack, block, x, B, scratch, store, place)
+        if keep is not None:
+            saved.append(parts)
+    return x, saved
+
+
+def _blocks_backward(
+    pack: _Packed, blocks: Sequence[PackedBlock], saved: list[_Saved], g: Tensor, B: int, scratch: Arena
+) -> Tensor:
+    """Turn the ``(T, M, D)`` fp32 gradient of the blocks' output into that of their input, in place."""
+    for block, parts in zip(reversed(blocks), reversed(saved), strict=True):
+        g = _block_backward(pack, block, parts, g, B, scratch)
+    return g
+
+
 def _block_forward(
-    pack: Pack, block: PackedBlock, x: Tensor, B: int, scratch: Arena, keep: Arena, place: str
+    pack: _Packed, block: PackedBlock, x: Tensor, B: int, scratch: Arena, keep: Arena, place: str
 ) -> tuple[Tensor, _Saved]:
     T, M, D = x.shape
     H, N, dtype, eps = pack.architecture.heads, M // B, pack.dtype, pack.architecture.eps
@@ -188,7 +291,7 @@ def _block_forward(
     return out, _Saved(x, norm1, heads, weights, middle, norm2, hidden)
 
 
-def _block_backward(pack: Pack, block: PackedBlock, saved: _Saved, g: Tensor, B: int, scratch: Arena) -> Tensor:
+def _block_backward(pack: _Packed, block: PackedBlock, saved: _Saved, g: Tensor, B: int, scratch: Arena) -> Tensor:
     """Turn the ``(T, M, D)`` fp32 gradient of the block's output into that of its input, in place."""
     T, M, D = g.shape
     H, N, dtype = pack.architecture.heads, M // B, pack.dtype
@@ -216,10 +319,11 @@ def _block_backward(pack: Pack, block: PackedBlock, saved: _Saved, g: Tensor, B:
     return g
 
 
-def _last_forward(pack: Pack, x: Tensor, B: int) -> tuple[_SavedLast, Tensor]:
-    block, (T, M, D) = pack.blocks[-1], x.shape
-    H, N, Q, eps, dtype = pack.architecture.heads, M // B, pack.rows, pack.architecture.eps, pack.dtype
-    d = D // H
+def _last_forward(pack: _Packed, block: PackedBlock, x: Tensor, B: int) -> tuple[Tensor, _SavedLast]:
+    """Return the ``(T, B Q, D)`` fp32 rows that the head reads, and the activations."""
+    T, M, D = x.shape
+    H, Q, eps, dtype = pack.architecture.heads, pack.architecture.rows, pack.architecture.eps, pack.dtype
+    N, d = M // B, D // H
     normed, norm1 = layer_norm(x, eps, dtype)
     normed = normed.view(T, B, N, D)
     w_q, w_k, w_v = block.qkv.view(T, 3, D, D).unbind(1)
@@ -237,20 +341,14 @@ def _last_forward(pack: Pack, x: Tensor, B: int) -> tuple[_SavedLast, Tensor]:
     hidden = torch.baddbmm(block.fc1_bias.to(dtype), after, block.fc1.mT)
     active = F.gelu(hidden, approximate=pack.architecture.approximate)
     rows = middle + torch.bmm(active, block.fc2.mT).float() + block.fc2_bias
-    final, norm = layer_norm(rows, eps, dtype)
-    logits = torch.bmm(final.reshape(T, B, Q * D), pack.head.mT).float() + pack.head_bias
-    return _SavedLast(x, norm1, normed, keys, weights, middle, norm2, hidden, rows, norm), logits
+    return rows, _SavedLast(x, norm1, normed, keys, weights, middle, norm2, hidden)
 
 
-def _last_backward(pack: Pack, saved: _SavedLast, gradient: Tensor, of_features: Tensor | None) -> Tensor:
-    """Return the ``(T, M, D)`` fp32 gradient of the last block's input, in a new tensor."""
-    block, (T, B, _), dtype = pack.blocks[-1], gradient.shape, pack.dtype
-    H, Q, D = pack.architecture.heads, pack.rows, _width(pack)
-    d, N = D // H, saved.normed.shape[1]
-    g = torch.bmm(gradient.to(dtype), pack.head).float().view(T, B * Q, D)
-    g = layer_norm_backward(g, saved.rows, saved.norm)
-    if of_features is not None:
-        g.view(T, B, Q, D)[:, :, 0] += of_features
+def _last_backward(pack: _Packed, block: PackedBlock, saved: _SavedLast, g: Tensor) -> Tensor:
+    """Turn the ``(T, B Q, D)`` fp32 gradient of the rows into that of the last block's input, ``(T, M, D)``."""
+    T, _, D = g.shape
+    H, Q, dtype = pack.architecture.heads, pack.architecture.rows, pack.dtype
+    d, N, B = D // H, saved.normed.shape[1], g.shape[1] // Q
     active = torch.bmm(g.to(dtype), block.fc2)
     active = torch.ops.aten.gelu_backward(active, saved.hidden, approximate=pack.architecture.approximate)
     g = g + layer_norm_backward(torch.bmm(active, block.fc1).float(), saved.middle, saved.norm2)

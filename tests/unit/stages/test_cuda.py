@@ -159,7 +159,7 @@ def test_a_loss_that_breaks_in_a_graph_is_named(recorded):
 
     def spoil(iteration, loss):
         if iteration == 50:
-            ensemble._groups[torch.float32][0]._held.head.fill_(torch.nan)
+            ensemble._groups[torch.float32].groups[0]._held.tail.head.fill_(torch.nan)
 
     with pytest.raises(InversionDivergedError, match="iteration 51") as caught:
         run(ensemble, watch=Watch(spoil))

@@ -9,6 +9,7 @@ from torch.utils._pytree import tree_leaves
 
 from fedmitr_flwr.ensemble.engine.teachers import MemoryLimits
 from fedmitr_flwr.ensemble.ensemble import Ensemble
+from fedmitr_flwr.models.vit import in_trunk
 from fedmitr_flwr.settings import InversionSettings
 from fedmitr_flwr.stages.inversion import cuda_graphs
 from fedmitr_flwr.stages.inversion.batch import InversionBatch, InversionDivergedError, InversionTask, Watch
@@ -17,7 +18,7 @@ from fedmitr_flwr.stages.inversion.pixel_adam import PixelAdam
 from fedmitr_flwr.stages.inversion.rebirth import invert_by_rebirth
 from fedmitr_flwr.stages.inversion.sparse import invert
 from fedmitr_flwr.stages.inversion.views import View
-from tests.unit.tiny import tiny_ensemble, tiny_grid
+from tests.unit.tiny import tiny_ensemble, tiny_grid, tiny_vit
 
 LABELS = torch.tensor([0, 1, 2, 3, 4, 0])
 CUDA = torch.device("cuda")
@@ -110,6 +111,24 @@ def test_teachers_in_several_steps_and_without_room_for_activations_are_replayed
     assert same(run(ensemble=Ensemble(K.teachers, K.weights, MemoryLimits(activations))), plain)
 
 
+@pytest.mark.parametrize("trained", [1, 0])
+@pytest.mark.parametrize("activations", [0, 640])
+def test_a_trunk_that_all_teachers_share_is_replayed_alike(activations, trained, monkeypatch, request):
+    monkeypatch.setattr("fedmitr_flwr.ensemble.engine.groups.STEP_ROWS", 1)
+    teachers, share = [tiny_vit(9, depth=3) for _ in range(3)], tiny_ensemble(3).weights
+    with torch.no_grad():
+        for k, teacher in enumerate(teachers):
+            for name, parameter in teacher.named_parameters():
+                if not in_trunk(name, 3 - trained):
+                    parameter.add_(0.1 * (k + 1))
+    ensembles = [Ensemble(teachers, share, MemoryLimits(activations)) for _ in range(2)]
+    assert ensembles[0].shared_blocks == 3 - trained
+    plain = run(ensemble=ensembles[0])
+    tapes = request.getfixturevalue("tapes")
+    assert same(run(ensemble=ensembles[1]), plain)
+    assert tapes
+
+
 def test_memory_that_others_made_the_ensemble_let_go_of_is_held(tapes):
     """Someone else asks the ensemble about more images, for whom its buffers are too small."""
     ensemble, plain = tiny_ensemble(), run()
@@ -142,7 +161,7 @@ def test_a_loss_that_breaks_in_a_replayed_iteration_is_named(tapes):
 
     def spoil(iteration, loss):
         if iteration == 50:
-            ensemble._groups[torch.float32][0]._held.head.fill_(torch.nan)
+            ensemble._groups[torch.float32].groups[0]._held.tail.head.fill_(torch.nan)
 
     with pytest.raises(InversionDivergedError, match="iteration 51"):
         run(ensemble=ensemble, watch=Watch(spoil))
