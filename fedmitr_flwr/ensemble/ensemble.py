@@ -27,7 +27,7 @@ from fedmitr_flwr.ensemble.engine.teachers import MemoryLimits, PagedTeachers
 from fedmitr_flwr.ensemble.engine.trunk import shared_depth_of_models
 from fedmitr_flwr.ensemble.loss_terms import Seen, Term
 from fedmitr_flwr.ensemble.outputs import EnsembleOutput, LossGradient, TeacherOutputs
-from fedmitr_flwr.models.vit import TokenOutput, forward_patches, forward_tail, forward_trunk
+from fedmitr_flwr.models.vit import forward_patches, forward_tokens, forward_trunk
 from fedmitr_flwr.settings import Combination
 
 LABEL_ROWS = 1600
@@ -133,22 +133,25 @@ class Ensemble:
         if patches.requires_grad and torch.is_grad_enabled():
             if isinstance(self.teachers, PagedTeachers):
                 raise ValueError("teachers read from disk keep no graph for autograd: use Ensemble.loss_gradient")
-            outputs = self._by_autograd(patches, index)
-            logits = torch.stack([out.logits.float() for out in outputs])
-            seen = torch.stack([out.attention.detach() for out in outputs if out.attention is not None])
+            logits, seen = self._by_autograd(patches, index)
         else:
             out = self.see(patches, index)
             logits, seen = out.logits, out.attention
         probabilities = self.combine(logits)
         return EnsembleOutput(probabilities, self._share(probabilities, seen, labels) if attention else None)
 
-    def _by_autograd(self, patches: Tensor, index: Tensor | None) -> list[TokenOutput]:
-        """Return the outputs of all teachers with attention, with gradients to the patches."""
-        depth = self.shared_blocks
+    def _by_autograd(self, patches: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Return the logits ``(K, B, C)``, in the graph, and the attention ``(K, B, L)`` of all teachers."""
+        depth, teachers, whole = self.shared_blocks, [_fp32(teacher) for teacher in self.teachers], None
         if depth == 0:
-            return [forward_patches(_fp32(teacher), patches, index, attention=True) for teacher in self.teachers]
-        trunk = forward_trunk(_fp32(self.teachers[0]), patches, index, depth, attention=True)
-        return [forward_tail(_fp32(teacher), trunk, depth, attention=True) for teacher in self.teachers]
+            outputs = [forward_patches(teacher, patches, index, attention=True) for teacher in teachers]
+        else:
+            trunk = forward_trunk(teachers[0], patches, index, depth, attention=True)
+            whole = trunk.attention
+            outputs = [forward_tokens(teacher, trunk.tokens, depth, attention=True) for teacher in teachers]
+        seen = [whole if out.attention is None else out.attention for out in outputs]
+        logits = torch.stack([out.logits.float() for out in outputs])
+        return logits, torch.stack([each.detach() for each in seen if each is not None])
 
     @torch.no_grad()
     def see(

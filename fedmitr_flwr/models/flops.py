@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from fedmitr_flwr.models.patch_grid import PatchGrid
-from fedmitr_flwr.models.vit import TrunkOutput, forward_tail, forward_trunk
+from fedmitr_flwr.models.vit import forward_tokens, forward_trunk
 
 
 def count_flops(model: VisionTransformer, grid: PatchGrid, patches: int, *, pixel_gradient: bool = False) -> int:
@@ -54,7 +54,7 @@ def count_parts(
             tokens = forward_trunk(model, pixels, index, depth).tokens
         return (
             _flops(lambda x: forward_trunk(model, x, index, depth).tokens, pixels, pixel_gradient),
-            _flops(lambda x: forward_tail(model, TrunkOutput(x, None), depth).logits, tokens, pixel_gradient),
+            _flops(lambda x: forward_tokens(model, x, depth).logits, tokens, pixel_gradient),
         )
     finally:
         model.train(training)

@@ -6,8 +6,8 @@ forward pass on a subset of the patches: the result equals that of the full mode
 the position embedding. To save time, only the given patches are embedded, and the last block computes keys and values
 for all tokens, but everything else only for the [CLS] token, because the head uses no other output.
 
-The forward pass can be cut after any block. `forward_trunk` runs the part before the cut, `forward_tail` the part after
-it. Models that share their first blocks need the first part only once for all of them.
+The forward pass can be cut after any block. `forward_trunk` runs the part before the cut, `forward_tokens` the part
+after it. Models that share their first blocks need the first part only once for all of them.
 
 Dimension letters: B images, C classes, P patches of the full grid, L patches in the input, N tokens (prefix and
 patches), E pixels of a patch (channels x height x width), D embedding, H heads, Q rows that the head reads.
@@ -130,7 +130,7 @@ _STEM = ("cls_token", "dist_token", "reg_token", "pos_embed", "patch_embed.", "n
 def in_trunk(name: str, depth: int) -> bool:
     """Return whether a parameter of this name belongs to the patch embedding, its tokens or the first `depth` blocks.
 
-    These are the parameters that `forward_trunk` uses; all others belong to `forward_tail`.
+    These are the parameters that `forward_trunk` uses; all others belong to `forward_tokens`.
     """
     if name.startswith("blocks."):
         return int(name.split(".", 2)[1]) < depth
@@ -234,22 +234,22 @@ def forward_images(
     return forward_patches(model, patches, index, attention=attention)
 
 
-def trunk_of_images(model: VisionTransformer, images: Tensor, depth: int) -> TrunkOutput:
-    """Run the patch embedding and the first `depth` blocks on all patches of images; see `forward_trunk`.
+def leading_tokens(model: VisionTransformer, images: Tensor, blocks: int) -> Tensor:
+    """Return the tokens of `forward_trunk` for all patches of images.
 
     Parameters
     ----------
     model, images
         As for `forward_images`.
-    depth
-        Number of blocks, 0 to all.
+    blocks
+        Number of leading blocks to run, from 0 to the depth of the model.
 
     Raises
     ------
     ValueError
         If the images do not have the model's image size.
     """
-    return forward_trunk(model, _all_patches(model, images), None, depth)
+    return forward_trunk(model, _all_patches(model, images), None, blocks).tokens
 
 
 def _all_patches(model: VisionTransformer, images: Tensor) -> Tensor:
@@ -286,80 +286,78 @@ def forward_patches(
         If the shapes do not fit, or the attention is requested while patch dropout is active, because its columns
         would not correspond to `index`.
     """
-    start = forward_trunk(model, patches, index, 0)
-    return forward_tail(model, start, 0, attention=attention)
+    if attention and model.training and isinstance(model.patch_drop, PatchDropout):
+        raise ValueError(
+            "no [CLS] attention in train mode with patch_drop_rate > 0: its columns would not correspond to index"
+        )
+    tokens = forward_trunk(model, patches, index, 0).tokens
+    return forward_tokens(model, tokens, 0, attention=attention)
 
 
 def forward_trunk(
-    model: VisionTransformer, patches: Tensor, index: Tensor | None, depth: int, *, attention: bool = False
+    model: VisionTransformer, patches: Tensor, index: Tensor | None, blocks: int, *, attention: bool = False
 ) -> TrunkOutput:
-    """Run the patch embedding and the first `depth` blocks on patches.
+    """Run the embedding and the first blocks on patches; `forward_tokens` runs the rest of the model.
 
     Parameters
     ----------
     model, patches, index
         As for `forward_patches`.
-    depth
-        Number of blocks, 0 to all.
+    blocks
+        Number of leading blocks to run, from 0 to the depth of the model.
     attention
-        Whether to return the [CLS] attention if the last block is included.
+        Whether to return the [CLS] attention if the last block is one of them.
 
     Raises
     ------
     ValueError
-        As for `forward_patches`.
+        If the shapes do not fit.
     """
     P = model.patch_embed.num_patches
     if (P if index is None else index.shape[1]) != patches.shape[1]:
         wanted = f"all {P} patches without an index" if index is None else f"index of shape {tuple(index.shape)}"
         raise ValueError(f"patches of shape {tuple(patches.shape)} do not fit: {wanted}")
     tokens = model.norm_pre(model.patch_drop(_embed(model, patches, index)))
-    for block in model.blocks[: min(depth, len(model.blocks) - 1)]:
+    for block in model.blocks[: min(blocks, len(model.blocks) - 1)]:
         tokens = block(tokens)
-    if depth < len(model.blocks):
+    if blocks < len(model.blocks):
         return TrunkOutput(tokens, None)
-    return TrunkOutput(*_read_rows(model, tokens, attention))
+    rows, weights = _last_block(cast(Block, model.blocks[-1]), tokens, _read_tokens(model))
+    return TrunkOutput(rows, _patch_attention(model, weights) if attention else None)
 
 
-def forward_tail(
-    model: VisionTransformer, trunk: TrunkOutput, depth: int, *, attention: bool = False
-) -> TokenOutput:  # fmt: skip
-    """Run the blocks after the first `depth` ones, the last norm and the head.
+def forward_tokens(model: VisionTransformer, tokens: Tensor, blocks: int, *, attention: bool = False) -> TokenOutput:
+    """Run the rest of the model on the tokens that its first blocks return.
 
     Parameters
     ----------
     model
-        A model whose first blocks are those that computed `trunk`.
-    trunk
-        Output of `forward_trunk` with the same depth; with the attention if it is requested here.
-    depth
-        Number of blocks that `trunk` includes.
+        A model that `check_supported` accepts.
+    tokens
+        (B, N, D) result of `forward_trunk`; (B, Q, D) if all blocks have run.
+    blocks
+        Number of blocks that have run.
     attention
-        Whether to return the [CLS] attention.
-
-    Raises
-    ------
-    ValueError
-        If the attention is requested while patch dropout is active, as for `forward_patches`.
+        Whether to return the [CLS] attention. It is not available if all blocks have run.
     """
-    rows, seen = trunk.tokens, trunk.attention
-    if depth < len(model.blocks):
-        for block in model.blocks[depth:-1]:
-            rows = block(rows)
-        rows, seen = _read_rows(model, rows, attention)
-    logits = model.forward_head(model.norm(rows))
-    return TokenOutput(logits=logits, attention=seen if attention else None, features=rows[:, 0])
+    weights = None
+    if blocks < len(model.blocks):
+        for block in model.blocks[blocks:-1]:
+            tokens = block(tokens)
+        tokens, weights = _last_block(cast(Block, model.blocks[-1]), tokens, _read_tokens(model))
+    patch_weights = _patch_attention(model, weights) if attention and weights is not None else None
+    logits = model.forward_head(model.norm(tokens))
+    return TokenOutput(logits=logits, attention=patch_weights, features=tokens[:, 0])
 
 
-def _read_rows(model: VisionTransformer, tokens: Tensor, attention: bool) -> tuple[Tensor, Tensor | None]:
-    """Run the last block; return the (B, Q, D) rows that the head reads and, if requested, the (B, L) attention."""
-    if attention and model.training and isinstance(model.patch_drop, PatchDropout):
-        raise ValueError(
-            "no [CLS] attention in train mode with patch_drop_rate > 0: its columns would not correspond to index"
-        )
-    distilled = isinstance(model, VisionTransformerDistilled)
-    rows, weights = _last_block(cast(Block, model.blocks[-1]), tokens, queries=2 if distilled else 1)
-    return rows, weights[:, :, 0, model.num_prefix_tokens :].mean(dim=1) if attention else None
+def _read_tokens(model: VisionTransformer) -> int:
+    """Return Q, the number of tokens that the heads read."""
+    return 2 if isinstance(model, VisionTransformerDistilled) else 1
+
+
+def _patch_attention(model: VisionTransformer, weights: Tensor) -> Tensor:
+    """Return the (B, L) attention of [CLS] to the patches, given the (B, H, Q, N) attention of the last block."""
+    return weights[:, :, 0, model.num_prefix_tokens :].mean(dim=1)
 
 
 def head_input(model: VisionTransformer, features: Tensor) -> Tensor:

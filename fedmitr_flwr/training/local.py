@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from fedmitr_flwr.data import ImageSet, ImageSpec
 from fedmitr_flwr.models.lora import add_adapters, merge_adapters
 from fedmitr_flwr.models.trainable import TrainedPart, freeze, trained_part
-from fedmitr_flwr.models.vit import TrunkOutput, forward_tail, trunk_of_images
+from fedmitr_flwr.models.vit import forward_tokens, leading_tokens
 from fedmitr_flwr.settings import Augmentation, TrainSettings
 from fedmitr_flwr.training.augment import augment
 from fedmitr_flwr.training.optimizer import make_optimizer
@@ -125,7 +125,7 @@ def _train(
             chosen, queue = queue[:batch], queue[batch:]
             tokens = trunk(chosen, order)
             y = labels[chosen].to(device)
-            logits = forward_tail(model, TrunkOutput(tokens, None), part.frozen_blocks or 0).logits
+            logits = forward_tokens(model, tokens, part.frozen_blocks or 0).logits
             loss = nn.functional.cross_entropy(logits + prior, targets[y])
             optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -175,16 +175,16 @@ class Trunk:
     def __call__(self, chosen: Tensor, generator: torch.Generator) -> Tensor:
         """Return the ``(B, N, D)`` tokens of the images at the positions `chosen`, ``(B,)``."""
         if self._frozen is None:
-            return trunk_of_images(self._model, self._pixels(chosen, generator), 0).tokens
+            return leading_tokens(self._model, self._pixels(chosen, generator), 0)
         with torch.no_grad():
             if self._augmentation != "none":
-                return trunk_of_images(self._model, self._pixels(chosen, generator), self._frozen).tokens
+                return leading_tokens(self._model, self._pixels(chosen, generator), self._frozen)
             return self._remembered(chosen, generator, self._frozen)
 
     def _remembered(self, chosen: Tensor, generator: torch.Generator, blocks: int) -> Tensor:
         new = chosen[~self._known[chosen]]
         if len(new):
-            tokens = trunk_of_images(self._model, self._pixels(new, generator), blocks).tokens
+            tokens = leading_tokens(self._model, self._pixels(new, generator), blocks)
             if self._kept is None:
                 if len(self._images) * tokens[0].numel() * tokens.element_size() > CACHE_BYTES:
                     return tokens

@@ -9,7 +9,7 @@ rows that the head reads.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import torch
@@ -28,7 +28,7 @@ from fedmitr_flwr.ensemble.engine.passes import (
     trunk_forward,
 )
 from fedmitr_flwr.ensemble.engine.teachers import STEP_BYTES, PagedTeachers, numbers_of
-from fedmitr_flwr.models.vit import TokenOutput, TrunkOutput, forward_patches, forward_tail, forward_trunk
+from fedmitr_flwr.models.vit import TokenOutput, TrunkOutput, forward_patches, forward_tokens, forward_trunk
 
 STEP_ROWS = 1600
 """Largest number of tokens, summed over the teachers of a step, that run as one batched product.
@@ -360,8 +360,8 @@ class _ModuleStep:
         teacher, start = self._group.teachers[self._group.member], self._start
         if isinstance(start, _ModuleStart):
             assert start.done is not None
-            tokens = TrunkOutput(inputs, start.done.attention)
-            return forward_tail(teacher, tokens, self._group.depth, attention=attention)
+            out = forward_tokens(teacher, inputs, self._group.depth, attention=attention)
+            return out if start.done.attention is None else replace(out, attention=start.done.attention)
         return forward_patches(teacher, inputs, start.index, attention=attention)
 
     def _input(self) -> Tensor:

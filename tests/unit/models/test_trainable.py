@@ -16,7 +16,7 @@ from fedmitr_flwr.models import lora
 from fedmitr_flwr.models.build import build_model, outline
 from fedmitr_flwr.models.lora import add_adapters, check_peft, merge_adapters
 from fedmitr_flwr.models.trainable import CompletedState, TrainedPart, adapter_names, freeze, rate_factor, trained_part
-from fedmitr_flwr.models.vit import forward_images, forward_tail, trunk_of_images
+from fedmitr_flwr.models.vit import forward_images, forward_tokens, leading_tokens
 from fedmitr_flwr.settings import ModelSettings, Settings, SettingsError, TrainSettings
 from fedmitr_flwr.training.optimizer import make_optimizer
 from tests.unit.tiny import SIZE, tiny_vit
@@ -162,11 +162,11 @@ def test_a_forward_pass_can_be_cut_after_any_block(name: str, blocks: int):
     spec = ImageSpec(("a", "b"), 1, SIZE, (0.5,), (0.5,))
     model = build_model(ModelSettings(name=name, options="patch_size=4,embed_dim=24,depth=2,num_heads=3"), spec).eval()
     images = pixels()
-    whole, trunk = forward_images(model, images), trunk_of_images(model, images, blocks)
-    assert torch.equal(forward_tail(model, trunk, blocks).logits, whole.logits)
-    assert torch.equal(forward_tail(model, trunk, blocks).features, whole.features)
+    whole, tokens = forward_images(model, images), leading_tokens(model, images, blocks)
+    assert torch.equal(forward_tokens(model, tokens, blocks).logits, whole.logits)
+    assert torch.equal(forward_tokens(model, tokens, blocks).features, whole.features)
     with pytest.raises(ValueError, match="the model takes 16 x 16 pixels"):
-        trunk_of_images(model, images[..., :8], blocks)
+        leading_tokens(model, images[..., :8], blocks)
 
 
 def test_the_learning_rate_falls_from_the_head_to_the_embedding():

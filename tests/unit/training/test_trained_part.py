@@ -151,7 +151,7 @@ def test_a_failed_training_leaves_a_plain_model(monkeypatch: pytest.MonkeyPatch)
     def broken(*args: object) -> None:
         raise ValueError("no memory")
 
-    monkeypatch.setattr(local, "forward_tail", broken)
+    monkeypatch.setattr(local, "forward_tokens", broken)
     model = fresh()
     with pytest.raises(ValueError, match="no memory"):
         train(model, trainable="lora")
