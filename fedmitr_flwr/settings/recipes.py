@@ -36,6 +36,12 @@ PRETRAINED: Mapping[str, Value] = {
     "train.augment": "flip",  # photographs stay valid if they are mirrored; letters do not
     "train.batch-size": 32,  # fits images of 224 pixels into a small GPU
     "inversion.start": "shapes",  # as for distill.noise-kind
+    "inversion.images": 200,  # enough for the last blocks; each costs more than an image of a small model
+    "distill.views": 3,  # two further views of each synthetic image
+    "distill.noise": 3.0,  # random images for each synthetic image; 100 would take most of the run's time
+    "distill.steps": 300,  # the student starts close to its goal
+    "distill.feature-weight": 0.0,  # the student has the teachers' first blocks, so it needs no maps to their tokens
+    "distill.teacher-weight": 0.0,
     "distill.learning-rate": 1e-4,  # keeps what the student's start already knows
     "distill.noise-kind": "shapes",  # resembles photographs of things more than noise or writing does
     "distill.augment": "strong",  # the pool has few images, so each needs many different views
