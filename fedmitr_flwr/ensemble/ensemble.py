@@ -1,5 +1,7 @@
 """The K client models as one frozen function A(x), by default sum_k w_k(c) p_k(c|x).
 
+A further model, the expert, can multiply this distribution by its own: a product of experts (Hinton 2002).
+
 Teachers of an architecture that `packing.py` supports are packed and run by the hand-written passes of `passes.py`.
 Other teachers, and calls that need autograd, use `vit.forward_patches`.
 
@@ -14,8 +16,9 @@ from collections.abc import Sequence
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.nn import functional as F
 
-from fedmitr_flwr.ensemble.combining import COMBINATIONS, Combined
+from fedmitr_flwr.ensemble.combining import COMBINATIONS, Combined, of_logs
 from fedmitr_flwr.ensemble.engine.graphs import Graphs
 from fedmitr_flwr.ensemble.engine.groups import Group, Step, group_teachers
 from fedmitr_flwr.ensemble.engine.kernels import Arena
@@ -53,6 +56,9 @@ class Ensemble:
         State of CUDA graphs that is shared with another ensemble on the same device; None: a new one.
     rule
         How the teachers' outputs are combined, a name in `combining.COMBINATIONS`.
+    expert
+        A model of the teachers' architecture, frozen like them. A(x) is then multiplied by the softmax of its logits
+        and normalised. It is neither a teacher nor drawn, and its attention does not count. None: no expert.
 
     Raises
     ------
@@ -68,17 +74,21 @@ class Ensemble:
         graphs: Graphs | None = None,
         *,
         rule: Combination = "probabilities",
+        expert: VisionTransformer | None = None,
     ) -> None:
         if weights.ndim != 2 or len(weights) != len(teachers) or len(teachers) == 0:
             raise ValueError(f"weights of shape {tuple(weights.shape)} do not fit {len(teachers)} teachers")
         self.limits = limits or MemoryLimits()
         self.graphs = graphs or Graphs()
+        self.expert = None if expert is None else expert.eval().requires_grad_(False)
         if isinstance(teachers, PagedTeachers):
             self.teachers: Sequence[VisionTransformer] = teachers
+            self._models: Sequence[VisionTransformer] = teachers if expert is None else teachers.plus(expert)
             self._hold = False
         else:
             self.teachers = [teacher.eval().requires_grad_(False) for teacher in teachers]
-            self._hold = sum(self.limits.shrink(teacher, len(teachers)) for teacher in self.teachers) == 0
+            self._models = self.teachers if expert is None else [*self.teachers, expert]
+            self._hold = sum(self.limits.shrink(model, len(self._models)) for model in self._models) == 0
         self.weights, self.rule = weights, rule
         self._groups: dict[torch.dtype, list[Group]] = {}
         self._scratch = Arena()
@@ -115,9 +125,10 @@ class Ensemble:
         if patches.requires_grad and torch.is_grad_enabled():
             if isinstance(self.teachers, PagedTeachers):
                 raise ValueError("teachers read from disk keep no graph for autograd: use Ensemble.loss_gradient")
-            outputs = [forward_patches(_fp32(teacher), patches, index, attention=True) for teacher in self.teachers]
+            outputs = [forward_patches(_fp32(model), patches, index, attention=True) for model in self._models]
             logits = torch.stack([out.logits.float() for out in outputs])
-            seen = torch.stack([out.attention.detach() for out in outputs if out.attention is not None])
+            of_teachers = outputs[: len(self.weights)]
+            seen = torch.stack([out.attention.detach() for out in of_teachers if out.attention is not None])
         else:
             logits, seen, _ = self.see(patches, index)
         probabilities = self.combine(logits)
@@ -125,7 +136,7 @@ class Ensemble:
 
     @torch.no_grad()
     def see(self, patches: Tensor, index: Tensor | None = None, *, features: bool = False) -> TeacherOutputs:
-        """Return the outputs of every teacher, without autograd.
+        """Return the outputs of every teacher, and the logits of the expert, without autograd.
 
         Parameters
         ----------
@@ -134,9 +145,9 @@ class Ensemble:
         features
             Whether to return the [CLS] tokens too.
         """
-        B, L, _ = patches.shape
-        logits = patches.new_empty(len(self.teachers), B, self.weights.shape[1])
-        attention = patches.new_empty(len(self.teachers), B, L)
+        (B, L, _), K = patches.shape, len(self.teachers)
+        logits = patches.new_empty(self.num_models, B, self.weights.shape[1])
+        attention = patches.new_empty(self.num_models, B, L)
         tokens = None
         size = max(1, LABEL_ROWS // L)
         for start in range(0, B, size):
@@ -146,9 +157,9 @@ class Ensemble:
                 logits[step.members, part], attention[step.members, part] = out.logits, out.attention
                 if features:
                     if tokens is None:
-                        tokens = patches.new_empty(len(self.teachers), B, out.features.shape[-1])
+                        tokens = patches.new_empty(self.num_models, B, out.features.shape[-1])
                     tokens[step.members, part] = out.features
-        return TeacherOutputs(logits, attention, tokens)
+        return TeacherOutputs(logits, attention[:K], None if tokens is None else tokens[:K])
 
     def loss_gradient(
         self,
@@ -178,8 +189,8 @@ class Ensemble:
         with torch.no_grad():
             steps = self._steps(patches, index, dtype)
             arenas = self._arenas(steps)
-            logits = patches.new_empty(len(self.teachers), len(patches), self.weights.shape[1])
-            seen = patches.new_empty(len(self.teachers), *patches.shape[:2])
+            logits = patches.new_empty(self.num_models, len(patches), self.weights.shape[1])
+            seen = patches.new_empty(self.num_models, *patches.shape[:2])
             features = []
             for step, arena in zip(steps, arenas, strict=True):
                 out = step.forward(self._scratch, arena)
@@ -192,7 +203,8 @@ class Ensemble:
             total, leaves = loss.sum(), [logits]
             if terms:
                 leaves += [leaf.detach().requires_grad_(True) for leaf in (patches, *features)]
-                shares = [self.weights[step.members][:, labels] for step in steps]
+                weights = F.pad(self.weights, (0, 0, 0, self.num_models - len(self.weights)))  # 0 for the expert
+                shares = [weights[step.members][:, labels] for step in steps]
                 look = Seen(leaves[1], index, labels, probabilities, leaves[2:], shares)
                 total = total + sum(term(look) for term in terms)
             upstream, *more = torch.autograd.grad(total, leaves, allow_unused=True)
@@ -205,14 +217,30 @@ class Ensemble:
                 gradient += step.backward(self._scratch, upstream[step.members], of)
             if direct is not None:
                 gradient += direct
-        return LossGradient(loss.detach(), gradient, self._share(probabilities, seen, labels), probabilities)
+        attention = self._share(probabilities, seen[: len(self.teachers)], labels)
+        return LossGradient(loss.detach(), gradient, attention, probabilities)
 
     def combine(self, logits: Tensor) -> Tensor:
-        """Combine the teachers' ``(K, B, C)`` logits into the ensemble's ``(B, C)`` probabilities."""
+        """Combine logits into the ensemble's ``(B, C)`` probabilities.
+
+        Parameters
+        ----------
+        logits
+            ``(K, B, C)`` of the teachers; with an expert ``(K + 1, B, C)``, its logits last, as `see` returns them.
+
+        Raises
+        ------
+        ValueError
+            If there are more or fewer logits than models.
+        """
         return self._combined(logits).probabilities
 
     def _combined(self, logits: Tensor) -> Combined:
-        return COMBINATIONS[self.rule](logits, self.weights)
+        if len(logits) != self.num_models:
+            raise ValueError(f"logits of {len(logits)} models do not fit an ensemble of {self.num_models}")
+        if self.expert is None:
+            return COMBINATIONS[self.rule](logits, self.weights)
+        return of_logs(COMBINATIONS[self.rule](logits[:-1], self.weights).logs + logits[-1])
 
     def _share(self, probabilities: Tensor, seen: Tensor, labels: Tensor | None) -> Tensor:
         """Return the ``(B, L)`` mean of the teachers' attention, weighted by their class weights."""
@@ -264,12 +292,17 @@ class Ensemble:
             Its K teachers; None: the same.
         """
         chosen = self.teachers if teachers is None else teachers
-        return Ensemble(chosen, weights, self.limits, self.graphs, rule=self.rule)
+        return Ensemble(chosen, weights, self.limits, self.graphs, rule=self.rule, expert=self.expert)
 
     def release(self) -> None:
         """Free the memory of the activations."""
         self._scratch = Arena()
         self._kept = []
+
+    @property
+    def num_models(self) -> int:
+        """Number of models that a pass runs: K teachers, and the expert if there is one."""
+        return len(self._models)
 
     @property
     def held(self) -> bool:
@@ -288,7 +321,7 @@ class Ensemble:
 
     def _steps(self, patches: Tensor, index: Tensor | None, dtype: torch.dtype) -> list[Step]:
         if dtype not in self._groups:
-            self._groups[dtype] = group_teachers(self.teachers, dtype, self._hold)
+            self._groups[dtype] = group_teachers(self._models, dtype, self._hold)
         return [step for group in self._groups[dtype] for step in group.steps(patches, index)]
 
     def _arenas(self, steps: list[Step]) -> list[Arena] | list[None]:

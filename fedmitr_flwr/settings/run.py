@@ -170,6 +170,9 @@ class Settings(Stage):
         if self.run.method in MOMENT_METHODS and not self.train.share_moments:
             allowed = "needs train.share-moments = true, so that the clients upload feature moments"
             problems.append(("run.method", self.run.method, allowed))
+        if self.distill.start == "moments" and not self.train.share_moments:
+            allowed = "needs train.share-moments = true, so that the clients upload feature moments"
+            problems.append(("distill.start", "moments", allowed))
         if bool(self.data.mean) != bool(self.data.std) or len(self.data.mean) != len(self.data.std):
             allowed = f"must have as many entries as data.mean ({len(self.data.mean)})"
             problems.append(("data.std", self.data.std, allowed))
@@ -181,6 +184,11 @@ class Settings(Stage):
         if problems:
             raise SettingsError(*problems)
         return self
+
+    @property
+    def has_expert(self) -> bool:
+        """Whether the clients share feature moments and the ensemble uses them (`ensemble.moments-weight`)."""
+        return self.train.share_moments and self.ensemble.moments_weight > 0.0
 
     @classmethod
     def from_run_config(cls, config: Mapping[str, RunConfigValue]) -> Settings:
