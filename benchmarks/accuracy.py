@@ -61,6 +61,7 @@ SINCE = {
     "moments.prior": "counts",
     "moments.ridge": 0.1,
     "ensemble.combine": "probabilities",
+    "ensemble.moments-weight": 0.1,
 }
 """Settings that were added after lines were stored, with the values under which those lines stay the same."""
 
@@ -198,7 +199,7 @@ def teraflops(federation: Federation, settings: Settings) -> float:
     if not method.distils:
         return 0.0
     settings = method.resolve(settings)
-    model, teachers = build_model(settings.model, federation.spec), len(federation.clients)
+    model, teachers = build_model(settings.model, federation.spec), len(federation.clients) + bool(settings.expert)
     grid = PatchGrid.of(model, federation.spec)
     cost = stage_flops(settings, model, grid, teachers)
     stages = ["distill", "invert", "relabel"] if method.inverts else ["distill"]

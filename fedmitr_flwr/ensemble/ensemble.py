@@ -1,5 +1,7 @@
 """The K client models as one frozen function A(x), by default sum_k w_k(c) p_k(c|x).
 
+A further model, the expert, can multiply this distribution by its own: a product of experts (Hinton 2002).
+
 Teachers of an architecture that `packing.py` supports are packed and run by the hand-written passes of `passes.py`.
 Other teachers, and calls that need autograd, use `vit.forward_patches`.
 
@@ -18,8 +20,9 @@ from functools import cached_property
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
+from torch.nn import functional as F
 
-from fedmitr_flwr.ensemble.combining import COMBINATIONS, Combined
+from fedmitr_flwr.ensemble.combining import COMBINATIONS, Combined, of_logs
 from fedmitr_flwr.ensemble.engine.graphs import Graphs
 from fedmitr_flwr.ensemble.engine.groups import Groups, Start, Step, group_teachers
 from fedmitr_flwr.ensemble.engine.kernels import Arena
@@ -58,6 +61,9 @@ class Ensemble:
         State of CUDA graphs that is shared with another ensemble on the same device; None: a new one.
     rule
         How the teachers' outputs are combined, a name in `combining.COMBINATIONS`.
+    expert
+        A model of the teachers' architecture, frozen like them. A(x) is then multiplied by the softmax of its logits
+        and normalised. It is neither a teacher nor drawn, and its attention does not count. None: no expert.
 
     Raises
     ------
@@ -73,20 +79,24 @@ class Ensemble:
         graphs: Graphs | None = None,
         *,
         rule: Combination = "probabilities",
+        expert: VisionTransformer | None = None,
     ) -> None:
         if weights.ndim != 2 or len(weights) != len(teachers) or len(teachers) == 0:
             raise ValueError(f"weights of shape {tuple(weights.shape)} do not fit {len(teachers)} teachers")
         self.limits = limits or MemoryLimits()
         self.graphs = graphs or Graphs()
+        self.expert = None if expert is None else expert.eval().requires_grad_(False)
         if isinstance(teachers, PagedTeachers):
             self.teachers: Sequence[VisionTransformer] = teachers
+            self._models: Sequence[VisionTransformer] = teachers if expert is None else teachers.plus(expert)
             self._hold = False
         else:
             self.teachers = [teacher.eval().requires_grad_(False) for teacher in teachers]
-            K = len(teachers)
-            fits = all(self.limits.place(teacher, K) == "held" for teacher in self.teachers)
+            self._models = self.teachers if expert is None else [*self.teachers, expert]
+            count = len(self._models)
+            fits = all(self.limits.place(model, count) == "held" for model in self._models)
             depth = 0 if fits else self.shared_blocks  # the comparison of the weights is put off if it is not needed
-            self._hold = sum(self.limits.shrink(teacher, K, depth) for teacher in self.teachers) == 0
+            self._hold = sum(self.limits.shrink(model, count, depth) for model in self._models) == 0
         self.weights, self.rule = weights, rule
         self._groups: dict[torch.dtype, Groups] = {}
         self._scratch, self._trunk = Arena(), Arena()
@@ -94,13 +104,14 @@ class Ensemble:
 
     @cached_property
     def shared_blocks(self) -> int:
-        """t, the number of leading blocks that have the same weights in all teachers, the patch embedding included.
+        """t, the number of leading blocks that have the same weights in all models, the patch embedding included.
 
-        0 if the first block or the patch embedding differs, or if there is one teacher.
+        The models are the teachers and the expert. 0 if the first block or the patch embedding differs, or if there is
+        one model.
         """
-        if isinstance(self.teachers, PagedTeachers):
-            return self.teachers.depth
-        return shared_depth_of_models(self.teachers)
+        if isinstance(self._models, PagedTeachers):
+            return self._models.depth
+        return shared_depth_of_models(self._models)
 
     def __call__(
         self,
@@ -141,15 +152,15 @@ class Ensemble:
         return EnsembleOutput(probabilities, self._share(probabilities, seen, labels) if attention else None)
 
     def _by_autograd(self, patches: Tensor, index: Tensor | None) -> tuple[Tensor, Tensor]:
-        """Return the logits ``(K, B, C)``, in the graph, and the attention ``(K, B, L)`` of all teachers."""
-        depth, teachers, whole = self.shared_blocks, [_fp32(teacher) for teacher in self.teachers], None
+        """Return the logits of all models, in the graph, and the attention ``(K, B, L)`` of the teachers."""
+        depth, models, whole = self.shared_blocks, [_fp32(model) for model in self._models], None
         if depth == 0:
-            outputs = [forward_patches(teacher, patches, index, attention=True) for teacher in teachers]
+            outputs = [forward_patches(model, patches, index, attention=True) for model in models]
         else:
-            trunk = forward_trunk(teachers[0], patches, index, depth, attention=True)
+            trunk = forward_trunk(models[0], patches, index, depth, attention=True)
             whole = trunk.attention
-            outputs = [forward_tokens(teacher, trunk.tokens, depth, attention=True) for teacher in teachers]
-        seen = [whole if out.attention is None else out.attention for out in outputs]
+            outputs = [forward_tokens(model, trunk.tokens, depth, attention=True) for model in models]
+        seen = [whole if out.attention is None else out.attention for out in outputs[: len(self.weights)]]
         logits = torch.stack([out.logits.float() for out in outputs])
         return logits, torch.stack([each.detach() for each in seen if each is not None])
 
@@ -157,7 +168,7 @@ class Ensemble:
     def see(
         self, patches: Tensor, index: Tensor | None = None, *, features: bool = False, tokens: bool = False
     ) -> TeacherOutputs:
-        """Return the outputs of every teacher, without autograd.
+        """Return the outputs of every teacher, and the logits of the expert, without autograd.
 
         Parameters
         ----------
@@ -168,9 +179,9 @@ class Ensemble:
         tokens
             Whether to return what the teachers' common trunk makes of the patches too.
         """
-        B, L, _ = patches.shape
-        logits = patches.new_empty(len(self.teachers), B, self.weights.shape[1])
-        attention = patches.new_empty(len(self.teachers), B, L)
+        (B, L, _), K = patches.shape, len(self.teachers)
+        logits = patches.new_empty(self.num_models, B, self.weights.shape[1])
+        attention = patches.new_empty(self.num_models, B, L)
         seen, common = None, []
         size = max(1, LABEL_ROWS // L)
         for first in range(0, B, size):
@@ -184,9 +195,10 @@ class Ensemble:
                 logits[step.members, part], attention[step.members, part] = out.logits, out.attention
                 if features:
                     if seen is None:
-                        seen = patches.new_empty(len(self.teachers), B, out.features.shape[-1])
+                        seen = patches.new_empty(self.num_models, B, out.features.shape[-1])
                     seen[step.members, part] = out.features
-        return TeacherOutputs(logits, attention, seen, torch.cat(common) if common else None)
+        of_teachers = None if seen is None else seen[:K]
+        return TeacherOutputs(logits, attention[:K], of_teachers, torch.cat(common) if common else None)
 
     def loss_gradient(
         self,
@@ -218,8 +230,8 @@ class Ensemble:
             start, steps = self._steps(patches, index, dtype)
             arenas = self._arenas(start, steps)
             start.forward(self._scratch, self._trunk)
-            logits = patches.new_empty(len(self.teachers), len(patches), self.weights.shape[1])
-            seen = patches.new_empty(len(self.teachers), *patches.shape[:2])
+            logits = patches.new_empty(self.num_models, len(patches), self.weights.shape[1])
+            seen = patches.new_empty(self.num_models, *patches.shape[:2])
             features = []
             for step, arena in zip(steps, arenas, strict=True):
                 out = step.forward(self._scratch, arena)
@@ -232,7 +244,8 @@ class Ensemble:
             total, leaves = loss.sum(), [logits]
             if terms:
                 leaves += [leaf.detach().requires_grad_(True) for leaf in (patches, *features)]
-                shares = [self.weights[step.members][:, labels] for step in steps]
+                weights = F.pad(self.weights, (0, 0, 0, self.num_models - len(self.weights)))  # 0 for the expert
+                shares = [weights[step.members][:, labels] for step in steps]
                 look = Seen(leaves[1], index, labels, probabilities, leaves[2:], shares)
                 total = total + sum(term(look) for term in terms)
             upstream, *more = torch.autograd.grad(total, leaves, allow_unused=True)
@@ -246,14 +259,30 @@ class Ensemble:
             gradient = start.backward(self._scratch, gradient)
             if direct is not None:
                 gradient += direct
-        return LossGradient(loss.detach(), gradient, self._share(probabilities, seen, labels), probabilities)
+        attention = self._share(probabilities, seen[: len(self.teachers)], labels)
+        return LossGradient(loss.detach(), gradient, attention, probabilities)
 
     def combine(self, logits: Tensor) -> Tensor:
-        """Combine the teachers' ``(K, B, C)`` logits into the ensemble's ``(B, C)`` probabilities."""
+        """Combine logits into the ensemble's ``(B, C)`` probabilities.
+
+        Parameters
+        ----------
+        logits
+            ``(K, B, C)`` of the teachers; with an expert ``(K + 1, B, C)``, its logits last, as `see` returns them.
+
+        Raises
+        ------
+        ValueError
+            If there are more or fewer logits than models.
+        """
         return self._combined(logits).probabilities
 
     def _combined(self, logits: Tensor) -> Combined:
-        return COMBINATIONS[self.rule](logits, self.weights)
+        if len(logits) != self.num_models:
+            raise ValueError(f"logits of {len(logits)} models do not fit an ensemble of {self.num_models}")
+        if self.expert is None:
+            return COMBINATIONS[self.rule](logits, self.weights)
+        return of_logs(COMBINATIONS[self.rule](logits[:-1], self.weights).logs + logits[-1])
 
     def _share(self, probabilities: Tensor, seen: Tensor, labels: Tensor | None) -> Tensor:
         """Return the ``(B, L)`` mean of the teachers' attention, weighted by their class weights."""
@@ -305,12 +334,17 @@ class Ensemble:
             Its K teachers; None: the same.
         """
         chosen = self.teachers if teachers is None else teachers
-        return Ensemble(chosen, weights, self.limits, self.graphs, rule=self.rule)
+        return Ensemble(chosen, weights, self.limits, self.graphs, rule=self.rule, expert=self.expert)
 
     def release(self) -> None:
         """Free the memory of the activations."""
         self._scratch, self._trunk = Arena(), Arena()
         self._kept = []
+
+    @property
+    def num_models(self) -> int:
+        """Number of models that a pass runs: K teachers, and the expert if there is one."""
+        return len(self._models)
 
     @property
     def held(self) -> bool:
@@ -329,7 +363,7 @@ class Ensemble:
 
     def _steps(self, patches: Tensor, index: Tensor | None, dtype: torch.dtype) -> tuple[Start, list[Step]]:
         if dtype not in self._groups:
-            self._groups[dtype] = group_teachers(self.teachers, dtype, self._hold, self.shared_blocks)
+            self._groups[dtype] = group_teachers(self._models, dtype, self._hold, self.shared_blocks)
         return self._groups[dtype].steps(patches, index)
 
     def _arenas(self, start: Start, steps: list[Step]) -> list[Arena] | list[None]:

@@ -98,7 +98,7 @@ def pool(moments: Sequence[Moments], scales: Tensor | None = None) -> PooledMome
     return PooledMoments(counts, sums, second)
 
 
-def discriminant_head(pooled: PooledMoments, shrinkage: float, *, equal_priors: bool) -> Head:
+def discriminant_head(pooled: PooledMoments, shrinkage: float, *, equal_priors: bool, scale: float = 1.0) -> Head:
     """Compute the linear discriminant with a shared covariance that is shrunk to its scaled identity.
 
     With ``W = M - sum_c s_c s_c^T / n_c``, the scatter within the classes::
@@ -119,6 +119,8 @@ def discriminant_head(pooled: PooledMoments, shrinkage: float, *, equal_priors: 
         g, above 0 and at most 1. 1: only the distances to the class means count (nearest class mean).
     equal_priors
         Whether p_c is the same for all classes with images; otherwise it is n_c / n.
+    scale
+        Factor on the logits of the classes with images. Below 1 it makes the distribution flatter.
 
     Returns
     -------
@@ -136,7 +138,7 @@ def discriminant_head(pooled: PooledMoments, shrinkage: float, *, equal_priors: 
     bias = -0.5 * (precise * (means + centre)).sum(1)
     if not equal_priors:
         bias = bias + (pooled.counts / pooled.counts.sum()).clamp_min(1e-300).log()
-    return _centred(precise, bias, present)
+    return _centred(scale * precise, scale * bias, present)
 
 
 def ridge_head(pooled: PooledMoments, strength: float) -> Head:

@@ -35,7 +35,7 @@ class TeacherOutputs(NamedTuple):
     Attributes
     ----------
     logits
-        ``(K, B, C)`` fp32.
+        ``(K, B, C)`` fp32; ``(K + 1, B, C)`` if the ensemble has an expert, whose logits are the last.
     attention
         ``(K, B, L)`` [CLS] attention of the last block, mean over the heads.
     features

@@ -150,12 +150,13 @@ def plan_memory(settings: Settings, spec: ImageSpec, clients: int, device: torch
     # The moments of all uploads stay in memory; pooling them holds a few matrices of D x D in fp64.
     kept = _mb((clients + 2) * largest + (clients + _MOMENT_MATRICES) * moments)
     distillation = _distillation_mb(settings, model, spec, weights, clients) + kept
-    every, fewest = _activations_mb(settings, model, spec, clients)
+    every, fewest = _activations_mb(settings, model, spec, clients + bool(settings.expert))
     # Hard images are inverted while the pool is in memory.
     beside = distillation if settings.distill.adversarial_rounds > 0 else 0
     room = settings.run.memory_mb - PROCESS_MB - max(fewest + beside, distillation)
-    limits = MemoryLimits(teachers=asked.teacher_memory_mb).within(room << 20, model, clients)
-    teachers = _mb(limits.size(model, clients))
+    models = clients + bool(settings.expert)
+    limits = MemoryLimits(teachers=asked.teacher_memory_mb).within(room << 20, model, models)
+    teachers = _mb(limits.size(model, models))
     room = settings.run.memory_mb - PROCESS_MB - teachers
     # The passes need work space in addition to the activations that they keep.
     activation_limit = min(asked.activation_memory_mb, max(0, room - fewest - beside))
@@ -164,14 +165,14 @@ def plan_memory(settings: Settings, spec: ImageSpec, clients: int, device: torch
     return MemoryPlan(collection, teachers, activations, distillation, limits.teachers, activation_limit)
 
 
-def _activations_mb(settings: Settings, model: VisionTransformer, spec: ImageSpec, clients: int) -> tuple[int, int]:
-    """Return MiB of the activations that all teachers keep, and of work space with the activations of one step."""
+def _activations_mb(settings: Settings, model: VisionTransformer, spec: ImageSpec, models: int) -> tuple[int, int]:
+    """Return MiB of the activations that all models keep, and of work space with the activations of one step."""
     if not method_of(settings).inverts:
         return 0, _mb(_step_bytes(model, 1, max(1, LABEL_ROWS // _tokens(model, spec)), spec))
     B = min(settings.inversion.batch_size, settings.inversion.images)
-    step = min(clients, max(1, STEP_ROWS // (B * _tokens(model, spec))))
+    step = min(models, max(1, STEP_ROWS // (B * _tokens(model, spec))))
     pixels = 4 * B * spec.channels * spec.image_size**2
-    return _mb(_step_bytes(model, clients, B, spec)), _mb(3 * _step_bytes(model, step, B, spec) + 12 * pixels)
+    return _mb(_step_bytes(model, models, B, spec)), _mb(3 * _step_bytes(model, step, B, spec) + 12 * pixels)
 
 
 def _step_bytes(model: VisionTransformer, teachers: int, images: int, spec: ImageSpec) -> int:

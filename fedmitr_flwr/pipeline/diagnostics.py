@@ -116,8 +116,8 @@ def diagnose(task: InversionTask, synthetic: SyntheticImages) -> Diagnostics:
     images, y, P = synthetic.images[rows], synthetic.labels[rows], grid.num_patches
     low, high = (bound.to(images)[:, None, None] for bound in (grid.low, grid.high))
     logits = ensemble.see(grid.to_patches(images)).logits
-    right = (logits.argmax(-1) == y).float()  # (K, b)
     weights = ensemble.weights[:, y]
+    right = (logits[: len(weights)].argmax(-1) == y).float()  # (K, b)
     kept = synthetic.kept.shape[1]
     costs = stage_costs(task, images[:1], y[:1])
     return Diagnostics(

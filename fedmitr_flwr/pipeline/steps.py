@@ -5,6 +5,7 @@ Letters: B images, K teachers, C classes, D embedding.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from functools import partial
 
@@ -21,6 +22,7 @@ from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, StageContext
 from fedmitr_flwr.pipeline.outliers import trust
 from fedmitr_flwr.pipeline.progress import FINISHED_SHOWN, DistillProgress, InversionProgress
+from fedmitr_flwr.pipeline.shared_moments import expert_state, pooled_moments
 from fedmitr_flwr.runs.observer import Observer
 from fedmitr_flwr.settings import DistillSettings
 from fedmitr_flwr.stages.density import split_patches
@@ -39,9 +41,15 @@ def make_ensemble(inputs: PipelineInputs) -> tuple[Ensemble, Tensor]:
     Returns
     -------
     ensemble
-        The weighted teachers, on the inputs' device.
+        The weighted teachers, on the inputs' device, with the expert that `Settings.expert` names.
     known
-        ``(C',)`` int64 classes for which at least one client has evidence above 0.
+        ``(C',)`` int64 classes that the ensemble knows: those for which at least one client has evidence above 0; with
+        an expert from moments those of which some client has images.
+
+    Raises
+    ------
+    ValueError, SettingsError
+        If moments are needed and a client withheld them, or the model has two heads.
     """
     settings, device = inputs.settings, inputs.device
     limits = MemoryLimits(settings.inversion.activation_memory_mb, settings.inversion.teacher_memory_mb)
@@ -57,8 +65,18 @@ def make_ensemble(inputs: PipelineInputs) -> tuple[Ensemble, Tensor]:
         heard = trust(known_of, teachers, inputs.initial, grid, settings, inputs.observer)
     weights = class_weights(known_of, settings.ensemble.power, heard)
     inputs.observer.snapshot("ensemble", evidence=known_of, weights=weights)
-    known = (known_of.sum(0) > 0).nonzero().squeeze(1)
-    return Ensemble(teachers, weights.to(device), limits, rule=settings.ensemble.combine), known.to(device)
+    known, expert = known_of.sum(0) > 0, None
+    if settings.expert:
+        expert = copy.deepcopy(blank)
+        if settings.expert == "moments":
+            pooled = pooled_moments(inputs)
+            known, state = pooled.present, expert_state(inputs, pooled)
+        else:
+            state = _scaled_logits(merged_state(inputs, weights), settings.ensemble.merged_weight)
+        expert.load_state_dict(state)
+        expert.to(device)
+    ensemble = Ensemble(teachers, weights.to(device), limits, rule=settings.ensemble.combine, expert=expert)
+    return ensemble, known.nonzero().squeeze(1).to(device)
 
 
 def evidence_of(inputs: PipelineInputs) -> Tensor:
@@ -92,9 +110,21 @@ def student_start(inputs: PipelineInputs, ensemble: Ensemble, average: Mapping[s
     chosen = inputs.settings.distill
     if chosen.start == "initial":
         return dict(inputs.initial)
+    if chosen.start == "moments":
+        return expert_state(inputs, pooled_moments(inputs))
     if chosen.start == "merged":
-        return merged(inputs.initial, inputs.states, ensemble.weights.cpu(), chosen.merge_scale)
+        return merged_state(inputs, ensemble.weights.cpu())
     return dict(average)
+
+
+def merged_state(inputs: PipelineInputs, weights: Tensor) -> dict[str, Tensor]:
+    """Return the merged model, whose head is averaged class by class with these ``(K, C)`` weights."""
+    return merged(inputs.initial, inputs.states, weights, inputs.settings.distill.merge_scale)
+
+
+def _scaled_logits(state: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:
+    """Return a state dict whose model has `factor` times the logits."""
+    return {name: factor * value if name.startswith("head") else value for name, value in state.items()}
 
 
 def distilled(

@@ -106,7 +106,7 @@ def evaluate(
     for x, y in batches(images, spec, batch_size, device):
         patches = grid.to_patches(x)
         seen = result.ensemble.see(patches).logits
-        for metric, logits in zip(local, seen, strict=True):
+        for metric, logits in zip(local, seen[: len(local)], strict=True):
             metric.update(logits, y)
         said["ensemble"].append(result.ensemble.combine(seen))
         for name, model in models.items():

@@ -222,7 +222,8 @@ class TrainSettings(Stage):
         False,
         description="Upload feature moments: the client's number of images of each class, the sum of their features, "
         "and one matrix with the sum of the products of all features. A feature is what the classifier head of the "
-        "common initialisation reads from an image. Required by `run.method = lda` and `ridge`. They reveal more than "
+        "common initialisation reads from an image. Required by `run.method = lda` and `ridge` and by "
+        "`distill.start = moments`; `ensemble.moments-weight` uses them for all other methods. They reveal more than "
         "weights do; see the page on the method.",
     )
     time_limit_seconds: float = Field(

@@ -10,7 +10,11 @@ from fedmitr_flwr.settings.run_config import Stage
 
 
 class MomentsSettings(Stage):
-    """The heads of `run.method = lda` and `ridge`, computed from the moments of `train.share-moments`."""
+    """Classifier heads from the moments of `train.share-moments`.
+
+    They are those of `run.method = lda` and `ridge`; `ensemble.moments-weight` and `distill.start = moments` use the
+    head of `lda`.
+    """
 
     shrinkage: float = Field(
         0.1,

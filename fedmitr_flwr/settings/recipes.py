@@ -35,6 +35,7 @@ PRETRAINED: Mapping[str, Value] = {
     "train.weight-decay": 0.0,  # would pull weights to 0 and not to the common initialisation
     "train.augment": "flip",  # photographs stay valid if they are mirrored; letters do not
     "train.batch-size": 32,  # fits images of 224 pixels into a small GPU
+    "ensemble.merged-weight": 1.0,  # the merged model is often better than the ensemble, and both together than each
     "inversion.start": "shapes",  # as for distill.noise-kind
     "inversion.images": 200,  # enough for the last blocks; each costs more than an image of a small model
     "distill.views": 3,  # two further views of each synthetic image

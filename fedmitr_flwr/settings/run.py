@@ -176,6 +176,9 @@ class Settings(Stage):
         if self.run.method in MOMENT_METHODS and not self.train.share_moments:
             allowed = "needs train.share-moments = true, so that the clients upload feature moments"
             problems.append(("run.method", self.run.method, allowed))
+        if self.distill.start == "moments" and not self.train.share_moments:
+            allowed = "needs train.share-moments = true, so that the clients upload feature moments"
+            problems.append(("distill.start", "moments", allowed))
         if bool(self.data.mean) != bool(self.data.std) or len(self.data.mean) != len(self.data.std):
             allowed = f"must have as many entries as data.mean ({len(self.data.mean)})"
             problems.append(("data.std", self.data.std, allowed))
@@ -187,6 +190,13 @@ class Settings(Stage):
         if problems:
             raise SettingsError(*problems)
         return self
+
+    @property
+    def expert(self) -> Literal["", "moments", "merged"]:
+        """Kind of the ensemble's expert, by `ensemble.moments-weight` and `ensemble.merged-weight`; empty: none."""
+        if self.train.share_moments and self.ensemble.moments_weight > 0.0:
+            return "moments"
+        return "merged" if self.ensemble.merged_weight > 0.0 else ""
 
     @classmethod
     def from_run_config(cls, config: Mapping[str, RunConfigValue]) -> Settings:

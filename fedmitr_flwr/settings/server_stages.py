@@ -41,6 +41,24 @@ class EnsembleSettings(Stage):
         "probabilities",
         description=described("How the teachers' outputs become one distribution.", COMBINATIONS),
     )
+    moments_weight: float = Field(
+        0.1,
+        ge=0.0,
+        le=10.0,
+        description="With `train.share-moments`: exponent s on the distribution of a further model, by which A(x) is "
+        "multiplied. The model is the common initialisation with the linear discriminant of all clients' feature "
+        "moments as its head; s is a factor on its logits. It counts in inversion, in all labels and in the "
+        "evaluation of the ensemble. 0: off. No effect without `train.share-moments`.",
+    )
+    merged_weight: float = Field(
+        0.0,
+        ge=0.0,
+        le=10.0,
+        description="Exponent s on the distribution of the merged model (`run.method = head-aggregation`), by which "
+        "A(x) is multiplied: a class needs the support of the teachers and of the merged model. It counts in "
+        "inversion, in all labels and in the evaluation of the ensemble. 0: off. No effect if "
+        "`ensemble.moments-weight` applies.",
+    )
     outlier_guard: float = Field(
         0.0,
         ge=0.0,
@@ -236,11 +254,12 @@ class RelabelSettings(Stage):
 class DistillSettings(Stage):
     """Stage 4, distillation into the global model."""
 
-    start: Literal["fedavg", "initial", "merged"] = Field(
+    start: Literal["fedavg", "initial", "merged", "moments"] = Field(
         "merged",
         description="Initial weights of the student. `fedavg`: mean of the uploads, weighted by their numbers of "
         "images. `initial`: the common initialisation. `merged`: the common initialisation plus the mean client "
-        "update, where each class's row of the head is averaged with the ensemble's weights for that class.",
+        "update, where each class's row of the head is averaged with the ensemble's weights for that class. `moments`: "
+        "the common initialisation with the head of `ensemble.moments-weight` (needs `train.share-moments = true`).",
     )
     merge_scale: float = Field(
         1.0,

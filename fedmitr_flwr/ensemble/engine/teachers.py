@@ -159,6 +159,11 @@ class PagedTeachers(Sequence[VisionTransformer]):
         _fill(teacher, self._states[place], lambda name: not self._shared(name), assign=True)
         return teacher.to(self._device).eval().requires_grad_(False)
 
+    def plus(self, model: VisionTransformer) -> PagedTeachers:
+        """Return these teachers and one more model of their architecture, whose weights stay in memory."""
+        state = {name: value.detach().float().cpu() for name, value in model.state_dict().items()}
+        return PagedTeachers(self.blank, [*self._states, state], self._device)
+
     def take(self, members: Iterable[int], limits: MemoryLimits) -> Sequence[VisionTransformer]:
         """Return the teachers at the positions `members`, in memory if the limits allow it."""
         return load_teachers(self.blank, [self._states[k] for k in members], limits, self._device, self.depth)

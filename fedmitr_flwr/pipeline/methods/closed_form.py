@@ -9,14 +9,10 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-import torch
-
-from fedmitr_flwr.data.classes import listed
-from fedmitr_flwr.ensemble.moments import Head, PooledMoments, discriminant_head, pool, ridge_head
-from fedmitr_flwr.models.build import build_model
-from fedmitr_flwr.models.moments import check_one_head
+from fedmitr_flwr.ensemble.moments import ridge_head
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
 from fedmitr_flwr.pipeline.methods.common import Method, untrained_result
+from fedmitr_flwr.pipeline.shared_moments import discriminant, pooled_moments, with_head
 
 
 def linear_discriminant(inputs: PipelineInputs) -> PipelineResult:
@@ -29,43 +25,13 @@ def linear_discriminant(inputs: PipelineInputs) -> PipelineResult:
     SettingsError
         If the model has two heads.
     """
-    chosen = inputs.settings.moments
-    head = discriminant_head(pooled_moments(inputs), chosen.shrinkage, equal_priors=chosen.prior == "equal")
-    return _with_head(inputs, head)
+    state = with_head(inputs, discriminant(inputs, pooled_moments(inputs)))
+    return replace(untrained_result(inputs), state=state)
 
 
 def least_squares(inputs: PipelineInputs) -> PipelineResult:
     """Compute a least-squares head; see `linear_discriminant`."""
-    return _with_head(inputs, ridge_head(pooled_moments(inputs), inputs.settings.moments.ridge))
-
-
-def pooled_moments(inputs: PipelineInputs) -> PooledMoments:
-    """Return the moments of all clients together, where the images of a client count as often as in FedAvg.
-
-    A claimed number of images that is bounded (`bounds.bounded_counts`) scales the client's moments down.
-
-    Raises
-    ------
-    ValueError, SettingsError
-        As `linear_discriminant`.
-    """
-    check_one_head(build_model(inputs.settings.model, inputs.spec), inputs.settings.model.name)
-    shared = [upload.moments for upload in inputs.uploads if upload.moments is not None]
-    if len(shared) < len(inputs.uploads):
-        raise ValueError(f"run.method = {inputs.settings.run.method} needs the feature moments of every client")
-    claimed = torch.tensor([upload.num_examples for upload in inputs.uploads], dtype=torch.float64)
-    pooled = pool(shared, inputs.num_examples.double() / claimed)
-    absent = [name for name, there in zip(inputs.spec.class_names, pooled.present.tolist(), strict=True) if not there]
-    inputs.observer.event("moments", images=f"{float(pooled.counts.sum()):.0f}", classes=int(pooled.present.sum()))
-    if absent:
-        warning = f"no client has images of {len(absent)} classes, which the model never predicts: {listed(absent, 6)}"
-        inputs.observer.event("moments", warning=warning)
-    return pooled
-
-
-def _with_head(inputs: PipelineInputs, head: Head) -> PipelineResult:
-    state = dict(inputs.initial)
-    state |= {"head.weight": head.weight.float(), "head.bias": head.bias.float()}
+    state = with_head(inputs, ridge_head(pooled_moments(inputs), inputs.settings.moments.ridge))
     return replace(untrained_result(inputs), state=state)
 
 

@@ -58,7 +58,7 @@ class _CoBoosting(InTurn):
         K = len(self.teachers.teachers)
         self.ensemble, self.vote_weights = self.teachers, torch.full((K,), 1 / K, device=inputs.device)
         self._step = 0.1 / K
-        self._logits = torch.empty(K, 0, self.teachers.weights.shape[1], device=inputs.device)
+        self._logits = torch.empty(self.teachers.num_models, 0, self.teachers.weights.shape[1], device=inputs.device)
 
     def loss(self, patches: Tensor, labels: Tensor) -> Tensor:
         seen = self.ensemble(patches).probabilities
@@ -125,7 +125,7 @@ def vote_weight_step(ensemble: Ensemble, vote_weights: Tensor, logits: Tensor, l
     vote_weights
         ``(K,)`` current vote weights.
     logits
-        ``(K, B, C)`` logits of its teachers.
+        ``(K, B, C)`` logits of its teachers, or with those of its expert as in `Ensemble.combine`.
     labels
         ``(B,)`` int64.
     size

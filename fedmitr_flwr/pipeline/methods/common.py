@@ -8,6 +8,7 @@ from dataclasses import dataclass, field, replace
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.pipeline.inputs import Pipeline, PipelineInputs, PipelineResult
 from fedmitr_flwr.pipeline.safeguards import bounded_uploads, vote_warnings
+from fedmitr_flwr.pipeline.shared_moments import report_moments
 from fedmitr_flwr.pipeline.steps import make_ensemble
 from fedmitr_flwr.settings import RunConfigValue, Settings
 
@@ -52,11 +53,19 @@ class Method:
         bounded, warnings = bounded_uploads(resolved)
         for warning in warnings:
             inputs.observer.event("ensemble", warning=warning)
+        if bounded.settings.train.share_moments:
+            report_moments(bounded)
         result = self.pipeline(bounded)
         dominance = vote_warnings(bounded, result.ensemble.weights)
         for warning in dominance:
             inputs.observer.event("ensemble", warning=warning)
         return replace(result, warnings=(*result.warnings, *warnings, *dominance))
+
+
+def the_ensemble(settings: Settings) -> str:
+    """Return the name of the ensemble for sentences of the model card."""
+    more = {"moments": " and a linear discriminant of the clients' feature moments", "merged": " and the merged model"}
+    return f"the ensemble of uploads{more.get(settings.expert, '')}"
 
 
 def untrained_result(inputs: PipelineInputs, ensemble: Ensemble | None = None) -> PipelineResult:

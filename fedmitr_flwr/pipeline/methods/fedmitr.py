@@ -9,7 +9,7 @@ from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.pipeline.diagnostics import diagnose
 from fedmitr_flwr.pipeline.hard_images import HardImages
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult, StageContext
-from fedmitr_flwr.pipeline.methods.common import Method
+from fedmitr_flwr.pipeline.methods.common import Method, the_ensemble
 from fedmitr_flwr.pipeline.steps import distilled, invert_all, make_ensemble, split_and_relabel, student_start
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.stages.distillation.pool import make_pool
@@ -65,7 +65,7 @@ def inverted_images(settings: Settings) -> str:
     """Return the sentence of the model card on what a method with inversion did with the uploads."""
     noise = f" and on random images ({settings.distill.noise:g} for each of them)" if settings.distill.noise > 0 else ""
     return (
-        f"It inverted the ensemble of uploads into {settings.inversion.images} synthetic images and distilled the "
+        f"It inverted {the_ensemble(settings)} into {settings.inversion.images} synthetic images and distilled the "
         f"ensemble into this model on these images{noise}."
     )
 

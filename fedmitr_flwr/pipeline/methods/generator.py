@@ -40,7 +40,7 @@ from fedmitr_flwr.models.build import build_model
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.models.vit import forward_patches
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
-from fedmitr_flwr.pipeline.methods.common import untrained_result
+from fedmitr_flwr.pipeline.methods.common import the_ensemble, untrained_result
 from fedmitr_flwr.pipeline.steps import distilled, make_ensemble, student_start
 from fedmitr_flwr.settings import GeneratorSettings, Settings
 from fedmitr_flwr.stages.density import PatchSplit
@@ -272,6 +272,6 @@ def generated_images(settings: Settings) -> str:
     """Return the sentence of the model card on what a method with a generator did with the uploads."""
     count = settings.generator.rounds * settings.generator.batch_size
     return (
-        "It trained a generator with the ensemble of uploads and, in turn, distilled the ensemble into this model on "
+        f"It trained a generator with {the_ensemble(settings)} and, in turn, distilled the ensemble into this model on "
         f"{count} generated images."
     )

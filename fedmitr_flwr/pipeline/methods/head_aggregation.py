@@ -9,16 +9,16 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from fedmitr_flwr.ensemble.averaging import merged
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
 from fedmitr_flwr.pipeline.methods.common import Method, untrained_result
+from fedmitr_flwr.pipeline.steps import merged_state
 
 
 def head_aggregation(inputs: PipelineInputs) -> PipelineResult:
     """Merge the uploads; see `fedmitr.run_pipeline`. Nothing is trained, so the seed has no effect."""
     result = untrained_result(inputs)
     weights = result.ensemble.weights.cpu()
-    return replace(result, state=merged(inputs.initial, inputs.states, weights, inputs.settings.distill.merge_scale))
+    return replace(result, state=merged_state(inputs, weights))
 
 
 HEAD_AGGREGATION = Method(

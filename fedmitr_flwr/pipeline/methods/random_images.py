@@ -16,7 +16,7 @@ from torch import Tensor
 from fedmitr_flwr.models.build import build_model
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
-from fedmitr_flwr.pipeline.methods.common import Method, untrained_result
+from fedmitr_flwr.pipeline.methods.common import Method, the_ensemble, untrained_result
 from fedmitr_flwr.pipeline.steps import distilled, student_start
 from fedmitr_flwr.stages.distillation.pool import label_patches, unnamed_pool
 from fedmitr_flwr.stages.random_images.families import random_images
@@ -66,7 +66,7 @@ RANDOM_IMAGES = Method(
     ensemble_on_random_images,
     "distillation on random images",
     lambda settings: (
-        "It labelled random images with the ensemble of uploads and distilled the ensemble into this model on them."
+        f"It labelled random images with {the_ensemble(settings)} and distilled the ensemble into this model on them."
     ),
     inverts=False,
 )

@@ -131,7 +131,7 @@ def _flops(settings: Settings, result: PipelineResult, grid: PatchGrid) -> dict[
         return {}
     if result.synthetic is None:  # and so no hard images either
         settings = settings.replace(**{"distill.adversarial-rounds": 0})
-    found = stage_flops(settings, result.ensemble.teachers[0], grid, len(result.ensemble.teachers))
+    found = stage_flops(settings, result.ensemble.teachers[0], grid, result.ensemble.num_models)
     left_out = set() if method_of(settings).distils else {"distill"}
     if result.synthetic is None:
         left_out |= {"invert", "invert_dense", "relabel"}

@@ -26,7 +26,7 @@ from fedmitr_flwr.models.moments import Moments
 from fedmitr_flwr.models.vit import forward_images
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, Upload
 from fedmitr_flwr.pipeline.methods import METHODS, method_of
-from fedmitr_flwr.pipeline.methods.closed_form import pooled_moments
+from fedmitr_flwr.pipeline.shared_moments import pooled_moments
 from fedmitr_flwr.results.write import write_results
 from fedmitr_flwr.runs.directory import CONFIG, RunDirectory
 from fedmitr_flwr.runs.observer import Observer
@@ -162,7 +162,7 @@ def inputs(method: str = "lda", **changes: RunConfigValue) -> PipelineInputs:
 def test_a_class_that_no_client_has_is_named_and_never_predicted(method: str, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, logger="fedmitr"):
         result = METHODS[method](inputs(method))
-    assert "no client has images of 1 classes, which the model never predicts: 5" in caplog.text
+    assert "no client has images of 1 classes, which are never predicted: 5" in caplog.text
     model = build_model(SETTINGS.model, SOURCE.spec).eval()
     model.load_state_dict(result.state)
     with torch.no_grad():
@@ -197,7 +197,7 @@ def test_a_client_that_claims_far_more_images_than_the_others_does_not_decide() 
 def test_moments_that_a_client_withheld_are_an_error(method: str) -> None:
     given = inputs(method)
     without = replace(given, uploads=[given.uploads[0], replace(given.uploads[1], moments=None)])
-    with pytest.raises(ValueError, match=f"run.method = {method} needs the feature moments of every client"):
+    with pytest.raises(ValueError, match=r"train\.share-moments = true needs the feature moments of every client"):
         METHODS[method](without)
 
 
