@@ -61,6 +61,7 @@ SINCE = {
     "moments.prior": "counts",
     "moments.ridge": 0.1,
     "ensemble.combine": "probabilities",
+    "ensemble.merged-weight": 0.0,
     "ensemble.moments-weight": 0.1,
 }
 """Settings that were added after lines were stored, with the values under which those lines stay the same."""
