@@ -122,9 +122,10 @@ def evaluation_images(run: FinishedRun, spec: ImageSpec, data: str | None, split
     Parameters
     ----------
     data
-        ``folder:PATH`` or ``npz:PATH``: all labelled images at this path; classes are matched by name, and a folder
-        must not have several splits. Any other value of `data.source`: the part `split` of that source, which must
-        have the model's classes. None: the part `split` of the run's own source.
+        ``folder:PATH`` or ``npz:PATH``: the labelled images at this path; classes are matched by name. A folder must
+        not have several splits; of a file that marks test data, only these are used. Any other value of `data.source`:
+        the part `split` of that source, which must have the model's classes. None: the part `split` of the run's own
+        source.
     split
         ``test`` or ``validation``.
 

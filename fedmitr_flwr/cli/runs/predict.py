@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fedmitr_flwr.cli.common import JsonOption, RunArgument, bad_input
+from fedmitr_flwr.settings.home import expand
 
 
 def predict(
@@ -30,7 +31,7 @@ def predict(
         from fedmitr_flwr.results.finished_run import load_run
 
         model = load_run_model(load_run(run))
-        pixels = read_images(images, model.spec)
+        pixels = read_images([expand(path, "IMAGE") for path in images], model.spec)
     names = model.spec.class_names
     found = [
         top(row, names, len(names) if as_json else count)

@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedmitr_flwr.data.sources.labels import LabelError, shown
+from fedmitr_flwr.data.sources.labels import LabelError, first_few
 
 if TYPE_CHECKING:
     from datasets import Dataset
@@ -82,4 +82,4 @@ def _names(kind: object) -> Names:
 
 
 def _told(names: Names) -> str:
-    return shown(names) if names else "no names"
+    return first_few(names) if names else "no names"

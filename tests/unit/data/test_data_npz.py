@@ -106,3 +106,36 @@ def test_a_missing_or_foreign_file_is_named(tmp_path):
     (tmp_path / "text.npz").write_text("hello")
     with pytest.raises(SettingsError, match=r"text\.npz is not a readable \.npz archive"):
         load_spec(settings(tmp_path / "text.npz"))
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def changed(content: bytes) -> bytes:
+    middle = content.index(b"images.npy") + 400  # within the pixels
+    return content[:middle] + bytes(255 - byte for byte in content[middle : middle + 50]) + content[middle + 50 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, r"x\.npz is not a readable \.npz archive: File is not a zip file"),
+        (changed, r"x\.npz cannot be read: Bad CRC-32 for file 'images.npy'"),
+        (lambda content: b"", r"x\.npz is not a readable \.npz archive: File is not a zip file"),
+        (lambda content: content.replace(b"NUMPY", b"numpy"), r"x\.npz is not a readable \.npz archive: "),
+    ],
+)
+def test_a_damaged_file_is_one_line_that_names_it(tmp_path, damage, message):
+    path = write_npz(tmp_path / "x.npz")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(SettingsError, match=message) as caught:
+        load_source(settings(path))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["~nonesuch/x.npz", "x" * 300 + ".npz"])
+def test_a_path_that_cannot_be_used_is_one_line_with_the_whole_value(name):
+    with pytest.raises(SettingsError, match=rf'^data.source = "npz:{name}": ') as caught:
+        load_source(settings(name))
+    assert len(str(caught.value).splitlines()) == 1

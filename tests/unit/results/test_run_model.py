@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -146,6 +147,20 @@ def test_evaluate_matches_classes_of_a_folder_by_name(run: Path, tmp_path: Path)
     assert found["per_class"][0] is None
 
 
+@pytest.mark.parametrize(("test", "used"), [([4, 5], [4, 5]), (range(6), range(6)), ([], range(6))])
+def test_evaluate_takes_the_test_images_of_an_archive_that_marks_them(
+    run: Path, tmp_path: Path, test: Sequence[int], used: Sequence[int]
+) -> None:
+    marked = np.isin(np.arange(6), test)
+    images = SOURCE.test.images(range(6))[:, 0].numpy()
+    np.savez(tmp_path / "x.npz", images=images, label=np.arange(6), test=marked)
+    result = fedmitr("evaluate", run, "--data", f"npz:{tmp_path / 'x.npz'}", "--json")
+    confusion = json.loads(result.stdout)["confusion"]
+    assert [label for label, row in enumerate(confusion) if sum(row)] == list(used)
+    assert f"{len(used)} to evaluate" in result.stderr
+    assert ("left out: 4 images that it does not mark as test data" in result.stderr) == (len(test) == 2)
+
+
 def test_evaluate_takes_another_source_with_the_same_classes(run: Path) -> None:
     result = fedmitr("evaluate", run, "--data", "mnist-5k", "--json")
     assert result.exit_code == 0, result.output
@@ -170,6 +185,12 @@ def test_evaluate_takes_another_source_with_the_same_classes(run: Path) -> None:
         (["evaluate", "RUN", "--data", "npz:other.npz"], '--data = "npz:other.npz": does not exist'),
         (["evaluate", "RUN", "--data", "folder:none"], "does not exist"),
         (["evaluate", "RUN", "--data", "folder:other"], "classes that the federation does not have: cat"),
+        (["predict", "RUN", "~nonesuch/a.png"], 'IMAGE = "~nonesuch/a.png": begins with ~, but no such user'),
+        (["evaluate", "RUN", "--data", "folder:~nonesuch"], '--data = "folder:~nonesuch": begins with ~'),
+        (["evaluate", "RUN", "--data", "hub:~nonesuch"], '--data = "hub:~nonesuch": begins with ~'),
+        (["evaluate", "~nonesuch"], 'RUN = "~nonesuch": begins with ~'),
+        (["split", "~nonesuch"], 'DIR = "~nonesuch": begins with ~'),
+        (["certs", "~nonesuch", "--site", "a"], 'DIR = "~nonesuch": begins with ~'),
         (["export", "RUN", "--onnx", "no/such/folder.onnx"], "cannot be written"),
         (["export", "DAMAGED", "--onnx", "x.onnx"], "its model cannot be loaded"),
     ],
