@@ -127,7 +127,10 @@ def _site(
     def accept(header: Header, labels: Labels) -> None:
         match_classes(labels, header, class_names)
 
-    raw = load_npz(path, origin) if kind == "npz" else load_folder(path, origin, held_out=held_out, accept=accept)
+    if kind == "npz":
+        raw = load_npz(path, origin)
+    else:
+        raw = load_folder(path, origin, held_out=held_out, known=class_names, accept=accept)
     spec = spec or _site_spec(settings, raw, class_names)
     evaluated = held_out == "refuse"
     rows = np.flatnonzero(raw.split == (TEST if evaluated and TEST in raw.split else TRAIN))

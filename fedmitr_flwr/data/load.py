@@ -199,7 +199,7 @@ def _load(settings: DataSettings, origin: Origin) -> RawSource:
     kind, path = split_origin(origin)
     if kind == "hub":
         return load_hub(origin.value.partition(":")[2], origin, settings)
-    return load_npz(path, origin) if kind == "npz" else load_folder(path, origin)
+    return load_npz(path, origin) if kind == "npz" else load_folder(path, origin, known=given_names(settings))
 
 
 def _named(settings: DataSettings, header: Header) -> Header:

@@ -166,6 +166,11 @@ def held_out_only(name: str) -> bool:
     return role not in ("", _TRAIN) and not rest and name.casefold() != "valid"
 
 
+def is_held_out(name: str) -> bool:
+    """Return whether a word of a name names a split for testing or validation, as in "seg_test-00000" and "HOLDOUT"."""
+    return _role(name)[0] not in ("", _TRAIN)
+
+
 def are_parts(names: Iterable[str]) -> bool:
     """Return whether names number the parts of a data set, as "fold1" and "fold2" do."""
     words = {re.sub(r"[\W\d_]+", "", name.casefold()) for name in names}
