@@ -21,7 +21,7 @@ from torch import Tensor
 
 from fedmitr_flwr.data.images import Column
 from fedmitr_flwr.data.presets import FOLDER, Geometry, Preset, default_geometry, find_preset
-from fedmitr_flwr.data.sources.decode import DECODE_ERRORS, fit_image, open_image, reason
+from fedmitr_flwr.data.sources.decode import DECODE_ERRORS, fit_image, has_several, open_image, reason
 from fedmitr_flwr.data.sources.depth import Depth, White, depth_of, highest, peaks_of, white_of
 from fedmitr_flwr.data.sources.folder import load_folder
 from fedmitr_flwr.data.sources.hub_files import load_files
@@ -152,6 +152,8 @@ def _joined(
     images = datasets.concatenate_datasets([_images(table, image_column, origin) for table in tables])
     probes = _probe(images, image_column, origin)
     geometry = preset.geometry if preset else _geometry(probes)
+    if any(probe.several for probe in probes):
+        left_out += ("all but the first picture of images with several",)
     parts = zip((TRAIN, TEST, VALIDATION), tables, strict=False)
     return RawSource(
         Header(origin, names, named, geometry, labels[used[0]].listed or preset is not None),
@@ -367,11 +369,12 @@ def _other_columns(tables: list[Dataset], taken: set[str]) -> dict[str, Column]:
 
 @dataclass(frozen=True)
 class _Probe:
-    """Properties of one image: how its pixels are stored, its mode in PIL, and its size."""
+    """Properties of one image: how its pixels are stored, mode in PIL, size, and whether there are several pictures."""
 
     depth: Depth
     mode: str
     size: tuple[int, int]
+    several: bool
 
 
 def _probe(table: Dataset, column: str, origin: Origin) -> list[_Probe]:
@@ -383,7 +386,7 @@ def _probe(table: Dataset, column: str, origin: Origin) -> list[_Probe]:
             with _open_cell(cell) as image:
                 depth = depth_of(image)
                 image.load()
-                found.append(_Probe(depth, image.mode, image.size))
+                found.append(_Probe(depth, image.mode, image.size, has_several(image)))
     except DECODE_ERRORS as error:
         raise origin.error(f"an image among the rows {rows} cannot be read: {reason(error)}") from None
     return found

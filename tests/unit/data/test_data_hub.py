@@ -289,3 +289,12 @@ def test_a_folder_in_which_datasets_overlooks_something_is_refused(tmp_path, cha
     change(tmp_path)
     with pytest.raises(SettingsError, match=message):
         load_source(DataSettings(source=f"hub:{tmp_path}", image_size=8))
+
+
+def test_the_log_says_that_only_the_first_of_several_pictures_is_read(tmp_path, caplog):
+    first, other = (Image.fromarray(pixels) for pixels in patterned(2))
+    first.save(tmp_path / "x.gif", save_all=True, append_images=[other])
+    rows = {"image": [{"bytes": (tmp_path / "x.gif").read_bytes(), "path": None}] * 12, "label": [0, 1, 2] * 4}
+    kinds = datasets.Features({"image": datasets.Image(), "label": CLASSES})
+    load_source(save(tmp_path / "saved", train=datasets.Dataset.from_dict(rows, features=kinds)))
+    assert "left out: all but the first picture of images with several" in caplog.text

@@ -108,6 +108,32 @@ def test_a_missing_or_foreign_file_is_named(tmp_path):
         load_spec(settings(tmp_path / "text.npz"))
 
 
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("Test", "rename it to `test`"),
+        ("Class-Names", "rename it to `class_names`"),
+        ("labels", "rename it to `label`"),
+        ("is_test", "would not be used; all images belong into `images`"),
+        ("x_test", "would not be used; all images"),
+        ("train_mask", "would not be used; all images"),
+        ("Split", "would not be used; all images"),
+        ("validation", "would not be used; all images"),
+    ],
+)
+def test_an_array_that_seems_to_be_a_split_or_a_known_one_is_refused(tmp_path, name, hint):
+    path = write_npz(tmp_path / "x.npz", **{name: np.arange(30) > 20})
+    for load in (load_source, load_spec):
+        with pytest.raises(SettingsError, match=f"has the array `{name}`, which .*{hint}"):
+            load(settings(path))
+
+
+def test_arrays_of_other_names_are_left_out(tmp_path, caplog):
+    path = write_npz(tmp_path / "x.npz", weight=np.ones(30), patient=np.arange(30), latest=np.ones(30))
+    assert len(load_source(settings(path)).test) > 0
+    assert "left out: the arrays weight, patient, latest" in caplog.text
+
+
 def cut(content: bytes) -> bytes:
     return content[: len(content) // 2]
 
