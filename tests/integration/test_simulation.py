@@ -54,6 +54,14 @@ def test_a_run_writes_all_its_results(finished: tuple[subprocess.CompletedProces
     assert "partition-2" in (directory / "log.txt").read_text()
 
 
+def test_its_log_and_its_config_name_the_recipe(finished: tuple[subprocess.CompletedProcess[str], Path]):
+    said = 'Recipe scratch, because model.init = "seeded": keys that are not named have their defaults'
+    assert said in finished[0].stdout
+    assert said in (finished[1] / "log.txt").read_text()
+    recipe = json.loads((finished[1] / "config.json").read_text())["recipe"]
+    assert recipe == {"name": "scratch", "reason": 'model.init = "seeded"', "keys": [], "named": []}
+
+
 def test_its_metrics_have_the_documented_keys(finished: tuple[subprocess.CompletedProcess[str], Path]):
     metrics = json.loads((finished[1] / "metrics.json").read_text())
     assert metrics["accuracy"].keys() == {"local_mean", "fedavg", "ensemble", "global"}

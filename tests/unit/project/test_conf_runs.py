@@ -158,6 +158,8 @@ def test_a_setting_for_own_images_runs_with_the_paths_that_a_user_gives(
     name: str, dinov2: Path, tmp_path: Path
 ) -> None:
     given = [f"data.source={OWN[name](tmp_path)}", f"model.init=file:{dinov2}"]
+    if name == "photographs":
+        given.append("data.image-size=84")  # as its comment says for a CPU
     settings = run_settings(ROOT, ROOT / "conf" / f"{name}.toml", given)
     assert settings.applied_recipe().name == "pretrained"
     settings = settings.replace(**FEW)
