@@ -177,7 +177,7 @@ def test_every_alternative_of_the_stages_runs(clients, changes):
 
 
 def test_withheld_histogram_is_an_error_under_histogram_weighting(clients):
-    withheld = [Upload(client.state, client.num_examples, None) for client in clients]
+    withheld = [Upload(client.state, client.num_examples, None, moments=client.moments) for client in clients]
     with pytest.raises(ValueError, match=r"ensemble\.weighting"):
         run(withheld)
     run(withheld, **{"ensemble.weighting": "competence", "distill.steps": 1})
