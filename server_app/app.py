@@ -24,7 +24,7 @@ from fedmitr_flwr.runs.directory import CONFIG, EVENTS, INITIAL, RunDirectory
 from fedmitr_flwr.runs.jsonl import JsonLines
 from fedmitr_flwr.runs.log import console_log, failures_logged
 from fedmitr_flwr.runs.observer import Observer
-from fedmitr_flwr.runs.resume import changes_in, is_complete, resumed_settings, simulation_config
+from fedmitr_flwr.runs.resume import changes_in, is_complete, resumed_settings, simulation_config, with_checksum
 from fedmitr_flwr.runs.snapshots import Keeper
 from fedmitr_flwr.runs.tensorboard import boards
 from fedmitr_flwr.settings import Settings
@@ -60,7 +60,8 @@ def main(grid: Grid, context: Context) -> None:
         with stopped_with_flower(), run, run.logging(), failures_logged(), _workers(grid):
             # The console has this line already: the source is loaded before the run has a log file.
             log.debug("%s", federation.found)
-            run.write_json(CONFIG, {**describe_run(settings, federation), "federation": simulation_config(clients)})
+            described = {**describe_run(settings, federation), "federation": simulation_config(clients)}
+            run.write_json(CONFIG, with_checksum(described))
             _run(grid, resolved, planned, federation, run)
         log.info("Results: %s", run.path)
 

@@ -11,12 +11,10 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.linalg import vector_norm
 
@@ -30,10 +28,14 @@ from fedmitr_flwr.federation.uploads.validation import (
     file_stem,
     natural_key,
 )
-from fedmitr_flwr.runs.tensors import StoredState, checksum, write_tensors
+from fedmitr_flwr.runs.tensors import StoredState, checksum, read_tensors, write_tensors
 from fedmitr_flwr.training.reported import REPORTED
 
 log = logging.getLogger("fedmitr.collection")
+
+
+class OtherInitialisationError(RuntimeError):
+    """The uploads of a resumed run were trained from another initialisation than the run has now."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,7 @@ class StoredUpload:
     path
         The safetensors file, in the number format of the upload.
     checksum
-        Checksum over names, dtypes, shapes and values of the tensors.
+        Checksum over the tensors and the reported numbers; see `runs.tensors.checksum`.
     """
 
     client: str
@@ -104,6 +106,7 @@ class UploadStore:
         # Buffer for all differences: new memory pages for 23 MB cost more time than the subtraction.
         self._difference = torch.empty(max((value.numel() for value in self._floating.values()), default=0))
         self._uploads: dict[str, StoredUpload] = {}
+        self._initial = checksum(reference)
         directory.mkdir(parents=True, exist_ok=True)
 
     def check_client(self, client: object) -> str:
@@ -156,8 +159,8 @@ class UploadStore:
         }
         self._check_values(state)
         path = self.directory / f"{file_stem(name)}.safetensors"
-        upload = StoredUpload(name, count, counts, checked, path, checksum(state))
-        self._write(upload, state)
+        upload = StoredUpload(name, count, counts, checked, path, "")
+        upload = replace(upload, checksum=self._write(upload, state))
         self._uploads[name] = upload
         return upload
 
@@ -170,19 +173,28 @@ class UploadStore:
         -------
         list[StoredUpload]
             All uploads, in the order of `uploads`.
+
+        Raises
+        ------
+        OtherInitialisationError
+            If an upload was trained from other weights than the reference.
         """
         for path in sorted(self.directory.glob("*.safetensors")):
             try:
                 upload = self._read(path)
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 log.warning("\t├──! %s is not used: %s", path, error)
                 continue
             self._uploads[upload.client] = upload
         return self.uploads()
 
     def _read(self, path: Path) -> StoredUpload:
-        with safe_open(path, "pt") as file:
-            about = file.metadata()
+        state, about = read_tensors(path)
+        if about.get("initial", self._initial) != self._initial:
+            raise OtherInitialisationError(
+                f"{path} was trained from another initialisation than this process has; restore the initial weights "
+                "from a copy or start a new run"
+            )
         counts = json.loads(about["histogram"])
         upload = StoredUpload(
             about["client"],
@@ -194,7 +206,6 @@ class UploadStore:
         )
         if path.stem != file_stem(upload.client):
             raise ValueError(f"its file name does not belong to its client {upload.client}")
-        state = self.load(upload)
         self.layout.check(Layout.of(state))
         return upload
 
@@ -210,8 +221,8 @@ class UploadStore:
         ValueError
             If the file has changed since it was accepted.
         """
-        state = load_file(upload.path)
-        if checksum(state) != upload.checksum:
+        state, about = read_tensors(upload.path)
+        if about.get("checksum") != upload.checksum:
             raise ValueError(f"{upload.path} has changed since the upload of {upload.client} was accepted")
         return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
@@ -246,12 +257,13 @@ class UploadStore:
         """
         return StoredState(upload.path, tuple(self.load(upload)))
 
-    def _write(self, upload: StoredUpload, state: Mapping[str, Tensor]) -> None:
+    def _write(self, upload: StoredUpload, state: Mapping[str, Tensor]) -> str:
+        """Write an upload and return the checksum of the file."""
         metadata = {
             "client": upload.client,
             "num-examples": str(upload.num_examples),
             "histogram": json.dumps(upload.histogram),
             **{name: repr(value) for name, value in upload.numbers.items()},
-            "checksum": upload.checksum,
+            "initial": self._initial,
         }
-        write_tensors(upload.path, state, metadata)
+        return write_tensors(upload.path, state, metadata)
