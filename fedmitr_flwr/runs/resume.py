@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from fedmitr_flwr.runs.atomic import CHECKSUM, DamagedFileError, Json, json_checksum, read_json_object
-from fedmitr_flwr.runs.directory import CHECKPOINTS, CONFIG, METRICS, MODEL, STATUS, UPLOADS
+from fedmitr_flwr.runs.directory import CHECKPOINTS, CONFIG, METRICS, MODEL, STATUS, UPLOADED
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError
 
 # The first stage whose result depends on a group of settings. For groups that are not listed it is inversion.
@@ -19,7 +19,7 @@ _DECIDES = {
     **dict.fromkeys(("density", "relabel", "distill", "generator"), "distillation"),
 }
 _FINISHED_FILES = {
-    "uploads": f"{UPLOADS}/round-*/*.safetensors",
+    "uploads": UPLOADED,
     "inversion": f"{CHECKPOINTS}/round-*/inversion-*.safetensors",
     "distillation": f"{CHECKPOINTS}/round-*/[dm]*",
 }
