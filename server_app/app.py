@@ -30,6 +30,7 @@ from fedmitr_flwr.runs.resume import (
     resumed_recipe,
     resumed_settings,
     simulation_config,
+    with_checksum,
 )
 from fedmitr_flwr.runs.snapshots import Keeper
 from fedmitr_flwr.runs.tensorboard import boards
@@ -70,7 +71,7 @@ def main(grid: Grid, context: Context) -> None:
             log.debug("%s", federation.found)
             log.info("%s%s", recipe, " (as when this run started)" if resumed else "")
             about = describe_run(settings, federation, recipe)
-            run.write_json(CONFIG, {**about, "federation": simulation_config(clients)})
+            run.write_json(CONFIG, with_checksum({**about, "federation": simulation_config(clients)}))
             _run(grid, resolved, planned, federation, run)
         log.info("Results: %s", run.path)
 

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
+import io
 import logging
 import os
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import xxhash
 from numpy.typing import NDArray
 
 from fedmitr_flwr.runs.atomic import atomic_path
 from fedmitr_flwr.settings.home import expand
 
 log = logging.getLogger("fedmitr.data")
+
+_SEAL = 16  # bytes of the checksum at the end of a cached file
 
 
 def cache_dir() -> Path:
@@ -43,41 +47,50 @@ def cached_array(name: str, make: Callable[[], NDArray[np.uint8]]) -> NDArray[np
 
     Notes
     -----
-    A damaged file is replaced. If the cache is not writable, the array is made in every call.
+    The file ends in a checksum, which NumPy ignores. A damaged file is replaced. If the cache is not writable, the
+    array is made in every call.
     """
     path = cache_dir() / "data" / f"{name}.npy"
     try:
-        array = np.load(path, allow_pickle=False)
+        array = np.load(io.BytesIO(_unsealed(path.read_bytes())), allow_pickle=False)
         if isinstance(array, np.ndarray) and array.dtype == np.uint8:
             return array
     except FileNotFoundError:
         pass
     except (OSError, ValueError, EOFError) as error:
-        log.warning("the cached file %s is damaged and will be replaced (%s)", path, error)
+        log.warning("the cached file %s is made again (%s)", path, error)
     made = make()
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_path(path) as temporary, temporary.open("wb") as file:
-            np.save(file, made, allow_pickle=False)
-    except OSError as error:
-        log.warning("cannot write to the cache %s (%s)", path.parent, error)
+    stream = io.BytesIO()
+    np.save(stream, made, allow_pickle=False)
+    _store(path, stream.getvalue())
     return made
 
 
 def marked(name: str) -> str | None:
     """Return the text that `mark` stored under this name on this machine, or None."""
     try:
-        return (cache_dir() / "marks" / name).read_text("utf-8")
+        return _unsealed((cache_dir() / "marks" / name).read_bytes()).decode("utf-8")
     except (OSError, ValueError):
         return None
 
 
 def mark(name: str, text: str) -> None:
     """Store a text under a name that is a digest of all it depends on; a read-only cache stores nothing."""
-    path = cache_dir() / "marks" / name
+    _store(cache_dir() / "marks" / name, text.encode("utf-8"))
+
+
+def _store(path: Path, content: bytes) -> None:
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with atomic_path(path) as temporary:
-            temporary.write_text(text, "utf-8")
+            temporary.write_bytes(content + xxhash.xxh3_128(content).digest())
     except OSError as error:
         log.warning("cannot write to the cache %s (%s)", path.parent, error)
+
+
+def _unsealed(stored: bytes) -> bytes:
+    """Return the content of a cached file without its checksum; raise ValueError if it differs from it."""
+    content, seal = stored[:-_SEAL], stored[-_SEAL:]
+    if xxhash.xxh3_128(content).digest() != seal:
+        raise ValueError("its content differs from its checksum, or an earlier version wrote it")
+    return content

@@ -6,7 +6,6 @@ for the disk.
 
 from __future__ import annotations
 
-import json
 import logging
 import time
 from collections.abc import Container, Iterable, Sequence
@@ -16,6 +15,7 @@ from pathlib import Path
 from flwr.app import ConfigRecord, Message, MessageType, MetricRecord, RecordDict
 from flwr.serverapp import Grid
 
+from fedmitr_flwr.data.classes import listed
 from fedmitr_flwr.federation.code_digest import short
 from fedmitr_flwr.federation.quorum import ClientCounts
 from fedmitr_flwr.federation.roster import Roster
@@ -23,7 +23,7 @@ from fedmitr_flwr.federation.uploads.moments import decode_moments
 from fedmitr_flwr.federation.uploads.records import decode_state, unguessable
 from fedmitr_flwr.federation.uploads.store import StoredUpload, UploadStore
 from fedmitr_flwr.federation.uploads.validation import UploadRefused, check_name
-from fedmitr_flwr.runs.atomic import write_json
+from fedmitr_flwr.runs.atomic import read_checked_json, write_checked_json
 from fedmitr_flwr.runs.observer import Observer
 from fedmitr_flwr.runs.process_memory import release_memory
 from fedmitr_flwr.training.reported import REPORTED
@@ -184,7 +184,7 @@ class Collection:
 
 def close_collection(path: Path, counts: ClientCounts, uploads: Sequence[StoredUpload]) -> None:
     """Write a file that marks a round's collection as finished, with its counts and the uploads' checksums."""
-    write_json(path, {"clients": counts.as_dict(), "uploads": _checksums(uploads)})
+    write_checked_json(path, {"clients": counts.as_dict(), "uploads": _checksums(uploads)})
 
 
 def closed_collection(path: Path, uploads: Sequence[StoredUpload]) -> ClientCounts | None:
@@ -192,15 +192,21 @@ def closed_collection(path: Path, uploads: Sequence[StoredUpload]) -> ClientCoun
 
     Raises
     ------
+    DamagedFileError
+        If the file is damaged.
     ValueError
         If the uploads on disk differ from those that were collected.
     """
-    if not path.exists():
+    try:
+        closed = read_checked_json(path)
+    except FileNotFoundError:
         return None
-    closed = json.loads(path.read_text("utf-8"))
-    if closed["uploads"] != _checksums(uploads):
+    found = _checksums(uploads)
+    wrong = sorted(name for name in {*closed["uploads"], *found} if closed["uploads"].get(name) != found.get(name))
+    if wrong:
         raise ValueError(
-            f"the uploads beside {path} differ from those that were collected; restore them or start a new run"
+            f"the uploads beside {path} differ from those that were collected ({listed(wrong)}); restore them from a "
+            "copy or start a new run"
         )
     return ClientCounts(**closed["clients"])
 

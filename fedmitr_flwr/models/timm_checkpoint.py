@@ -7,15 +7,12 @@ files are read, because a pickle file can run code.
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import cast
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.layers.attention import Attention
 from timm.layers.pos_embed import resample_abs_pos_embed
 from timm.models.deit import VisionTransformerDistilled
@@ -26,8 +23,8 @@ from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.models.build import build_model, parse_options
 from fedmitr_flwr.models.checkpoint_keys import SeveralModelsError, timm_names
 from fedmitr_flwr.models.vit import grid_size
-from fedmitr_flwr.runs.atomic import Json, write_json
-from fedmitr_flwr.runs.tensors import write_tensors
+from fedmitr_flwr.runs.atomic import DamagedFileError, Json, read_json_object, write_json
+from fedmitr_flwr.runs.tensors import read_tensors, write_tensors
 from fedmitr_flwr.settings import ModelSettings, SettingsError
 from fedmitr_flwr.settings.home import expand
 
@@ -144,17 +141,19 @@ def load_checkpoint(
     path = expand(init.removeprefix("file:"), "model.init").resolve()
     try:
         config = read_config(path)
-    except ValueError as error:
-        raise SettingsError(("model.init", init, f"{path / CONFIG} is not valid JSON: {error}")) from error
+    except (ValueError, OSError) as error:
+        raise SettingsError(("model.init", init, str(error))) from error
     path = path / WEIGHTS if path.is_dir() else path
     if path.suffix != ".safetensors" or not path.is_file():
         allowed = f"must name a .safetensors file or a folder with model.safetensors; {path} is neither"
         raise SettingsError(("model.init", init, allowed))
     try:
-        stored = load_file(path)
+        stored, _ = read_tensors(path)
         state, notes = timm_names(stored)
-    except (SafetensorError, OSError) as error:
-        raise SettingsError(("model.init", init, f"{path} cannot be read as safetensors: {error}")) from error
+    except OSError as error:
+        raise SettingsError(("model.init", init, f"{path} cannot be read: {error.strerror or error}")) from error
+    except DamagedFileError as error:
+        raise SettingsError(("model.init", init, str(error))) from error
     except SeveralModelsError as error:
         allowed = f"{path} has the weights of several models ({error}); write a file with one of them"
         raise SettingsError(("model.init", init, allowed)) from None
@@ -203,11 +202,10 @@ def read_config(path: Path) -> dict[str, object]:
     Raises
     ------
     ValueError
-        If the file is not valid JSON.
+        If the file is not a JSON object.
     """
     file = expand(path) / CONFIG
-    config = json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
-    return config if isinstance(config, dict) else {}
+    return read_json_object(file) if file.is_file() else {}
 
 
 def _class_names(config: Mapping[str, object]) -> list[str] | None:

@@ -1,7 +1,8 @@
 """Checkpoints of the stages of a round, from which an interrupted run resumes.
 
 The stages themselves do not access files; the pipeline passes them `Checkpoints.batch` and `Progress`. Every file is
-written atomically, so a file that exists is complete.
+written atomically, so a file that exists is complete. Every file has a checksum. A file that differs from its checksum
+is named in a warning, and its work is done again, with the same result.
 """
 
 from __future__ import annotations
@@ -15,11 +16,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 
-from fedmitr_flwr.runs.tensors import write_tensors
+from fedmitr_flwr.runs.atomic import DamagedFileError
+from fedmitr_flwr.runs.tensors import read_tensors, write_tensors
 from fedmitr_flwr.stages.synthetic import SyntheticImages
 
 log = logging.getLogger("fedmitr.checkpoints")
@@ -43,16 +43,17 @@ class Checkpoints:
     def batch(self, number: int, make: Callable[[], SyntheticImages], device: torch.device) -> SyntheticImages:
         """Return the inversion batch of this number: from disk, or from `make`, and write it to disk."""
         path = self.directory / f"inversion-{number:06d}.safetensors"
-        if path.exists():
-            return SyntheticImages(**{name: value.to(device) for name, value in load_file(path).items()})
+        stored = _stored(path)
+        if stored is not None:
+            return SyntheticImages(**{name: value.to(device) for name, value in stored[0].items()})
         images = make()
         self._write(path, {field.name: getattr(images, field.name) for field in fields(images)})
         return images
 
     def model(self) -> dict[str, Tensor] | None:
         """Return the state dict of the round's finished global model, or None."""
-        path = self.directory / "model.safetensors"
-        return load_file(path) if path.exists() else None
+        stored = _stored(self.directory / "model.safetensors")
+        return None if stored is None else stored[0]
 
     def save_model(self, state: Mapping[str, Tensor]) -> None:
         """Write the finished global model, and delete the checkpoint of distillation."""
@@ -86,11 +87,12 @@ class Progress:
 
     def load(self) -> dict[str, Any] | None:
         """Return the state that was written last, or None."""
-        if not self.path.exists():
+        stored = _stored(self.path)
+        if stored is None:
             return None
-        with safe_open(self.path, "pt") as file:
-            tensors = [file.get_tensor(str(number)) for number in range(len(file.keys()))]
-            state: dict[str, Any] = _joined(json.loads(file.metadata()["state"]), tensors)
+        tensors, about = stored
+        ordered = [tensors[str(number)] for number in range(len(tensors))]
+        state: dict[str, Any] = _joined(json.loads(about["state"]), ordered)
         log.info("├── distill: resuming after step %d", state["step"])
         return state
 
@@ -103,6 +105,17 @@ class Progress:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(self.path, {str(number): value for number, value in enumerate(tensors)}, {"state": text})
         self._written = time.monotonic()
+
+
+def _stored(path: Path) -> tuple[dict[str, Tensor], dict[str, str]] | None:
+    """Return tensors and metadata of a checkpoint; None if it is missing or damaged."""
+    try:
+        return read_tensors(path)
+    except FileNotFoundError:
+        return None
+    except DamagedFileError as error:
+        log.warning("\t├──! %s; its work is done again", error)
+        return None
 
 
 def _parted(value: Any, tensors: list[Tensor]) -> Any:

@@ -5,7 +5,6 @@ Letters: B images, C classes.
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -28,7 +27,9 @@ from fedmitr_flwr.data.sources.raw import Origin
 from fedmitr_flwr.results.evaluate import batches
 from fedmitr_flwr.results.finished_run import FinishedRun
 from fedmitr_flwr.results.metrics import computed
+from fedmitr_flwr.runs.atomic import read_json_object
 from fedmitr_flwr.runs.directory import MODEL
+from fedmitr_flwr.runs.tensors import read_tensors
 from fedmitr_flwr.settings import Settings, SettingsError
 
 log = logging.getLogger("fedmitr.results")
@@ -68,7 +69,10 @@ class Measured:
 
 
 def load_run_model(run: FinishedRun) -> RunModel:
-    """Load the global model of a run with timm.
+    """Load the global model of a run.
+
+    The model is built by timm. Its weights are read from ``model.safetensors`` and from no other file, because timm
+    would also read a pickle, which can run code.
 
     Raises
     ------
@@ -77,12 +81,15 @@ def load_run_model(run: FinishedRun) -> RunModel:
     """
     folder = run.path / MODEL
     try:
-        config = json.loads((folder / "config.json").read_text("utf-8"))
+        config = read_json_object(folder / "config.json")
         source = config["pretrained_cfg"]
         channels, size, _ = source["input_size"]
         names = tuple(config["label_names"])
         spec = ImageSpec(names, channels, size, tuple(source["mean"]), tuple(source["std"]))
-        model = timm.create_model(f"local-dir:{folder}", pretrained=True)
+        state, _ = read_tensors(folder / "model.safetensors")
+        options = {**config["model_args"], "num_classes": config["num_classes"], "global_pool": config["global_pool"]}
+        model = timm.create_model(config["architecture"], pretrained=False, **options)
+        model.load_state_dict(state)
     except Exception as error:  # timm and safetensors raise many types of errors for damaged files
         said = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise SettingsError(("RUN", str(run.path), f"its model cannot be loaded: {said}")) from None

@@ -5,17 +5,16 @@ Every defect of a directory that a user names as RUN raises a `SettingsError` wi
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor
 
+from fedmitr_flwr.runs.atomic import DamagedFileError, read_json_object
 from fedmitr_flwr.runs.directory import CONFIG, EVENTS, METRICS, REPORT_DATA, REPORT_PICTURES, STATUS
 from fedmitr_flwr.runs.jsonl import read_events
+from fedmitr_flwr.runs.tensors import read_tensors
 from fedmitr_flwr.settings import Settings, SettingsError
 from fedmitr_flwr.settings.home import expand
 from fedmitr_flwr.version import __version__
@@ -111,14 +110,11 @@ def load_run(path: Path, *, finished: bool = True) -> FinishedRun:
 
 def _json(path: Path, name: str) -> dict[str, Any] | None:
     try:
-        content = json.loads((path / name).read_text("utf-8"))
+        return read_json_object(path / name)
     except OSError:
         return None
-    except ValueError as error:
-        raise SettingsError(("RUN", str(path), f"its {name} is not JSON: {error}")) from None
-    if not isinstance(content, dict):
-        raise SettingsError(("RUN", str(path), f"its {name} is not a JSON object"))
-    return content
+    except DamagedFileError as error:
+        raise SettingsError(("RUN", str(path), f"its {name} {error.problem}")) from None
 
 
 def _pictures(path: Path) -> dict[str, Tensor]:
@@ -126,8 +122,8 @@ def _pictures(path: Path) -> dict[str, Tensor]:
     if not file.is_file():
         return {}
     try:
-        return load_file(file)
-    except (SafetensorError, OSError) as error:
+        return read_tensors(file)[0]
+    except (DamagedFileError, OSError) as error:
         raise SettingsError(("RUN", str(path), f"its {REPORT_PICTURES} cannot be read: {error}")) from None
 
 

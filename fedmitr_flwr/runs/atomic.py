@@ -1,4 +1,8 @@
-"""Write files atomically: write a temporary file, sync it, rename it."""
+"""Write files atomically: write a temporary file, sync it, rename it.
+
+A JSON document that a later process reads can carry a checksum, so that a changed byte is noticed. The checksum detects
+accidents. It does not protect against a person who can write to the files.
+"""
 
 from __future__ import annotations
 
@@ -8,10 +12,22 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
+
+import xxhash
 
 Json = None | bool | int | float | str | Sequence["Json"] | Mapping[str, "Json"]
 
 TEMPORARY_SUFFIX = ".tmp"
+CHECKSUM = "checksum"  # key of the checksum in JSON documents and in the metadata of safetensors files
+
+
+class DamagedFileError(ValueError):
+    """A file is not what was written; the message names the file and what is wrong."""
+
+    def __init__(self, path: Path, problem: str) -> None:
+        self.path, self.problem = path, problem
+        super().__init__(f"{path} {problem}")
 
 
 @contextmanager
@@ -37,6 +53,54 @@ def write_json(path: Path, value: Json) -> None:
     text = json.dumps(_finite(value), indent=2, allow_nan=False)
     with atomic_path(path) as temporary:
         temporary.write_text(text + "\n", encoding="utf-8")
+
+
+def write_checked_json(path: Path, value: Mapping[str, Json]) -> None:
+    """Write a JSON object atomically, with a checksum of its other entries as its last entry."""
+    write_json(path, {**value, CHECKSUM: json_checksum(value)})
+
+
+def read_checked_json(path: Path) -> dict[str, Any]:
+    """Read a JSON object that `write_checked_json` wrote, without its checksum.
+
+    A file without a checksum is accepted, because earlier versions wrote none.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    DamagedFileError
+        If the file is not a JSON object or differs from its checksum.
+    """
+    content = read_json_object(path)
+    written = content.pop(CHECKSUM, None)
+    if written is not None and written != json_checksum(content):
+        raise DamagedFileError(path, "is damaged: its content differs from its checksum")
+    return content
+
+
+def read_json_object(path: Path) -> dict[str, Any]:
+    """Read a JSON object.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be read.
+    DamagedFileError
+        If the file is not a JSON object.
+    """
+    try:
+        content = json.loads(path.read_bytes().decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DamagedFileError(path, f"is not valid JSON ({type(error).__name__})") from None
+    if not isinstance(content, dict):
+        raise DamagedFileError(path, "is not a JSON object")
+    return content
+
+
+def json_checksum(value: Json) -> str:
+    """Return a checksum of a JSON value; the order of keys does not matter."""
+    return xxhash.xxh3_128(json.dumps(_finite(value), sort_keys=True).encode()).hexdigest()
 
 
 def _finite(value: Json) -> Json:

@@ -28,6 +28,7 @@ TENSORBOARD = "tensorboard"
 MODEL = "model"
 UPLOADS = "uploads"
 CHECKPOINTS = "checkpoints"
+UPLOADED = f"{UPLOADS}/round-*/*.safetensors"
 COLLECTED = "collected.json"
 INITIAL = f"{CHECKPOINTS}/initial.safetensors"
 
@@ -36,7 +37,6 @@ _STOPPED = "stopped from outside: by flwr stop, a signal or the end of Flower's 
 _OWN_FILES: tuple[str, ...] = (STATUS, METRICS, CONFIG, LOG, SYNTHETIC, EVENTS, REPORT_DATA, REPORT_PICTURES, REPORT)
 _OWN_FILES += tuple(f"{MODEL}/{name}" for name in ("model.safetensors", "config.json", "README.md"))
 _OWN_PATTERNS = (
-    f"{UPLOADS}/round-*/*.safetensors",
     f"{UPLOADS}/round-*/{COLLECTED}",
     f"{TENSORBOARD}/events.out.tfevents.*",
 )
@@ -81,14 +81,14 @@ class RunDirectory:
         output
             `run.output`; relative to the working directory.
         name
-            `run.name`. Empty: date, time and a random suffix. With a fixed name the results of an earlier run are
-            removed first; other files in the directory are kept.
+            `run.name`. Empty: date, time and a random suffix. With a fixed name the results of an earlier run that
+            collected no upload are removed first; other files in the directory are kept.
 
         Raises
         ------
         SettingsError
-            If the directory cannot be created, is in use by another run, or has files with the names of result
-            files that no run has written.
+            If the directory cannot be created, is in use by another run, has uploads of an earlier run, or has files
+            with the names of result files that no run has written.
         """
         if name in {".", ".."} or "/" in name or "\\" in name:
             raise SettingsError(("run.name", name, "must be the name of one folder, without slashes"))
@@ -100,6 +100,7 @@ class RunDirectory:
             reason = error.strerror or str(error)
             raise SettingsError(("run.output", output, f"cannot be written at {path}: {reason}")) from None
         try:
+            refuse_uploads(path, name)
             _clear(path, name)
         except BaseException:
             lock.close()
@@ -183,6 +184,22 @@ def _take_lock(path: Path, name: str) -> IO[str]:
             ("run.name", name, f"another run is writing to {path}; use another name or wait until it ends")
         ) from None
     return lock
+
+
+def refuse_uploads(path: Path, name: str) -> None:
+    """Refuse a new run in a directory with uploads, because a one-shot exchange cannot be repeated.
+
+    Raises
+    ------
+    SettingsError
+        If there are uploads. The message says how to resume the earlier run.
+    """
+    if any(path.glob(UPLOADED)):
+        allowed = (
+            f"{path} has uploads of an earlier run, which a new run does not delete; resume that run with "
+            f'`fedmitr resume {path}` (in a deployment with run.resume = "{path}"), or use another name'
+        )
+        raise SettingsError(("run.name", name, allowed))
 
 
 def _clear(path: Path, name: str) -> None:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from fedmitr_flwr.runs.directory import CHECKPOINTS, CONFIG, METRICS, STATUS, UPLOADS
+from fedmitr_flwr.runs.atomic import CHECKSUM, DamagedFileError, Json, json_checksum, read_json_object
+from fedmitr_flwr.runs.directory import CHECKPOINTS, CONFIG, METRICS, MODEL, STATUS, UPLOADED
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError
 from fedmitr_flwr.settings.recipes import KEYS, Recipe, is_unnamed
 
@@ -18,22 +20,42 @@ _DECIDES = {
     **dict.fromkeys(("density", "relabel", "distill", "generator"), "distillation"),
 }
 _FINISHED_FILES = {
-    "uploads": f"{UPLOADS}/round-*/*.safetensors",
+    "uploads": UPLOADED,
     "inversion": f"{CHECKPOINTS}/round-*/inversion-*.safetensors",
     "distillation": f"{CHECKPOINTS}/round-*/[dm]*",
 }
 # `fedmitr simulate` passes the simulation config in this variable, because Flower does not pass it to the ServerApp.
 FEDERATION_VARIABLE = "FEDMITR_FEDERATION"
+_RESUMED = ("settings", "federation")  # the entries of config.json on which the result of a resume depends
 _FREE = {"train.time-limit-seconds"}
 
 
+log = logging.getLogger("fedmitr.run")
+
+
 def is_complete(run: Path) -> bool:
-    """Return whether a run is complete."""
+    """Return whether a run is complete and its model is intact. A damaged model is named in a warning."""
     try:
         state = json.loads((run / STATUS).read_text("utf-8"))["state"]
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return False
-    return state == "completed" and (run / METRICS).is_file()
+    if state != "completed" or not (run / METRICS).is_file():
+        return False
+    from fedmitr_flwr.runs.tensors import read_tensors  # loads torch, which the other commands do not need
+
+    try:
+        read_tensors(run / MODEL / "model.safetensors")
+    except OSError:
+        return True  # deleting or moving the model of a complete run does not start it again
+    except DamagedFileError as error:
+        log.warning("The run is complete, but its model has to be made again: %s", error)
+        return False
+    return True
+
+
+def with_checksum(config: Mapping[str, Json]) -> dict[str, Json]:
+    """Return the content of ``config.json`` with a checksum of what a resume takes from it."""
+    return {**config, CHECKSUM: json_checksum([config.get(key) for key in _RESUMED])}
 
 
 def simulation_config(clients: int | None) -> dict[str, bool | int | float | str] | None:
@@ -56,12 +78,16 @@ def stored_config(run: Path) -> dict[str, Any]:
     Raises
     ------
     SettingsError
-        If the file is missing or unreadable, because the run ended before it asked a client or `run` is not a run.
+        If the file is missing, because the run ended before it asked a client or `run` is not a run, or is damaged.
     """
     try:
-        config: dict[str, Any] = json.loads((run / CONFIG).read_text("utf-8"))
+        config = read_json_object(run / CONFIG)
         config["settings"].items()
-    except (OSError, ValueError, KeyError, AttributeError):
+        if config.get(CHECKSUM) not in (None, json_checksum([config.get(key) for key in _RESUMED])):
+            raise DamagedFileError(run / CONFIG, f"is damaged: its {' or '.join(_RESUMED)} differ from its checksum")
+    except DamagedFileError as error:
+        raise SettingsError(("run.resume", str(run), f"cannot be resumed: its {CONFIG} {error.problem}")) from None
+    except (OSError, KeyError, AttributeError):
         raise SettingsError(
             ("run.resume", str(run), f"is not a run that can be resumed: it has no readable {CONFIG}")
         ) from None

@@ -1,4 +1,8 @@
-"""Read and write safetensors files, and compute a checksum of their content."""
+"""Read and write safetensors files with a checksum of all that they hold.
+
+The checksum stands in the metadata of the file's header and covers the tensors and the other metadata. A file that was
+written by another program, or by a version that wrote no checksum, is read without this check.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,7 @@ import xxhash
 from safetensors import safe_open
 from torch import Tensor
 
-from fedmitr_flwr.runs.atomic import atomic_path
+from fedmitr_flwr.runs.atomic import CHECKSUM, DamagedFileError, atomic_path
 from fedmitr_flwr.runs.direct_io import open_uncached
 
 # Names of dtypes in the safetensors format.
@@ -27,14 +31,16 @@ _NAMES = {
 }
 
 
-def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
-    """Write a safetensors file atomically, with the file permissions of the umask.
+def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Write a safetensors file atomically, with the file permissions of the umask, and return its checksum.
 
     The writers of the safetensors package are not used for three reasons. They copy all tensors to one or two more
     buffers, while a server with hundreds of uploads should hold each upload once. They do not sync, and do not raise an
     OSError if the disk is full. They make the file readable only for its owner.
     """
-    header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    about = dict(metadata or {})
+    about[CHECKSUM] = checksum(tensors, about)
+    header: dict[str, object] = {"__metadata__": about}
     end = 0
     # Readers expect each tensor to start at a multiple of its item size, so wider dtypes come first.
     ordered = sorted(tensors.items(), key=lambda item: (-item[1].element_size(), item[0]))
@@ -47,6 +53,40 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor], metadata: Mapping[s
         file.write(len(text).to_bytes(8, "little") + text)
         for _, value in ordered:
             file.write(_bytes(value))
+    return about[CHECKSUM]
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Read a safetensors file and check it.
+
+    Returns
+    -------
+    tensors
+        By name, with the dtypes of the file. Do not write to them: they may share memory with the mapped file.
+    metadata
+        The texts in the header, with the checksum if there is one.
+
+    Raises
+    ------
+    OSError
+        If the file cannot be opened.
+    DamagedFileError
+        If it is not a safetensors file or differs from its checksum.
+    """
+    try:
+        with safe_open(path, "pt") as file:
+            metadata: dict[str, str] = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 - it is not a mapping
+    except OSError:
+        raise
+    except Exception as error:  # safetensors and torch raise many types of errors for damaged headers
+        raise DamagedFileError(path, f"cannot be read as safetensors ({str(error)[:200]})") from None
+    written = metadata.get(CHECKSUM)
+    about = {key: value for key, value in metadata.items() if key != CHECKSUM}
+    # The checksum in uploads of earlier versions covers the tensors alone.
+    if written is not None and written != checksum(tensors, about) and written != checksum(tensors):
+        raise DamagedFileError(path, "is damaged: its content differs from its checksum")
+    return tensors, metadata
 
 
 class StoredState(Mapping[str, Tensor]):
@@ -89,8 +129,8 @@ class StoredState(Mapping[str, Tensor]):
         return len(self._names)
 
 
-def checksum(state: Mapping[str, Tensor]) -> str:
-    """Return a checksum over names, dtypes, shapes and values; the order of the keys does not matter.
+def checksum(state: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """Return a checksum over names, dtypes, shapes, values and texts; the order of the keys does not matter.
 
     The checksum is the 128-bit XXH3, which is ten times faster than SHA-256. It detects accidental changes. It does not
     protect against a person who can write to the files, because that person could change the checksum too.
@@ -100,6 +140,8 @@ def checksum(state: Mapping[str, Tensor]) -> str:
         value = state[key]
         digest.update(json.dumps([key, str(value.dtype), list(value.shape)]).encode())
         digest.update(_bytes(value))
+    if metadata:
+        digest.update(json.dumps(metadata, sort_keys=True).encode())
     return digest.hexdigest()
 
 

@@ -37,9 +37,9 @@ PRETRAINED: Mapping[str, Value] = {
     "train.batch-size": 32,  # fits images of 224 pixels into a small GPU
     "ensemble.merged-weight": 1.0,  # the merged model is often better than the ensemble, and both together than each
     "inversion.start": "shapes",  # as for distill.noise-kind
-    "inversion.images": 200,  # enough for the last blocks; each costs more than an image of a small model
+    "inversion.images": 80,  # each takes as long as a hundred of a small model; more did not help
     "distill.views": 3,  # two further views of each synthetic image
-    "distill.noise": 3.0,  # random images for each synthetic image; 100 would take most of the run's time
+    "distill.noise": 10.0,  # random images for each synthetic image; 100 would take most of the run's time
     "distill.steps": 300,  # the student starts close to its goal
     "distill.feature-weight": 0.0,  # the student has the teachers' first blocks, so it needs no maps to their tokens
     "distill.teacher-weight": 0.0,

@@ -49,8 +49,8 @@ class RunSettings(Stage):
     )
     name: str = Field(
         "",
-        description="Name of the run's folder in `run.output`. The results of an earlier run of that name are "
-        "replaced. Empty: date, time and a random suffix.",
+        description="Name of the run's folder in `run.output`. A folder with uploads of an earlier run is refused; "
+        "results of a run without uploads are replaced. Empty: date, time and a random suffix.",
     )
     rounds: int = Field(
         1,

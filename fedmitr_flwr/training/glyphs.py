@@ -19,7 +19,6 @@ import matplotlib
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
-from safetensors.torch import load_file
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
@@ -28,7 +27,8 @@ from fedmitr_flwr.data import ImageSpec, cache_dir
 from fedmitr_flwr.models.build import build_model
 from fedmitr_flwr.models.vit import forward_images, patch_size, patchify
 from fedmitr_flwr.models.weights import seed_weights
-from fedmitr_flwr.runs.tensors import write_tensors
+from fedmitr_flwr.runs.atomic import DamagedFileError
+from fedmitr_flwr.runs.tensors import read_tensors, write_tensors
 from fedmitr_flwr.settings import ModelSettings, Settings, TrainSettings
 from fedmitr_flwr.training.augment import augment
 from fedmitr_flwr.training.optimizer import make_optimizer
@@ -58,10 +58,8 @@ def glyph_state(settings: Settings, spec: ImageSpec) -> dict[str, Tensor]:
     path = cache_path(settings, spec)
     model = build_model(settings.model, spec)
     seed_weights(model, settings.run.seed)
-    if path.is_file():
-        log.info("common initialisation: glyphs, from the cache (%s)", path.name)
-        body = load_file(path)
-    else:
+    body = _cached(path)
+    if body is None:
         log.info(
             "common initialisation: training on %d rendered letters, %d epochs",
             settings.model.glyph_images,
@@ -76,6 +74,19 @@ def glyph_state(settings: Settings, spec: ImageSpec) -> dict[str, Tensor]:
         path.parent.mkdir(parents=True, exist_ok=True)
         write_tensors(path, body)
     return {name: body.get(name, value) for name, value in model.state_dict().items()}
+
+
+def _cached(path: Path) -> dict[str, Tensor] | None:
+    """Return the initialisation in the cache; None if it is missing or damaged."""
+    try:
+        body, _ = read_tensors(path)
+    except FileNotFoundError:
+        return None
+    except (OSError, DamagedFileError) as error:
+        log.warning("the cached initialisation %s is made again (%s)", path, error)
+        return None
+    log.info("common initialisation: glyphs, from the cache (%s)", path.name)
+    return body
 
 
 def cache_path(settings: Settings, spec: ImageSpec) -> Path:

@@ -7,14 +7,14 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, cast
 
-from safetensors.torch import load_file
 from torch import Tensor
 
 from fedmitr_flwr.data import ImageSpec
 from fedmitr_flwr.models.build import build_model, create_timm, parse_options
 from fedmitr_flwr.models.timm_checkpoint import load_checkpoint
 from fedmitr_flwr.models.weights import seed_weights
-from fedmitr_flwr.runs.tensors import write_tensors
+from fedmitr_flwr.runs.atomic import DamagedFileError
+from fedmitr_flwr.runs.tensors import read_tensors, write_tensors
 from fedmitr_flwr.settings import ModelSettings, Settings, SettingsError
 
 log = logging.getLogger("fedmitr.models")
@@ -81,9 +81,17 @@ def _pretrained(settings: ModelSettings, spec: ImageSpec, seeded: Mapping[str, T
 
 
 def initial_or_stored(path: Path, make: Callable[[], dict[str, Tensor]]) -> dict[str, Tensor]:
-    """Return the common initialisation of a run: from `path` if the file exists, else from `make`, and store it."""
-    if path.exists():
-        return load_file(path)
+    """Return the common initialisation of a run: from `path` if the file is intact, else from `make`, and store it.
+
+    The uploads of a resumed run name the initialisation from which they were trained (`uploads.store`). If `make` gives
+    another one in place of a damaged file, the run is refused there.
+    """
+    try:
+        return read_tensors(path)[0]
+    except FileNotFoundError:
+        pass
+    except DamagedFileError as error:
+        log.warning("%s; the common initialisation is made again", error)
     state = make()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_tensors(path, state)

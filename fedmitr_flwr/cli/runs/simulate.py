@@ -14,7 +14,7 @@ from fedmitr_flwr.cli.common import FAILED, AppOption, ConfArgument, SetOption, 
 from fedmitr_flwr.launch import settings_files
 from fedmitr_flwr.launch.live_view import LiveView
 from fedmitr_flwr.launch.simulate import simulate as run_simulation
-from fedmitr_flwr.runs.directory import EVENTS, fresh_name
+from fedmitr_flwr.runs.directory import EVENTS, UPLOADED, fresh_name, refuse_uploads
 from fedmitr_flwr.settings import Settings
 
 
@@ -52,6 +52,8 @@ def simulate(
         directory = settings_files.app_directory(app_dir)
         settings = settings_files.run_settings(directory, conf, overrides or [], output)
         config = settings_files.federation_config(federation, clients, cpus)
+        if settings.run.name and not settings.run.resume:
+            refuse_uploads(Path(settings.run.output) / settings.run.name, settings.run.name)
     settings = settings if settings.run.name else settings.replace(**{"run.name": fresh_name()})
     run_and_exit(directory, settings, config, live=not (plain or verbose or quiet), verbose=verbose, quiet=quiet)
 
@@ -71,7 +73,7 @@ def run_and_exit(
     if outcome.error:
         failed = "the run failed: " if outcome.exit_code == FAILED else ""
         show_error(f"fedmitr: {failed}{outcome.error}")
-        if outcome.directory is not None and any(outcome.directory.glob("uploads/*/*.safetensors")):
+        if outcome.directory is not None and any(outcome.directory.glob(UPLOADED)):
             typer.echo(f"fedmitr: resume this run with: fedmitr resume {outcome.directory}", err=True)
     if outcome.directory is not None:
         typer.echo(outcome.directory)

@@ -15,6 +15,8 @@ from concurrent.futures import Future, wait
 from flwr.app import Message
 from flwr.serverapp import Grid
 
+from fedmitr_flwr.federation.exchange.inflation import ReplyLimits, limited
+
 log = logging.getLogger("fedmitr.exchange")
 
 
@@ -29,11 +31,17 @@ class Pulls:
         The grid of the run. Its `pull_messages` is called from several threads.
     patience
         Seconds to wait for a reply before the next one is fetched.
+
+    Attributes
+    ----------
+    limits
+        Limits of each reply, see `inflation`; None: none.
     """
 
     def __init__(self, grid: Grid, patience: float = 5.0) -> None:
         self._grid, self._patience = grid, patience
         self._late: dict[str, Future[list[Message]]] = {}
+        self.limits: ReplyLimits | None = None
 
     def look(self, names: Iterable[str], end: float) -> Iterator[Message]:
         """Yield the replies to these messages that have arrived.
@@ -44,6 +52,11 @@ class Pulls:
             Ids of messages.
         end
             Value of `time.monotonic` after which this does not wait.
+
+        Raises
+        ------
+        MalformedReplyError
+            If a site has sent objects that are no message. The reply is gone.
         """
         for name in names:
             pull = self._late.get(name) or self._start(name)
@@ -59,10 +72,12 @@ class Pulls:
 
     def _start(self, name: str) -> Future[list[Message]]:
         pull: Future[list[Message]] = Future()
+        limits = self.limits
 
         def work() -> None:
             try:
-                pull.set_result(list(self._grid.pull_messages([name])))
+                with limited(limits):
+                    pull.set_result(list(self._grid.pull_messages([name])))
             except BaseException as error:  # raised again in the thread that reads the result
                 pull.set_exception(error)
 

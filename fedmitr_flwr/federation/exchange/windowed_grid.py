@@ -15,12 +15,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from flwr.app import Message, RecordDict
+from flwr.app import Error, Message, RecordDict
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid
-from flwr.superlink.grid import InMemoryGrid
+from flwr.superlink.grid import HttpGrid, InMemoryGrid
 
 from fedmitr_flwr.federation.exchange.broadcast import share_arrays
+from fedmitr_flwr.federation.exchange.inflation import MalformedReplyError, ReplyLimits, guard
 from fedmitr_flwr.federation.exchange.replies import Pulls
 from fedmitr_flwr.settings import RunSettings
 
@@ -37,6 +38,9 @@ _LOST = frozenset(
         ErrorCode.CLIENT_APP_CRASHED,
     }
 )
+
+# Code of the error in place of a malformed reply; as after an exception in the ClientApp, asking again would not help.
+_MALFORMED = ErrorCode.CLIENT_APP_RAISED_EXCEPTION
 
 # Seconds between looks for replies.
 _IN_PROCESS = 0.05
@@ -97,6 +101,8 @@ class WindowedGrid(Grid):
         self._simulated = isinstance(grid, InMemoryGrid)
         self._pause = _IN_PROCESS if self._simulated else _NETWORK
         self._pulls = Pulls(grid)
+        if isinstance(grid, HttpGrid):
+            guard()
 
     def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Iterator[Message]:
         """Send messages and yield their replies as they arrive.
@@ -111,13 +117,15 @@ class WindowedGrid(Grid):
         Yields
         ------
         Message
-            The reply of each node that answered, and Flower's error for each node that was lost and did not connect
-            again. The sender of such an error is set to the id of the lost node.
+            The reply of each node that answered; an error in place of a reply that is malformed; and Flower's error for
+            each node that was lost and did not connect again. The sender of such an error is set to the id of the node.
         """
         end = float("inf") if timeout is None else time.monotonic() + timeout
         messages = list(messages)
         if self._simulated:
             share_arrays(messages)
+        elif messages:
+            self._pulls.limits = ReplyLimits.of(messages[0])
         waiting = deque(_Asked(message, self._settings.retries) for message in messages)
         window = self._window(len(waiting))
         flying: dict[str, _Asked] = {}
@@ -165,8 +173,17 @@ class WindowedGrid(Grid):
         if self._simulated:
             for name in list(flying):
                 yield from self._grid.pull_messages([name])
-        else:
-            yield from self._pulls.look(list(flying), end)
+            return
+        for name, asked in list(flying.items()):
+            try:
+                for reply in self._pulls.look([name], end):
+                    # The site writes this field; the SuperLink has found the reply by the id of our message.
+                    reply.metadata.__dict__["_reply_to_message_id"] = name
+                    yield reply
+                    del reply
+            except MalformedReplyError as problem:
+                log.debug("the reply of node %d, in full:", asked.node, exc_info=True)
+                yield Message(Error(_MALFORMED, f"its reply is malformed: {problem}"), reply_to=asked.message)
 
     def _put_aside(self, asked: _Asked, reply: Message, away: list[_Asked]) -> None:
         log.warning("\t├──! node %d was lost (code %d); asking it again", asked.node, reply.error.code)

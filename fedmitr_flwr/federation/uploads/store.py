@@ -11,12 +11,10 @@ import json
 import logging
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor
 from torch.linalg import vector_norm
 
@@ -33,13 +31,17 @@ from fedmitr_flwr.federation.uploads.validation import (
 )
 from fedmitr_flwr.models.moments import Moments
 from fedmitr_flwr.models.trainable import CompletedState, TrainedPart
-from fedmitr_flwr.runs.tensors import StoredState, checksum, write_tensors
+from fedmitr_flwr.runs.tensors import StoredState, checksum, read_tensors, write_tensors
 from fedmitr_flwr.training.reported import REPORTED
 
 log = logging.getLogger("fedmitr.collection")
 
 # End of the name of a file with moments. The names of files with weights have no dot before ".safetensors".
 _MOMENTS = ".moments.safetensors"
+
+
+class OtherInitialisationError(RuntimeError):
+    """The uploads of a resumed run were trained from another initialisation than the run has now."""
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,9 @@ class StoredUpload:
     path
         The safetensors file, in the number format of the upload.
     checksum
-        Checksum over names, dtypes, shapes and values of the tensors.
+        Checksum over the tensors and the reported numbers; see `runs.tensors.checksum`.
     moments
-        The same for the client's feature moments, which are in a file of their own beside `path`; None if the run does
+        Checksum over the client's feature moments, which are in a file of their own beside `path`; None if the run does
         not ask for moments.
     """
 
@@ -193,8 +195,8 @@ class UploadStore:
         self._check_values(state)
         path = self.directory / f"{file_stem(name)}.safetensors"
         sealed = None if moments is None else checksum(moments.tensors())
-        upload = StoredUpload(name, count, counts, checked, path, checksum(state), sealed)
-        self._write(upload, state, moments)
+        upload = StoredUpload(name, count, counts, checked, path, "", sealed)
+        upload = replace(upload, checksum=self._write(upload, state, moments))
         self._uploads[name] = upload
         return upload
 
@@ -207,21 +209,30 @@ class UploadStore:
         -------
         list[StoredUpload]
             All uploads, in the order of `uploads`.
+
+        Raises
+        ------
+        OtherInitialisationError
+            If an upload was trained from other weights than the reference.
         """
         for path in sorted(self.directory.glob("*.safetensors")):
             if path.name.endswith(_MOMENTS):
                 continue
             try:
                 upload = self._read(path)
-            except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+            except (OSError, ValueError, KeyError, TypeError) as error:
                 log.warning("\t├──! %s is not used: %s", path, error)
                 continue
             self._uploads[upload.client] = upload
         return self.uploads()
 
     def _read(self, path: Path) -> StoredUpload:
-        with safe_open(path, "pt") as file:
-            about = file.metadata()
+        state, about = read_tensors(path)
+        if about.get("initial", self.initial) != self.initial:
+            raise OtherInitialisationError(
+                f"{path} was trained from another initialisation than this process has; restore the initial weights "
+                "from a copy or start a new run"
+            )
         counts = json.loads(about["histogram"])
         upload = StoredUpload(
             about["client"],
@@ -234,9 +245,7 @@ class UploadStore:
         )
         if path.stem != file_stem(upload.client):
             raise ValueError(f"its file name does not belong to its client {upload.client}")
-        if not self.part.whole and about.get("initial") != self.initial:
-            raise ValueError("it was trained from other initial weights than those of this run")
-        self.layout.check(Layout.of(self._stored(upload)))
+        self.layout.check(Layout.of(state))
         if self.moments_layout:
             moments = self.moments(upload)
             if moments is None:
@@ -260,8 +269,8 @@ class UploadStore:
 
     def _stored(self, upload: StoredUpload) -> dict[str, Tensor]:
         """Read the tensors of an upload's file, and check that they have not changed."""
-        state = load_file(upload.path)
-        if checksum(state) != upload.checksum:
+        state, about = read_tensors(upload.path)
+        if about.get("checksum") != upload.checksum:
             raise ValueError(f"{upload.path} has changed since the upload of {upload.client} was accepted")
         return {key: value.float() if value.is_floating_point() else value for key, value in state.items()}
 
@@ -278,7 +287,7 @@ class UploadStore:
         if upload.moments is None:
             return None
         path = _beside(upload.path)
-        found = load_file(path)
+        found, _ = read_tensors(path)
         if checksum(found) != upload.moments:
             raise ValueError(f"{path} has changed since the upload of {upload.client} was accepted")
         return Moments(**found)
@@ -334,21 +343,22 @@ class UploadStore:
         """
         return self._completed(StoredState(upload.path, tuple(self._stored(upload))))
 
-    def _write(self, upload: StoredUpload, state: Mapping[str, Tensor], moments: Moments | None) -> None:
-        """Write the moments first: an upload counts once its file of weights is there."""
+    def _write(self, upload: StoredUpload, state: Mapping[str, Tensor], moments: Moments | None) -> str:
+        """Write an upload and return the checksum of the file of weights.
+
+        The moments are written first: an upload counts once its file of weights is there.
+        """
         metadata = {
             "client": upload.client,
             "num-examples": str(upload.num_examples),
             "histogram": json.dumps(upload.histogram),
             **{name: repr(value) for name, value in upload.numbers.items()},
-            "checksum": upload.checksum,
+            "initial": self.initial,
         }
         if moments is not None and upload.moments is not None:
             metadata["moments"] = upload.moments
             write_tensors(_beside(upload.path), moments.tensors(), {"client": upload.client})
-        if not self.part.whole:
-            metadata["initial"] = self.initial
-        write_tensors(upload.path, state, metadata)
+        return write_tensors(upload.path, state, metadata)
 
 
 def _beside(path: Path) -> Path:

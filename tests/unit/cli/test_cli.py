@@ -155,6 +155,18 @@ def test_what_an_earlier_run_of_the_same_name_left_does_not_count(simulate: Simu
     assert str(tmp_path / "outputs") not in result.stdout
 
 
+def test_a_name_with_uploads_is_refused_before_flower_starts(simulate: Simulate, stage: Stage, tmp_path: Path):
+    upload = tmp_path / "outputs" / "again" / "uploads" / "round-1" / "partition-0.safetensors"
+    upload.parent.mkdir(parents=True)
+    upload.touch()
+    result = simulate("completed", "--set", "run.name=again")
+    assert result.exit_code == 2
+    assert result.stderr.startswith('fedmitr: run.name = "again": ')
+    assert f"fedmitr resume {tmp_path / 'outputs' / 'again'}" in result.stderr
+    assert not stage.record.exists()
+    assert upload.exists()
+
+
 def test_flower_s_slow_start_is_tried_again_with_other_ports_and_without_its_database(simulate: Simulate, stage: Stage):
     assert simulate("slow-start").exit_code == 0
     assert (stage.folder / "record.json.tries").read_text() == "xxx"

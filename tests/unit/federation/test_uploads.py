@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from fedmitr_flwr.federation.uploads import store as uploads
-from fedmitr_flwr.federation.uploads.store import UploadStore
+from fedmitr_flwr.federation.uploads.store import OtherInitialisationError, UploadStore
 from fedmitr_flwr.federation.uploads.validation import UploadRefused, natural_key
 from fedmitr_flwr.runs.tensors import checksum
 
@@ -89,8 +89,28 @@ def test_the_file_alone_tells_what_the_upload_was(store: UploadStore) -> None:
             "histogram": "[3, 0, 4]",
             "loss": "0.5",
             "accuracy": "0.75",
-            "checksum": checksum(weights(1)),
+            "initial": checksum(weights()),
+            "checksum": upload.checksum,
         }
+
+
+@pytest.mark.parametrize("entry", ["num-examples", "histogram", "accuracy", "client"])
+def test_a_changed_number_in_the_header_of_an_upload_is_noticed(
+    store: UploadStore, entry: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = store.accept("a", weights(1), **GOOD).path
+    content = path.read_bytes()
+    place = content.index(f'"{entry}":"'.encode()) + len(entry) + 4 + (entry == "histogram")
+    path.write_bytes(content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :])
+    assert UploadStore(store.directory, weights(), 3).recover() == []
+    assert "a.safetensors is damaged: its content differs from its checksum" in caplog.text
+
+
+def test_uploads_of_another_initialisation_are_refused_with_their_name(store: UploadStore) -> None:
+    store.accept("a", weights(1), **GOOD)
+    other = UploadStore(store.directory, {**weights(), "head.bias": torch.ones(3)}, 3)
+    with pytest.raises(OtherInitialisationError, match=r"a\.safetensors was trained from another initialisation"):
+        other.recover()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), float("-inf")])

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import io
+import json
 import pickle
 import threading
 import time
@@ -43,7 +44,8 @@ from flwr.simulation.run_simulation import (
     run_serverapp_th,
 )
 from flwr.supercore.date import now
-from flwr.supercore.inflatable.inflatable_utils import pull_objects
+from flwr.supercore.inflatable.inflatable_object import get_object_id
+from flwr.supercore.inflatable.inflatable_utils import inflate_object_from_contents, pull_objects
 from flwr.supercore.task_identity import TaskIdentity
 from flwr.superlink.cli.flower_superlink import _runtime_dependency_install_default
 from flwr.superlink.grid import HttpGrid, InMemoryGrid
@@ -206,6 +208,18 @@ def test_flower_still_believes_the_header_inside_an_array() -> None:
     np.save(stream, np.zeros(1000, np.float32))
     array = Array(dtype="float32", shape=(2,), stype="numpy.ndarray", data=stream.getvalue())
     assert array.numpy().shape == (1000,)
+
+
+def test_flower_still_joins_a_part_as_often_as_it_is_named() -> None:
+    body = json.dumps({"dtype": "uint8", "shape": [1], "stype": "numpy.ndarray", "arraychunk_ids": [0] * 500}).encode()
+    part = b"ArrayChunk  1000\0" + bytes(1000)
+    name = get_object_id(part)
+    array = f"Array {name} {len(body)}".encode() + b"\0" + body
+    joined = inflate_object_from_contents("array", {"array": array, name: part})
+    assert isinstance(joined, Array)
+    assert len(joined.data) == 500_000
+    with pytest.raises(KeyError):
+        inflate_object_from_contents("array", {"array": array.replace(body, b"{}")})
 
 
 def test_flower_still_cannot_send_bfloat16() -> None:

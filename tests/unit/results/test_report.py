@@ -231,7 +231,7 @@ def broken(path: Path) -> None:
         (from_the_future, "has format 99"),
         (from_the_past, "did not write report.json"),
         (no_run, "is not a run"),
-        (broken, "metrics.json is not JSON"),
+        (broken, "metrics.json is not valid JSON"),
     ],
 )
 def test_a_run_that_cannot_be_read_is_one_line_and_exit_code_2(

@@ -9,7 +9,8 @@ import torch
 
 from fedmitr_flwr.pipeline.checkpoints import Progress
 from fedmitr_flwr.runs.atomic import write_json
-from fedmitr_flwr.runs.resume import changes_in, is_complete, resumed_settings
+from fedmitr_flwr.runs.resume import changes_in, is_complete, resumed_settings, stored_config, with_checksum
+from fedmitr_flwr.runs.tensors import write_tensors
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError
 
 STORED = Settings().replace(**{"run.seed": 7, "inversion.images": 50})
@@ -81,7 +82,7 @@ def test_keys_at_their_default_are_taken_from_the_run(run: Path) -> None:
     given = Settings().replace(**{"run.resume": str(run), "distill.steps": 9})
     assert changes_in(given, run) == {"run.resume": str(run), "distill.steps": 9}
     complete = given.replace(**{"run.name": run.name})
-    assert changes_in(complete, run)["inversion.images"] == Settings().inversion.images
+    assert changes_in(complete, run)["inversion.iterations"] == Settings().inversion.iterations
 
 
 def test_only_a_run_with_its_results_is_complete(run: Path) -> None:
@@ -92,6 +93,45 @@ def test_only_a_run_with_its_results_is_complete(run: Path) -> None:
     assert is_complete(run)
     write_json(run / "status.json", {"state": "running"})
     assert not is_complete(run)
+
+
+def test_a_complete_run_with_a_damaged_model_is_not_complete(run: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write_json(run / "status.json", {"state": "completed"})
+    write_json(run / "metrics.json", {})
+    model = run / "model" / "model.safetensors"
+    model.parent.mkdir()
+    write_tensors(model, {"weight": torch.ones(3)}, {"format": "pt"})
+    assert is_complete(run)
+    content = model.read_bytes()
+    model.write_bytes(content[:-1] + bytes([content[-1] ^ 64]))
+    assert not is_complete(run)
+    assert f"{model} is damaged: its content differs from its checksum" in caplog.text
+
+
+@pytest.mark.parametrize("status", ["[]", '{"state": ["completed"]}', "\xff\x00", "[" * 100_000])
+def test_a_status_that_no_run_wrote_is_not_complete(run: Path, status: str) -> None:
+    (run / "status.json").write_text(status, "latin-1")
+    write_json(run / "metrics.json", {})
+    assert not is_complete(run)
+
+
+def test_changed_settings_in_the_configuration_are_refused(run: Path) -> None:
+    content = {"settings": {**STORED.flat()}, "federation": {"num-supernodes": 3}, "digest": "a"}
+    write_json(run / "config.json", with_checksum(content))
+    assert stored_config(run)["federation"] == {"num-supernodes": 3}
+    whole = (run / "config.json").read_text()
+    for old, new in (('"distill.steps": 1', '"distill.steps": 2'), ('supernodes": 3', 'supernodes": 4')):
+        (run / "config.json").write_text(whole.replace(old, new))
+        with pytest.raises(SettingsError, match=r"its config\.json is damaged: its settings or federation differ"):
+            resumed_settings(run, {})
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b"\xff\xfe", b"[" * 100_000, b'{"a": \x00}'])
+def test_a_configuration_that_is_no_json_object_is_refused_in_one_line(run: Path, content: bytes) -> None:
+    (run / "config.json").write_bytes(content)
+    with pytest.raises(SettingsError, match=r"its config\.json is not (valid JSON|a JSON object)") as caught:
+        resumed_settings(run, {})
+    assert len(str(caught.value).splitlines()) == 1
 
 
 def test_what_a_training_loop_keeps_comes_back_as_it_was(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ def finished_run(output: Path, name: str) -> Path:
     with RunDirectory.create(str(output), name) as run:
         run.write_json("metrics.json", {"old": 1})
         run.uploads(1).mkdir(parents=True)
-        (run.uploads(1) / "partition-0.safetensors").write_text("old")
+        (run.uploads(1) / "collected.json").write_text("old")
         (run.uploads(1) / ".partition-1.safetensors.77.tmp").write_text("half")
         (run.path / "model").mkdir()
         (run.path / "model" / "model.safetensors").write_text("old")
@@ -72,6 +72,38 @@ def test_foreign_files_survive_a_second_run(tmp_path: Path) -> None:
     RunDirectory.create(str(tmp_path), "demo")
     assert all(file.read_text() == "mine" for file in foreign)
     assert not (path / "metrics.json").exists()
+
+
+@pytest.mark.parametrize("state", ["completed", "failed", "interrupted", "running", None])
+def test_a_folder_with_uploads_is_refused_and_nothing_in_it_is_touched(tmp_path: Path, state: str | None) -> None:
+    path = finished_run(tmp_path, "demo")
+    upload = path / "uploads" / "round-2" / "site-a.safetensors"
+    upload.parent.mkdir()
+    upload.write_text("an upload")
+    if state is None:
+        (path / "status.json").unlink()
+    else:
+        (path / "status.json").write_text(json.dumps({"state": state}))
+    before = {item: item.read_bytes() for item in path.rglob("*") if item.is_file()}
+    for _ in range(2):  # the refusal leaves no lock behind
+        with pytest.raises(SettingsError) as caught:
+            RunDirectory.create(str(tmp_path), "demo")
+        said = str(caught.value)
+        assert said.startswith('run.name = "demo": ')
+        assert f"fedmitr resume {path}" in said
+        assert "another name" in said
+        assert len(said.splitlines()) == 1
+    assert {item: item.read_bytes() for item in path.rglob("*") if item.is_file()} == before
+
+
+def test_the_way_out_of_the_refusal_works(tmp_path: Path) -> None:
+    path = finished_run(tmp_path, "demo")
+    (path / "uploads" / "round-1" / "site-a.safetensors").write_text("an upload")
+    RunDirectory.create(str(tmp_path), "demo-2")
+    with RunDirectory.resume(path):
+        pass
+    (path / "uploads").rename(tmp_path / "kept")
+    RunDirectory.create(str(tmp_path), "demo")
 
 
 def test_a_folder_with_such_files_that_no_run_made_is_refused(tmp_path: Path) -> None:

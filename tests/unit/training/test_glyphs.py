@@ -44,6 +44,20 @@ def test_initialisation_is_made_once_and_then_comes_from_the_cache(cache, monkey
     build_model(SETTINGS.model, SPEC).load_state_dict(first)
 
 
+@pytest.mark.parametrize("damage", ["flip", "truncate", "empty"])
+def test_a_damaged_initialisation_in_the_cache_is_made_again(cache, damage, caplog):
+    first = initial_state(SETTINGS, SPEC)
+    path = next(cache.glob("initial/glyphs-*.safetensors"))
+    content = path.read_bytes()
+    half = len(content) // 2
+    flipped = content[:half] + bytes([content[half] ^ 0x40]) + content[half + 1 :]
+    path.write_bytes({"flip": flipped, "truncate": content[:1000], "empty": b""}[damage])
+    second = initial_state(SETTINGS, SPEC)
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert f"the cached initialisation {path} is made again" in caplog.text
+    assert path.read_bytes() == content
+
+
 def test_cache_depends_on_model_seed_and_geometry():
     paths = {
         glyphs.cache_path(settings, spec)
