@@ -18,6 +18,9 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.fedmitr-installed
 SUPPORTED := import sys; sys.exit(sys.version_info[:2] not in ((3, 11), (3, 12)))
 
+# Sets `name` to the given name, or to NAME-2, NAME-3 and so on if there are uploads of an earlier run of that name.
+free_name = name=$(1); count=1; while [ -e outputs/$$name/uploads ]; do count=$$((count + 1)); name=$(1)-$$count; done
+
 .DEFAULT_GOAL := help
 .PHONY: help install demo quick test unit integration slow faults docker-image docker-demo docker-down test-deployment \
 	lint format settings site bundle clean
@@ -54,10 +57,10 @@ $(STAMP): pyproject.toml
 	touch "$@"
 
 demo: $(STAMP) ## run FedMITR on 5,000 images of MNIST; results in outputs/demo
-	@$(BIN)/fedmitr simulate conf/demo.toml --output outputs --set run.name=demo
+	@$(call free_name,demo); $(BIN)/fedmitr simulate conf/demo.toml --output outputs --set run.name=$$name
 
 quick: $(STAMP) ## run every stage on little data, to check an installation (about a minute)
-	@$(BIN)/fedmitr simulate conf/quick.toml --clients 3 --output outputs --set run.name=quick
+	@$(call free_name,quick); $(BIN)/fedmitr simulate conf/quick.toml --clients 3 --output outputs --set run.name=$$name
 
 test: $(STAMP) ## run all tests except the slow ones and those of deployments
 	$(BIN)/python -m pytest -m "not slow and not deployment" $(PYTEST_ARGS)
