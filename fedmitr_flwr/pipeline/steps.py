@@ -5,15 +5,14 @@ Letters: B images, K teachers, C classes, D embedding.
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from fedmitr_flwr.ensemble.averaging import merged
 from fedmitr_flwr.ensemble.engine.teachers import MemoryLimits, PagedTeachers, load_teachers
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.ensemble.weighting import Knowledge, class_weights, evidence
@@ -54,7 +53,9 @@ def make_ensemble(inputs: PipelineInputs) -> tuple[Ensemble, Tensor]:
     settings, device = inputs.settings, inputs.device
     limits = MemoryLimits(settings.inversion.activation_memory_mb, settings.inversion.teacher_memory_mb)
     blank = build_model(settings.model, inputs.spec)
-    teachers = load_teachers(blank, inputs.states, limits, device)
+    K = len(inputs.uploads)
+    share = limits.teachers * K // (K + settings.has_expert)  # of K teachers among all models
+    teachers = load_teachers(blank, inputs.states, replace(limits, teachers=share), device)
     if isinstance(teachers, PagedTeachers):
         reason = "read from disk for every pass, because they exceed inversion.teacher-memory-mb"
         inputs.observer.event("ensemble", teachers=reason)
@@ -68,7 +69,7 @@ def make_ensemble(inputs: PipelineInputs) -> tuple[Ensemble, Tensor]:
     known, expert = known_of.sum(0) > 0, None
     if settings.has_expert:
         pooled = pooled_moments(inputs)
-        known, expert = pooled.present, copy.deepcopy(blank)
+        known, expert = pooled.present, blank
         expert.load_state_dict(expert_state(inputs, pooled))
         expert.to(device)
     ensemble = Ensemble(teachers, weights.to(device), limits, rule=settings.ensemble.combine, expert=expert)
@@ -99,18 +100,6 @@ def invert_all(context: StageContext, classes: Tensor, inputs: PipelineInputs) -
     shown = synthetic.labels.argsort(stable=True)[:FINISHED_SHOWN]
     observer.snapshot("finished", images=synthetic.images[shown], labels=synthetic.labels[shown])
     return synthetic
-
-
-def student_start(inputs: PipelineInputs, ensemble: Ensemble, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the student's starting weights, by `distill.start`."""
-    chosen = inputs.settings.distill
-    if chosen.start == "initial":
-        return dict(inputs.initial)
-    if chosen.start == "moments":
-        return expert_state(inputs, pooled_moments(inputs))
-    if chosen.start == "merged":
-        return merged(inputs.initial, inputs.states, ensemble.weights.cpu(), chosen.merge_scale)
-    return dict(average)
 
 
 def distilled(
