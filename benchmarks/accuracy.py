@@ -45,7 +45,7 @@ ROOT = Path(__file__).resolve().parents[1]
 SKEWS = ("0.05", "0.1", "0.3", "0.5", "iid")
 # Methods of moments need uploads with moments, which the clients of these benchmarks do not share.
 WITHOUT_GENERATORS = ",".join(name for name in METHODS if not METHODS[name].generates and name not in MOMENT_METHODS)
-NO_INVERSION = ("fedavg", "head-aggregation", "random-images")
+NO_INVERSION = ("fedavg", "head-aggregation", "task-arithmetic", "ace-merging", "wudi-merging", "random-images")
 Row = dict[str, Any]
 SINCE = {
     "run.update-limit": 4.0,
@@ -63,6 +63,7 @@ SINCE = {
     "ensemble.combine": "probabilities",
     "ensemble.merged-weight": 0.0,
     "ensemble.moments-weight": 0.1,
+    "distill.task-scale": 0.3,
 }
 """Settings that were added after lines were stored, with the values under which those lines stay the same."""
 

@@ -52,6 +52,9 @@ METHODS = (
     "dense",
     "co-boosting",
     "head-aggregation",
+    "task-arithmetic",
+    "ace-merging",
+    "wudi-merging",
     "fedavg",
 )
 NATURAL = {"partition.kind": "natural"}

@@ -5,7 +5,7 @@ Letters: K teachers, C classes.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -45,8 +45,24 @@ def merged(initial: State, states: Sequence[State], weights: Tensor, scale: floa
     scale
         Factor on the mean update of the body; 1 gives the unweighted average of the clients with a weight above 0.
     """
-    heard = (weights > 0).any(1).double()  # clients with zero weight in every class are left out of the mean
-    even = heard / heard.sum()
+    return put_together(initial, states, weights, lambda name, updates: scale * mean(updates))
+
+
+def put_together(
+    initial: State, states: Sequence[State], weights: Tensor, update_of: Callable[[str, Sequence[Tensor]], Tensor]
+) -> dict[str, Tensor]:
+    """Merge the classifier head class by class as `merged` does, and all other weights by a rule.
+
+    Parameters
+    ----------
+    initial, states, weights
+        As for `merged`.
+    update_of
+        Returns the merged update of a tensor, given its name and the updates of the clients with a weight above 0. It
+        is called for one tensor at a time, so that only its updates are in memory.
+    """
+    heard = (weights > 0).any(1).tolist()  # clients with zero weight in every class are left out of the body
+    members = [state for state, counts in zip(states, heard, strict=True) if counts]
     out = {}
     for name, start in initial.items():
         if not start.is_floating_point():
@@ -56,8 +72,13 @@ def merged(initial: State, states: Sequence[State], weights: Tensor, scale: floa
             by_class = weights[..., None] if updates.ndim > 2 else weights
             out[name] = start + (by_class * updates).sum(0).reshape(start.shape)
         else:
-            out[name] = start + scale * _weighted([state[name] - start for state in states], even)
+            out[name] = start + update_of(name, [state[name] - start for state in members])
     return out
+
+
+def mean(updates: Sequence[Tensor]) -> Tensor:
+    """Return the mean of tensors of one shape, summed in fp64."""
+    return _weighted(updates, torch.full((len(updates),), 1 / len(updates), dtype=torch.float64))
 
 
 def _weighted(values: Sequence[Tensor], share: Tensor) -> Tensor:

@@ -51,6 +51,10 @@ _UPLOADS_AT_ONCE = 8
 _POOL_PLANES, _POOL_COPIES = 10, 3
 # Full matrices in fp64 while a head is computed from moments, as a multiple of a triangle in fp32: six, with a margin.
 _MOMENT_MATRICES = 32
+# Gram matrices of the largest linear layer in fp64 while updates are merged by them, as a multiple of its weights in
+# fp32: its inputs are up to four times as many as its outputs, so each is eight times as large, and four are held.
+_GRAM_TENSORS = 40
+_BY_GRAMS = {"ace-merging", "wudi-merging"}
 # Number of floats that autograd keeps for each token in each block, as a multiple of the embedding width.
 _AUTOGRAD_FLOATS = 40
 
@@ -147,8 +151,9 @@ def plan_memory(settings: Settings, spec: ImageSpec, clients: int, device: torch
         return MemoryPlan(collection, 0, 0, 0, asked.teacher_memory_mb, asked.activation_memory_mb)
     # Averaging reads one tensor of all uploads at a time, in fp32, and sums them in fp64.
     largest = 4 * max(value.numel() for value in model.state_dict().values())
+    merging = _GRAM_TENSORS if {settings.run.method, settings.distill.start} & _BY_GRAMS else 0
     # The moments of all uploads stay in memory; pooling them holds a few matrices of D x D in fp64.
-    kept = _mb((clients + 2) * largest + (clients + _MOMENT_MATRICES) * moments)
+    kept = _mb((clients + 2 + merging) * largest + (clients + _MOMENT_MATRICES) * moments)
     distillation = _distillation_mb(settings, model, spec, weights, clients) + kept
     every, fewest = _activations_mb(settings, model, spec, clients + bool(settings.expert))
     # Hard images are inverted while the pool is in memory.

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from fedmitr_flwr.data import ImageSpec
-from fedmitr_flwr.ensemble.averaging import fedavg
+from fedmitr_flwr.ensemble.averaging import fedavg, merged
 from fedmitr_flwr.ensemble.bounds import bounded_counts
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.models.moments import Moments
@@ -112,6 +112,10 @@ class PipelineInputs:
     def average(self) -> dict[str, Tensor]:
         """Return the one-shot FedAvg of the uploads."""
         return fedavg(self.states, self.num_examples)
+
+    def merged(self, weights: Tensor) -> dict[str, Tensor]:
+        """Return the merged model, whose head is averaged class by class with ``(K, C)`` weights on the CPU."""
+        return merged(self.initial, self.states, weights, self.settings.distill.merge_scale)
 
 
 @dataclass(frozen=True)

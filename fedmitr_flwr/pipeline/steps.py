@@ -5,15 +5,14 @@ Letters: B images, K teachers, C classes, D embedding.
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from functools import partial
 
 import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
-from fedmitr_flwr.ensemble.averaging import merged
 from fedmitr_flwr.ensemble.engine.teachers import MemoryLimits, PagedTeachers, load_teachers
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.ensemble.weighting import Knowledge, class_weights, evidence
@@ -54,7 +53,9 @@ def make_ensemble(inputs: PipelineInputs) -> tuple[Ensemble, Tensor]:
     settings, device = inputs.settings, inputs.device
     limits = MemoryLimits(settings.inversion.activation_memory_mb, settings.inversion.teacher_memory_mb)
     blank = build_model(settings.model, inputs.spec)
-    teachers = load_teachers(blank, inputs.states, limits, device)
+    K = len(inputs.uploads)
+    share = limits.teachers * K // (K + bool(settings.expert))  # of K teachers among all models
+    teachers = load_teachers(blank, inputs.states, replace(limits, teachers=share), device)
     if isinstance(teachers, PagedTeachers):
         reason = "read from disk for every pass, because they exceed inversion.teacher-memory-mb"
         inputs.observer.event("ensemble", teachers=reason)
@@ -67,12 +68,12 @@ def make_ensemble(inputs: PipelineInputs) -> tuple[Ensemble, Tensor]:
     inputs.observer.snapshot("ensemble", evidence=known_of, weights=weights)
     known, expert = known_of.sum(0) > 0, None
     if settings.expert:
-        expert = copy.deepcopy(blank)
+        expert = blank
         if settings.expert == "moments":
             pooled = pooled_moments(inputs)
             known, state = pooled.present, expert_state(inputs, pooled)
         else:
-            state = _scaled_logits(merged_state(inputs, weights), settings.ensemble.merged_weight)
+            state = _scaled_logits(inputs.merged(weights), settings.ensemble.merged_weight)
         expert.load_state_dict(state)
         expert.to(device)
     ensemble = Ensemble(teachers, weights.to(device), limits, rule=settings.ensemble.combine, expert=expert)
@@ -103,23 +104,6 @@ def invert_all(context: StageContext, classes: Tensor, inputs: PipelineInputs) -
     shown = synthetic.labels.argsort(stable=True)[:FINISHED_SHOWN]
     observer.snapshot("finished", images=synthetic.images[shown], labels=synthetic.labels[shown])
     return synthetic
-
-
-def student_start(inputs: PipelineInputs, ensemble: Ensemble, average: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Return the student's starting weights, by `distill.start`."""
-    chosen = inputs.settings.distill
-    if chosen.start == "initial":
-        return dict(inputs.initial)
-    if chosen.start == "moments":
-        return expert_state(inputs, pooled_moments(inputs))
-    if chosen.start == "merged":
-        return merged_state(inputs, ensemble.weights.cpu())
-    return dict(average)
-
-
-def merged_state(inputs: PipelineInputs, weights: Tensor) -> dict[str, Tensor]:
-    """Return the merged model, whose head is averaged class by class with these ``(K, C)`` weights."""
-    return merged(inputs.initial, inputs.states, weights, inputs.settings.distill.merge_scale)
 
 
 def _scaled_logits(state: Mapping[str, Tensor], factor: float) -> dict[str, Tensor]:

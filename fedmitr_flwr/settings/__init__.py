@@ -12,6 +12,7 @@ from fedmitr_flwr.settings.choices import (
     MethodName,
     Precision,
     RandomFamily,
+    StudentStart,
     UploadDtype,
     Weighting,
 )
@@ -49,6 +50,7 @@ __all__ = [
     "RunSettings",
     "Settings",
     "SettingsError",
+    "StudentStart",
     "TrainSettings",
     "UploadDtype",
     "Weighting",

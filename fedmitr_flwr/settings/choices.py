@@ -1,8 +1,8 @@
 """The choices of the settings whose values are names, and what each name stands for.
 
-Five of the lists have a registry that maps each name to its implementation: `pipeline.methods.METHODS`,
-`stages.inversion.methods.INVERSION`, `ensemble.weighting.WEIGHTINGS`, `ensemble.combining.COMBINATIONS` and
-`stages.random_images.families.FAMILIES`.
+Six of the lists have a registry that maps each name to its implementation: `pipeline.methods.METHODS`,
+`stages.inversion.methods.INVERSION`, `ensemble.weighting.WEIGHTINGS`, `ensemble.combining.COMBINATIONS`,
+`pipeline.starts.STARTS` and `stages.random_images.families.FAMILIES`.
 Their names have a description here, from which the settings page is made. Tests check that list, descriptions and
 registry have the same names.
 """
@@ -16,6 +16,9 @@ MethodName = Literal[
     "fedmitr",
     "fedavg",
     "head-aggregation",
+    "task-arithmetic",
+    "ace-merging",
+    "wudi-merging",
     "lda",
     "ridge",
     "dense-inversion",
@@ -48,6 +51,9 @@ RandomFamily = Literal["fields", "contours", "shapes"]
 Start = Literal["white", RandomFamily]
 """Choices of `inversion.start`."""
 
+StudentStart = Literal["fedavg", "initial", "merged", "task-arithmetic", "ace-merging", "wudi-merging", "moments"]
+"""Choices of `distill.start`."""
+
 Augmentation = Literal["none", "shift", "flip", "strong"]
 """Choices of `train.augment` and `distill.augment`."""
 
@@ -70,6 +76,19 @@ METHODS = (
     Choice("fedmitr", description="inversion, density split, relabeling and distillation"),
     Choice("fedavg", description="the average of the uploads, weighted by their number of images"),
     Choice("head-aggregation", description="the average of the updates, with class-wise weights for the head"),
+    Choice(
+        "task-arithmetic",
+        description="the common initialisation plus `distill.task-scale` times the sum of the updates, with class-wise "
+        "weights for the head",
+    ),
+    Choice(
+        "ace-merging",
+        description="the same with linear layers merged by input covariances that are estimated from the updates (ACE)",
+    ),
+    Choice(
+        "wudi-merging",
+        description="the same with linear layers merged so that the updates interfere little (WUDI)",
+    ),
     Choice(
         "lda",
         description="the common initialisation with a linear discriminant of the clients' feature moments as its head "
@@ -124,6 +143,30 @@ INVERSIONS = (
         "rebirth",
         description="each stop takes out the patches with the most attention as a finished image and inverts the "
         "remaining patches further (Patch Rebirth); n stops yield n + 1 images with equally many patches each",
+    ),
+)
+STUDENT_STARTS = (
+    Choice("fedavg", description="mean of the uploads, weighted by their numbers of images"),
+    Choice("initial", description="the common initialisation"),
+    Choice(
+        "merged",
+        description="the common initialisation plus the mean client update, where each class's row of the head is "
+        "averaged with the ensemble's weights for that class",
+    ),
+    Choice("task-arithmetic", description="as `merged`, with `distill.task-scale` times the sum of the updates"),
+    Choice(
+        "ace-merging",
+        description="as `merged`, with linear layers merged by input covariances estimated from the updates "
+        "(ACE-Merging)",
+    ),
+    Choice(
+        "wudi-merging",
+        description="as `merged`, with linear layers merged so that the updates interfere little (WUDI-Merging)",
+    ),
+    Choice(
+        "moments",
+        description="the common initialisation with the head of `ensemble.moments-weight` (needs "
+        "`train.share-moments = true`)",
     ),
 )
 RANDOM_FAMILIES = (

@@ -10,6 +10,7 @@ from fedmitr_flwr.settings.choices import (
     COMBINATIONS,
     INVERSIONS,
     RANDOM_FAMILIES,
+    STUDENT_STARTS,
     WEIGHTINGS,
     Augmentation,
     Combination,
@@ -17,6 +18,7 @@ from fedmitr_flwr.settings.choices import (
     Precision,
     RandomFamily,
     Start,
+    StudentStart,
     Weighting,
     described,
 )
@@ -254,19 +256,20 @@ class RelabelSettings(Stage):
 class DistillSettings(Stage):
     """Stage 4, distillation into the global model."""
 
-    start: Literal["fedavg", "initial", "merged", "moments"] = Field(
-        "merged",
-        description="Initial weights of the student. `fedavg`: mean of the uploads, weighted by their numbers of "
-        "images. `initial`: the common initialisation. `merged`: the common initialisation plus the mean client "
-        "update, where each class's row of the head is averaged with the ensemble's weights for that class. `moments`: "
-        "the common initialisation with the head of `ensemble.moments-weight` (needs `train.share-moments = true`).",
-    )
+    start: StudentStart = Field("merged", description=described("Initial weights of the student.", STUDENT_STARTS))
     merge_scale: float = Field(
         1.0,
         ge=0.0,
         le=10.0,
         description="For `merged` and `run.method = head-aggregation`: factor on the mean client update of all weights "
         "but the head. 1: the mean itself; 0: these weights keep the common initialisation.",
+    )
+    task_scale: float = Field(
+        0.3,
+        ge=0.0,
+        le=10.0,
+        description="For `task-arithmetic`, as `distill.start` and as `run.method`: factor on the sum of the client "
+        "updates of all weights but the head. With K clients, 1 / K gives the mean.",
     )
     steps: int = Field(1200, ge=1, le=10_000_000, description="Number of optimiser steps.")
     batch_size: int = Field(64, ge=1, description="Number of images in a step.")

@@ -16,6 +16,7 @@ from fedmitr_flwr.pipeline.methods.fedavg import FEDAVG
 from fedmitr_flwr.pipeline.methods.fedmitr import FEDMITR
 from fedmitr_flwr.pipeline.methods.hard_labels import HARD_LABELS
 from fedmitr_flwr.pipeline.methods.head_aggregation import HEAD_AGGREGATION
+from fedmitr_flwr.pipeline.methods.merging import ACE_MERGING, TASK_ARITHMETIC, WUDI_MERGING
 from fedmitr_flwr.pipeline.methods.random_images import RANDOM_IMAGES
 from fedmitr_flwr.settings import Settings
 
@@ -23,6 +24,9 @@ METHODS: dict[str, Method] = {
     "fedmitr": FEDMITR,
     "fedavg": FEDAVG,
     "head-aggregation": HEAD_AGGREGATION,
+    "task-arithmetic": TASK_ARITHMETIC,
+    "ace-merging": ACE_MERGING,
+    "wudi-merging": WUDI_MERGING,
     "lda": LDA,
     "ridge": RIDGE,
     "dense-inversion": DENSE_INVERSION,

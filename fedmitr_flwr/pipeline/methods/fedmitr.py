@@ -10,7 +10,8 @@ from fedmitr_flwr.pipeline.diagnostics import diagnose
 from fedmitr_flwr.pipeline.hard_images import HardImages
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult, StageContext
 from fedmitr_flwr.pipeline.methods.common import Method, the_ensemble
-from fedmitr_flwr.pipeline.steps import distilled, invert_all, make_ensemble, split_and_relabel, student_start
+from fedmitr_flwr.pipeline.starts import student_start
+from fedmitr_flwr.pipeline.steps import distilled, invert_all, make_ensemble, split_and_relabel
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.stages.distillation.pool import make_pool
 
@@ -49,7 +50,7 @@ def run_pipeline(inputs: PipelineInputs) -> PipelineResult:
     state = checkpoints.model() if checkpoints is not None else None
     if state is None:
         with observer.stage("distill"):
-            model.load_state_dict(student_start(inputs, ensemble, average))
+            model.load_state_dict(student_start(inputs, ensemble))
             generator = torch.Generator().manual_seed(inputs.seed)
             pool = make_pool(ensemble, made, context.grid, settings.distill, generator=generator)
             observer.event("distill", labelled_images=len(pool))

@@ -41,7 +41,8 @@ from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.models.vit import forward_patches
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
 from fedmitr_flwr.pipeline.methods.common import the_ensemble, untrained_result
-from fedmitr_flwr.pipeline.steps import distilled, make_ensemble, student_start
+from fedmitr_flwr.pipeline.starts import student_start
+from fedmitr_flwr.pipeline.steps import distilled, make_ensemble
 from fedmitr_flwr.settings import GeneratorSettings, Settings
 from fedmitr_flwr.stages.density import PatchSplit
 from fedmitr_flwr.stages.distillation.pool import Pool, gather
@@ -189,7 +190,7 @@ class InTurn(ABC):
         """Run the method. The generated images are the result's synthetic images, with all patches kept."""
         inputs, result = self.inputs, untrained_result(self.inputs, self.teachers)
         with inputs.observer.stage("distill"):
-            self.student.load_state_dict(student_start(inputs, self.teachers, result.fedavg))
+            self.student.load_state_dict(student_start(inputs, self.teachers))
             self.student.to(inputs.device)
             first = self._grow(0)
             assert first is not None

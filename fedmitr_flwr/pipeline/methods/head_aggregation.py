@@ -11,14 +11,12 @@ from dataclasses import replace
 
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
 from fedmitr_flwr.pipeline.methods.common import Method, untrained_result
-from fedmitr_flwr.pipeline.steps import merged_state
 
 
 def head_aggregation(inputs: PipelineInputs) -> PipelineResult:
     """Merge the uploads; see `fedmitr.run_pipeline`. Nothing is trained, so the seed has no effect."""
     result = untrained_result(inputs)
-    weights = result.ensemble.weights.cpu()
-    return replace(result, state=merged_state(inputs, weights))
+    return replace(result, state=inputs.merged(result.ensemble.weights.cpu()))
 
 
 HEAD_AGGREGATION = Method(

@@ -17,7 +17,8 @@ from fedmitr_flwr.models.build import build_model
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
 from fedmitr_flwr.pipeline.methods.common import Method, the_ensemble, untrained_result
-from fedmitr_flwr.pipeline.steps import distilled, student_start
+from fedmitr_flwr.pipeline.starts import student_start
+from fedmitr_flwr.pipeline.steps import distilled
 from fedmitr_flwr.stages.distillation.pool import label_patches, unnamed_pool
 from fedmitr_flwr.stages.random_images.families import random_images
 
@@ -53,7 +54,7 @@ def distil_on(inputs: PipelineInputs, draw: Callable[[int, PatchGrid, torch.Gene
     grid = PatchGrid.of(student, inputs.spec)
     recipe = settings.distill.model_copy(update={"kl_weight": 1.0, "ce_weight": 0.0, "low_weight": 0.0})
     with inputs.observer.stage("distill"):
-        student.load_state_dict(student_start(inputs, result.ensemble, result.fedavg))
+        student.load_state_dict(student_start(inputs, result.ensemble))
         generator = torch.Generator().manual_seed(inputs.seed)
         count = round(settings.inversion.images * (recipe.views + recipe.mix + recipe.noise))
         patches = grid.to_patches(draw(count, grid, generator).to(inputs.device))

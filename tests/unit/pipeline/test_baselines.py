@@ -7,6 +7,7 @@ from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.pipeline import steps
 from fedmitr_flwr.pipeline.inputs import PipelineInputs
 from fedmitr_flwr.pipeline.methods import METHODS
+from fedmitr_flwr.pipeline.starts import STARTS, student_start
 from fedmitr_flwr.pipeline.steps import make_ensemble
 from fedmitr_flwr.results.evaluate import evaluate
 from fedmitr_flwr.runs.observer import Observer
@@ -32,9 +33,20 @@ def test_every_method_gives_a_model_that_can_be_evaluated_and_repeats(clients, m
 
 
 def test_methods_differ(clients):  # noqa: F811
-    heads = [run(method, clients).state["head.weight"] for method in METHODS]
-    for number, one in enumerate(heads):
-        assert not any(torch.equal(one, other) for other in heads[:number])
+    states = [run(method, clients).state for method in METHODS]
+    weights = [torch.cat([value.flatten() for value in state.values()]) for state in states]
+    for number, one in enumerate(weights):
+        assert not any(torch.equal(one, other) for other in weights[:number])
+
+
+@pytest.mark.parametrize("start", STARTS)
+def test_the_student_can_start_from_each_of_the_starts(clients, start):  # noqa: F811
+    inputs = PipelineInputs(SETTINGS.replace(**{"distill.start": start}), SOURCE.spec, clients, INITIAL)
+    state = student_start(inputs, make_ensemble(inputs)[0])
+    build_model(SETTINGS.model, SOURCE.spec).load_state_dict(state)
+    if start in METHODS:
+        expected = run(start, clients).state
+        assert all(torch.equal(state[name], expected[name]) for name in state)
 
 
 def test_averages_are_those_of_the_library(clients):  # noqa: F811

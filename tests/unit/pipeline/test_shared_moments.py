@@ -17,7 +17,8 @@ from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.models.vit import forward_images
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, Upload
 from fedmitr_flwr.pipeline.methods import METHODS
-from fedmitr_flwr.pipeline.steps import make_ensemble, student_start
+from fedmitr_flwr.pipeline.starts import student_start
+from fedmitr_flwr.pipeline.steps import make_ensemble
 from fedmitr_flwr.results.evaluate import evaluate
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError
 from fedmitr_flwr.stages.distillation.pool import label_patches
@@ -132,7 +133,7 @@ def test_classes_of_which_no_client_has_images_are_not_inverted(
 def test_the_student_can_start_from_the_initialisation_with_the_discriminant(clients: list[Upload]) -> None:  # noqa: F811
     for weight in (0.0, 0.25):
         given = inputs(clients, **{"distill.start": "moments", "ensemble.moments-weight": weight})
-        state = student_start(given, make_ensemble(given)[0], {})
+        state = student_start(given, make_ensemble(given)[0])
         assert all(torch.equal(state[name], INITIAL[name]) for name in INITIAL if not name.startswith("head."))
         assert torch.allclose(logits(state)[:, :9], (weight or 1.0) * discriminant(clients)[:, :9], atol=1e-3)
         assert float(state["head.bias"][9]) == ABSENT

@@ -10,6 +10,7 @@ import pytest
 from fedmitr_flwr.ensemble.combining import COMBINATIONS
 from fedmitr_flwr.ensemble.weighting import WEIGHTINGS
 from fedmitr_flwr.pipeline.methods import METHODS
+from fedmitr_flwr.pipeline.starts import STARTS
 from fedmitr_flwr.results.metrics import METRICS
 from fedmitr_flwr.settings import (
     Combination,
@@ -17,6 +18,7 @@ from fedmitr_flwr.settings import (
     MethodName,
     RandomFamily,
     Settings,
+    StudentStart,
     Weighting,
     choices,
 )
@@ -33,6 +35,7 @@ LISTS = {
     "ensemble.weighting": (Weighting, WEIGHTINGS, choices.WEIGHTINGS),
     "ensemble.combine": (Combination, COMBINATIONS, choices.COMBINATIONS),
     "inversion.method": (InversionName, INVERSION, choices.INVERSIONS),
+    "distill.start": (StudentStart, STARTS, choices.STUDENT_STARTS),
     "distill.noise-kind": (RandomFamily, FAMILIES, choices.RANDOM_FAMILIES),
 }
 
