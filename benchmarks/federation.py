@@ -62,18 +62,18 @@ class Federation:
         return PipelineInputs(settings, self.spec, self.clients, self.initial, seed, device, observer or Observer())
 
 
-def train_federation(settings: Settings, num_clients: int, cache: Path, images: int = 0) -> Federation:
+def train_federation(settings: Settings, num_clients: int, cache: Path, limit: int = 0) -> Federation:
     """Train every client as the ClientApp does, or read its upload from the cache.
 
-    With `train.share-moments`, the moments of a client are in the file ``NUMBER.moments.safetensors``. With `images`
+    With `train.share-moments`, the moments of a client are in the file ``NUMBER.moments.safetensors``. With `limit`
     above 0, only so many training images are used, drawn at random by a fixed seed.
     """
     source = load_source(settings.data)
-    if 0 < images < len(source.train):
-        chosen = np.random.default_rng(0).permutation(len(source.train))[:images]
+    if 0 < limit < len(source.train):
+        chosen = np.random.default_rng(0).permutation(len(source.train))[:limit]
         source = replace(source, train=source.train.subset(np.sort(chosen)))
     initial = initial_state(settings, source.spec)
-    folder = cache / _digest(settings, initial, num_clients, images)
+    folder = cache / _digest(settings, initial, num_clients, limit)
     folder.mkdir(parents=True, exist_ok=True)
     clients = []
     prior: FeaturePrior | None = None
@@ -105,13 +105,13 @@ def train_federation(settings: Settings, num_clients: int, cache: Path, images: 
     return Federation(source, initial, clients)
 
 
-def _digest(settings: Settings, initial: Mapping[str, torch.Tensor], num_clients: int, images: int) -> str:
+def _digest(settings: Settings, initial: Mapping[str, torch.Tensor], num_clients: int, limit: int) -> str:
     starts = (feature_prior_code, head_start, moments) if settings.train.head_start == "discriminant" else ()
     shares = (moments,) if settings.train.share_moments and not starts else ()
     modules = (augment, build, local, optimizer, vit, weights, *starts, *shares)
     code = [Path(str(module.__file__)).read_text() for module in modules]
     seen = {key: value for key, value in settings.flat().items() if key.split(".")[0] in CLIENT_STAGES}
     machine = [torch.__version__, torch.get_num_threads()]
-    machine += [images] if images else []
+    machine += [limit] if limit else []
     recipe = json.dumps([seen, settings.run.seed, checksum(initial), num_clients, code, machine], sort_keys=True)
     return hashlib.sha256(recipe.encode()).hexdigest()[:16]

@@ -184,16 +184,15 @@ def run_method(federation: Federation, base: Settings, method: str, on: str) -> 
 
 def centralised(base: Settings, name: str, on: str, cache: Path) -> Row:
     """Train one client on all images, without balanced softmax: the bound that no federation is expected to pass."""
-    settings = base.replace(
-        **{
-            "partition.kind": "iid",
-            "partition.seed": 0,
-            "train.share-moments": False,
-            "train.balanced-softmax": False,
-            "ensemble.merged-weight": 0.0,
-            "run.method": "fedavg",
-        }
-    )
+    changes: dict[str, RunConfigValue] = {
+        "partition.kind": "iid",
+        "partition.seed": 0,
+        "train.share-moments": False,
+        "train.balanced-softmax": False,
+        "ensemble.merged-weight": 0.0,
+        "run.method": "fedavg",
+    }
+    settings = base.replace(**changes)
     federation = train_federation(settings, 1, cache, IMAGES.get(name, 0))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     result = METHODS["fedavg"](federation.inputs(settings, device=device))

@@ -147,7 +147,8 @@ def outline(settings: ModelSettings) -> VisionTransformer | None:
     not supported; `build_model` says why.
     """
     with contextlib.suppress(Exception), torch.device("meta"):
-        model = timm.create_model(settings.name, **parse_options(settings.options))
+        options: dict[str, Any] = {**parse_options(settings.options)}
+        model = timm.create_model(settings.name, **options)
         check_supported(model)
         return cast(VisionTransformer, model)
     return None
