@@ -45,7 +45,12 @@ SKEWS = ("0.05", "0.1", "0.3", "0.5", "iid")
 WITHOUT_GENERATORS = ",".join(name for name in METHODS if not METHODS[name].generates)
 NO_INVERSION = ("fedavg", "head-aggregation", "random-images")
 Row = dict[str, Any]
-SINCE = {"run.update-limit": 4.0, "run.update-limit-action": "clip"}
+SINCE = {
+    "run.update-limit": 4.0,
+    "run.update-limit-action": "clip",
+    "distill.trainable": "auto",
+    "distill.cache-memory-mb": 1024,
+}
 """Settings that were added after lines were stored, with the values under which those lines stay the same."""
 
 

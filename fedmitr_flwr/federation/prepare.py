@@ -15,6 +15,7 @@ from fedmitr_flwr.federation.code_digest import code_digest
 from fedmitr_flwr.models.build import build_model
 from fedmitr_flwr.runs.atomic import Json
 from fedmitr_flwr.settings import Settings, SettingsError
+from fedmitr_flwr.stages.distillation.frozen import frozen_part
 from fedmitr_flwr.version import __version__
 
 log = logging.getLogger("fedmitr.run")
@@ -68,7 +69,8 @@ def prepare(settings: Settings, num_partitions: int | None) -> Federation:
         held_out = source.test if settings.run.evaluate_on == "test" else source.validation
         if num_partitions is not None:
             partition_indices(source.train, settings.partition, num_partitions)
-    build_model(settings.model, spec)
+    model = build_model(settings.model, spec)
+    frozen_part(settings.distill.trainable, len(model.blocks))  # raises an error if there are fewer blocks
     return Federation(spec, held_out, device, found)
 
 
