@@ -64,6 +64,8 @@ SINCE = {
     "ensemble.merged-weight": 0.0,
     "ensemble.moments-weight": 0.1,
     "distill.task-scale": 0.3,
+    "distill.trainable": "auto",
+    "distill.cache-memory-mb": 1024,
 }
 """Settings that were added after lines were stored, with the values under which those lines stay the same."""
 

@@ -113,6 +113,11 @@ class Ensemble:
             return self._models.depth
         return shared_depth_of_models(self._models)
 
+    def has_trunk_of(self, model: VisionTransformer) -> bool:
+        """Return whether the teachers share blocks and a model on their device has the same weights in them."""
+        first = self.teachers.blank if isinstance(self.teachers, PagedTeachers) else self.teachers[0]
+        return 0 < self.shared_blocks <= shared_depth_of_models([first, model])
+
     def __call__(
         self,
         patches: Tensor,

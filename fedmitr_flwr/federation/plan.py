@@ -32,8 +32,10 @@ from fedmitr_flwr.models.moments import Moments
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.models.trainable import trained_part
 from fedmitr_flwr.pipeline.methods import method_of
+from fedmitr_flwr.pipeline.steps import planned_images
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError
 from fedmitr_flwr.settings.home import expand
+from fedmitr_flwr.stages.distillation.frozen import token_numbers
 
 PROCESS_MB = 1000
 """MiB of Python with Flower, Ray, torch, timm and the packages for evaluation and figures, without any model.
@@ -72,9 +74,10 @@ class MemoryPlan:
     activations
         Activations and work space of inversion, with `activation_limit`.
     distillation
-        Pool and student; with hard images, also the activations of their inversion.
-    teacher_limit, activation_limit
-        Limits for `inversion.teacher-memory-mb` and `inversion.activation-memory-mb`.
+        Pool and student with the output of its frozen blocks; with hard images, also the activations of their
+        inversion.
+    teacher_limit, activation_limit, cache_limit
+        Limits for `inversion.teacher-memory-mb`, `inversion.activation-memory-mb` and `distill.cache-memory-mb`.
     """
 
     collection: int
@@ -83,6 +86,7 @@ class MemoryPlan:
     distillation: int
     teacher_limit: int
     activation_limit: int
+    cache_limit: int
 
     @property
     def peak(self) -> int:
@@ -126,6 +130,7 @@ def within_memory(settings: Settings, spec: ImageSpec, clients: int, device: tor
     limits: dict[str, RunConfigValue] = {
         "inversion.teacher-memory-mb": plan.teacher_limit,
         "inversion.activation-memory-mb": plan.activation_limit,
+        "distill.cache-memory-mb": plan.cache_limit,
     }
     return settings.replace(**limits)
 
@@ -134,7 +139,8 @@ def plan_memory(settings: Settings, spec: ImageSpec, clients: int, device: torch
     """Divide `run.memory-mb` between teachers and activations.
 
     The teachers come first: in fp32 if they fit, otherwise in bf16, otherwise read from disk at each use. The
-    activations get the rest.
+    activations get the rest. The plan is made before any client uploads, so it does not know which blocks the teachers
+    share; teachers that share blocks need less.
 
     Parameters
     ----------
@@ -148,7 +154,8 @@ def plan_memory(settings: Settings, spec: ImageSpec, clients: int, device: torch
     collection = _mb(_INITIAL_COPIES * weights + _UPLOADS_AT_ONCE * (upload + moments))
     asked = settings.inversion
     if device.type != "cpu":
-        return MemoryPlan(collection, 0, 0, 0, asked.teacher_memory_mb, asked.activation_memory_mb)
+        limits = asked.teacher_memory_mb, asked.activation_memory_mb, settings.distill.cache_memory_mb
+        return MemoryPlan(collection, 0, 0, 0, *limits)
     # Averaging reads one tensor of all uploads at a time, in fp32, and sums them in fp64.
     largest = 4 * max(value.numel() for value in model.state_dict().values())
     merging = _GRAM_TENSORS if {settings.run.method, settings.distill.start} & _BY_GRAMS else 0
@@ -160,14 +167,25 @@ def plan_memory(settings: Settings, spec: ImageSpec, clients: int, device: torch
     beside = distillation if settings.distill.adversarial_rounds > 0 else 0
     room = settings.run.memory_mb - PROCESS_MB - max(fewest + beside, distillation)
     models = clients + bool(settings.expert)
-    limits = MemoryLimits(teachers=asked.teacher_memory_mb).within(room << 20, model, models)
-    teachers = _mb(limits.size(model, models))
+    held = MemoryLimits(teachers=asked.teacher_memory_mb).within(room << 20, model, models)
+    teachers = _mb(held.size(model, models))
     room = settings.run.memory_mb - PROCESS_MB - teachers
     # The passes need work space in addition to the activations that they keep.
     activation_limit = min(asked.activation_memory_mb, max(0, room - fewest - beside))
     activations = fewest + every if every <= activation_limit else fewest
     distillation += activations if beside else 0
-    return MemoryPlan(collection, teachers, activations, distillation, limits.teachers, activation_limit)
+    cache_limit = min(settings.distill.cache_memory_mb, max(0, room - distillation))
+    distillation += min(cache_limit, _cache_mb(settings, model))
+    return MemoryPlan(
+        collection, teachers, activations, distillation, held.teachers, activation_limit, cache_limit
+    )  # fmt: skip
+
+
+def _cache_mb(settings: Settings, model: VisionTransformer) -> int:
+    """Return MiB of the output of the student's frozen blocks for the pool, if a block is frozen, as fp32."""
+    if settings.distill.trainable == "all" or not method_of(settings).distils:
+        return 0
+    return _mb(4 * token_numbers(model, 1, settings.distill, *planned_images(settings)))
 
 
 def _activations_mb(settings: Settings, model: VisionTransformer, spec: ImageSpec, models: int) -> tuple[int, int]:

@@ -20,6 +20,7 @@ from fedmitr_flwr.models.trainable import KEY, trained_part
 from fedmitr_flwr.runs.atomic import Json
 from fedmitr_flwr.settings import Settings, SettingsError
 from fedmitr_flwr.settings.recipes import Recipe
+from fedmitr_flwr.stages.distillation.frozen import frozen_part
 from fedmitr_flwr.version import __version__
 
 log = logging.getLogger("fedmitr.run")
@@ -77,6 +78,7 @@ def prepare(settings: Settings, num_partitions: int | None) -> Federation:
     if settings.train.share_moments or settings.train.head_start == "discriminant":
         check_one_head(model, settings.model.name)
     _check_trained_part(settings, model, simulated=num_partitions is not None)
+    frozen_part(settings.distill.trainable, len(model.blocks))  # raises an error if there are fewer blocks
     return Federation(spec, held_out, device, found)
 
 

@@ -322,7 +322,7 @@ def forward_trunk(
         tokens = block(tokens)
     if blocks < len(model.blocks):
         return TrunkOutput(tokens, None)
-    rows, weights = _last_block(cast(Block, model.blocks[-1]), tokens, _read_tokens(model))
+    rows, weights = _last_block(cast(Block, model.blocks[-1]), tokens, read_tokens(model))
     return TrunkOutput(rows, _patch_attention(model, weights) if attention else None)
 
 
@@ -344,13 +344,13 @@ def forward_tokens(model: VisionTransformer, tokens: Tensor, blocks: int, *, att
     if blocks < len(model.blocks):
         for block in model.blocks[blocks:-1]:
             tokens = block(tokens)
-        tokens, weights = _last_block(cast(Block, model.blocks[-1]), tokens, _read_tokens(model))
+        tokens, weights = _last_block(cast(Block, model.blocks[-1]), tokens, read_tokens(model))
     patch_weights = _patch_attention(model, weights) if attention and weights is not None else None
     logits = model.forward_head(model.norm(tokens))
     return TokenOutput(logits=logits, attention=patch_weights, features=tokens[:, 0])
 
 
-def _read_tokens(model: VisionTransformer) -> int:
+def read_tokens(model: VisionTransformer) -> int:
     """Return Q, the number of tokens that the heads read."""
     return 2 if isinstance(model, VisionTransformerDistilled) else 1
 

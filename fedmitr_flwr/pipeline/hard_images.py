@@ -24,6 +24,7 @@ from fedmitr_flwr.models.vit import forward_patches
 from fedmitr_flwr.pipeline.inputs import StageContext
 from fedmitr_flwr.pipeline.steps import split_and_relabel
 from fedmitr_flwr.runs.observer import Observer
+from fedmitr_flwr.stages.distillation.frozen import StudentTrunk
 from fedmitr_flwr.stages.distillation.pool import Pool, make_pool
 from fedmitr_flwr.stages.inversion.methods import images_per_run, invert_batch, runs
 from fedmitr_flwr.stages.inversion.terms import Disagreement
@@ -49,6 +50,8 @@ class HardImages:
         CPU generator of augmentation.
     observer
         Receives an event after each round.
+    trunk
+        Frozen blocks of the student whose output the pool keeps; None: it keeps none.
     """
 
     def __init__(
@@ -61,9 +64,10 @@ class HardImages:
         seed: int,
         generator: torch.Generator,
         observer: Observer,
+        trunk: StudentTrunk | None = None,
     ) -> None:
         self._context, self._student, self._classes, self._pool = context, student, classes, pool
-        self._seed, self._generator, self._observer = seed, generator, observer
+        self._seed, self._generator, self._observer, self._trunk = seed, generator, observer, trunk
         distill = context.settings.distill
         self._rounds = round_steps(distill.adversarial_rounds, distill.steps)
 
@@ -76,7 +80,9 @@ class HardImages:
         images = self._invert(self._rounds.index(step))
         recipe = context.settings.distill.model_copy(update={"mix": 0.0, "noise": 0.0})
         relabelled = split_and_relabel(context, images)
-        made = make_pool(context.ensemble, relabelled, context.grid, recipe, generator=self._generator)
+        made = make_pool(
+            context.ensemble, relabelled, context.grid, recipe, generator=self._generator, trunk=self._trunk
+        )
         self._pool = self._pool.join(made)
         with torch.no_grad():
             said = forward_patches(self._student, made.inverted.patches, None).logits

@@ -15,6 +15,7 @@ from torch import Tensor
 from fedmitr_flwr.models.vit import forward_patches
 from fedmitr_flwr.runs.observer import Observer
 from fedmitr_flwr.settings import InversionSettings
+from fedmitr_flwr.stages.distillation.frozen import train_mode
 from fedmitr_flwr.stages.distillation.losses import LossTerms
 from fedmitr_flwr.stages.distillation.pool import Pool
 from fedmitr_flwr.stages.inversion.batch import Watch
@@ -121,5 +122,5 @@ class DistillProgress:
         try:
             logits = forward_patches(self.student, images.patches, None).logits
         finally:
-            self.student.train()
+            train_mode(self.student)
         return float((logits.argmax(1) == images.targets.probabilities.argmax(1)).float().mean())

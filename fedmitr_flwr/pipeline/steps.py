@@ -5,6 +5,7 @@ Letters: B images, K teachers, C classes, D embedding.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
@@ -23,9 +24,10 @@ from fedmitr_flwr.pipeline.outliers import trust
 from fedmitr_flwr.pipeline.progress import FINISHED_SHOWN, DistillProgress, InversionProgress
 from fedmitr_flwr.pipeline.shared_moments import expert_state, pooled_moments
 from fedmitr_flwr.runs.observer import Observer
-from fedmitr_flwr.settings import DistillSettings
+from fedmitr_flwr.settings import DistillSettings, Settings
 from fedmitr_flwr.stages.density import split_patches
 from fedmitr_flwr.stages.distillation.distill import distill
+from fedmitr_flwr.stages.distillation.frozen import StudentTrunk, clients_part, freeze, student_trunk
 from fedmitr_flwr.stages.distillation.pool import Pool
 from fedmitr_flwr.stages.distillation.teacher_heads import Branches
 from fedmitr_flwr.stages.inversion.batch import NOBODY
@@ -77,6 +79,9 @@ def make_ensemble(inputs: PipelineInputs) -> tuple[Ensemble, Tensor]:
         expert.load_state_dict(state)
         expert.to(device)
     ensemble = Ensemble(teachers, weights.to(device), limits, rule=settings.ensemble.combine, expert=expert)
+    if ensemble.shared_blocks:
+        shared = f"{ensemble.shared_blocks} of {len(blank.blocks)}"
+        inputs.observer.event("ensemble", blocks_that_no_client_trained=shared)
     return ensemble, known.nonzero().squeeze(1).to(device)
 
 
@@ -111,6 +116,54 @@ def _scaled_logits(state: Mapping[str, Tensor], factor: float) -> dict[str, Tens
     return {name: factor * value if name.startswith("head") else value for name, value in state.items()}
 
 
+def planned_images(settings: Settings) -> tuple[int, int]:
+    """Return the largest number of images in the pool, and how many of them have a density split."""
+    distill, each = settings.distill, images_per_run(settings.inversion)
+    made = runs(settings.inversion) * each
+    hard = distill.adversarial_rounds * -(-distill.adversarial_images // each) * each
+    further = (distill.views - 1) * (made + hard) + math.ceil((distill.mix + distill.noise) * made) + 1
+    return made + hard + further, made + hard
+
+
+def freeze_student(
+    inputs: PipelineInputs,
+    ensemble: Ensemble,
+    student: VisionTransformer,
+    settings: DistillSettings,
+    images: tuple[int, int] | None = None,
+) -> StudentTrunk | None:
+    """Freeze the weights that `distill.trainable` excludes, and move the student to the inputs' device.
+
+    Parameters
+    ----------
+    student
+        The student with its starting weights.
+    settings
+        Settings of the distillation.
+    images
+        Largest number of images in the pool, and of those with a density split; None: `planned_images`.
+
+    Returns
+    -------
+    StudentTrunk | None
+        The frozen blocks whose output the pool keeps; None if no block is frozen or the output does not fit in
+        `distill.cache-memory-mb`.
+
+    Raises
+    ------
+    SettingsError
+        If the model has fewer blocks than `distill.trainable` names.
+    """
+    part = clients_part(settings.trainable, ensemble)
+    student.to(inputs.device)
+    freeze(student, part)
+    trunk = student_trunk(student, part, ensemble, settings, *(images or planned_images(inputs.settings)))
+    if part.blocks is not None:
+        kept = "none" if trunk is None else str(trunk.dtype).removeprefix("torch.")
+        inputs.observer.event("distill", frozen_blocks=f"{part.blocks} of {len(student.blocks)}", kept_tokens=kept)
+    return trunk
+
+
 def distilled(
     inputs: PipelineInputs,
     ensemble: Ensemble,
@@ -121,6 +174,8 @@ def distilled(
     grow: Callable[[int], Pool | None] | None = None,
 ) -> dict[str, Tensor]:
     """Run stage 4 with progress reports and checkpoints, and return the student's state dict on the CPU.
+
+    Only the parameters that `freeze_student` left trainable are trained.
 
     With `grow` (see `distill.distill`) no checkpoints are written, so an interrupted run repeats distillation from its
     start.

@@ -14,7 +14,7 @@ from torch import Tensor
 from fedmitr_flwr.data import ImageSet, ImageSpec
 from fedmitr_flwr.models.build import build_model
 from fedmitr_flwr.models.patch_grid import PatchGrid
-from fedmitr_flwr.models.vit import forward_images
+from fedmitr_flwr.models.vit import forward_images, forward_tokens
 from fedmitr_flwr.pipeline.inputs import PipelineResult
 from fedmitr_flwr.results.metrics import MODELS, computed
 from fedmitr_flwr.settings import ModelSettings
@@ -70,6 +70,9 @@ def evaluate(
 ) -> Evaluation:
     """Evaluate all models of a run.
 
+    Blocks that no client trained run once for the local models, the ensemble, and those of FedAvg's model and the
+    global model that have them too.
+
     Parameters
     ----------
     result
@@ -103,14 +106,19 @@ def evaluate(
     local = [MulticlassAccuracy(C, average="micro").to(device) for _ in range(len(result.ensemble.teachers))]
     confusion = {name: MulticlassConfusionMatrix(C).to(device) for name in ("fedavg", "ensemble", "global")}
     said: dict[str, list[Tensor]] = {name: [] for name in confusion}
+    ensemble = result.ensemble
+    sharing = {name for name, model in models.items() if ensemble.has_trunk_of(model)}
     for x, y in batches(images, spec, batch_size, device):
-        patches = grid.to_patches(x)
-        seen = result.ensemble.see(patches).logits
-        for metric, logits in zip(local, seen[: len(local)], strict=True):
+        seen = ensemble.see(grid.to_patches(x), tokens=bool(sharing))
+        for metric, logits in zip(local, seen.logits[: len(local)], strict=True):
             metric.update(logits, y)
-        said["ensemble"].append(result.ensemble.combine(seen))
+        said["ensemble"].append(ensemble.combine(seen.logits))
         for name, model in models.items():
-            said[name].append(forward_images(model, x).logits.float().softmax(-1))
+            if seen.tokens is not None and name in sharing:
+                out = forward_tokens(model, seen.tokens, ensemble.shared_blocks)
+            else:
+                out = forward_images(model, x)
+            said[name].append(out.logits.float().softmax(-1))
         for name, table in confusion.items():
             table.update(said[name][-1], y)
             said[name][-1] = said[name][-1].cpu()

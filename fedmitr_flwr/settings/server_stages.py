@@ -271,6 +271,21 @@ class DistillSettings(Stage):
         description="For `task-arithmetic`, as `distill.start` and as `run.method`: factor on the sum of the client "
         "updates of all weights but the head. With K clients, 1 / K gives the mean.",
     )
+    trainable: str = Field(
+        "auto",
+        pattern=r"^(auto|all|head|last-[1-9][0-9]{0,3})$",
+        description="Weights of the student that distillation trains; all others keep their start. `auto`: those that "
+        "the clients trained. If all uploads have the same patch embedding and the same first blocks, these are not "
+        "trained; else all weights are. `all`: all weights. `head`: the classifier head. `last-N`: the last N "
+        "transformer blocks, the last norm and the head; N is at least 1 and at most the number of blocks.",
+    )
+    cache_memory_mb: int = Field(
+        1024,
+        ge=0,
+        description="Memory limit in MiB for the output of the student's frozen blocks (`distill.trainable`) for all "
+        "images of the pool. It is kept as fp32 if that fits, else as bf16. If bf16 exceeds the limit too, each step "
+        "computes it again. 0: it is never kept.",
+    )
     steps: int = Field(1200, ge=1, le=10_000_000, description="Number of optimiser steps.")
     batch_size: int = Field(64, ge=1, description="Number of images in a step.")
     learning_rate: float = Field(

@@ -85,7 +85,7 @@ class _CoBoosting(InTurn):
         named = (self.labels[rows] >= 0).nonzero().squeeze(1)
         for part in named.split(self.settings.batch_size):
             patches[part] = perturbed(self.ensemble, patches[part], self.grid, self.settings.perturbation, self.random)
-        return unnamed_pool(patches, label_patches(self.ensemble, patches, self.recipe))
+        return unnamed_pool(patches, label_patches(self.ensemble, patches, self.recipe, trunk=self.trunk))
 
 
 def hard_loss(probabilities: Tensor, logits: Tensor, labels: Tensor, weight: float) -> Tensor:

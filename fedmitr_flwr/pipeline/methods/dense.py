@@ -33,7 +33,7 @@ class _Dense(InTurn):
         return boundary_loss(seen, self.student_logits(patches), labels, self.settings.adversarial)
 
     def extend(self, patches: Tensor, labels: Tensor) -> None:
-        self._targets.append(label_patches(self.teachers, patches, self.recipe))
+        self._targets.append(label_patches(self.teachers, patches, self.recipe, trunk=self.trunk))
 
     def pool(self, steps: int) -> Pool:
         return unnamed_pool(self.patches, Targets.join(self._targets))

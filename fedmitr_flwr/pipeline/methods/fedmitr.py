@@ -11,7 +11,7 @@ from fedmitr_flwr.pipeline.hard_images import HardImages
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult, StageContext
 from fedmitr_flwr.pipeline.methods.common import Method, the_ensemble
 from fedmitr_flwr.pipeline.starts import student_start
-from fedmitr_flwr.pipeline.steps import distilled, invert_all, make_ensemble, split_and_relabel
+from fedmitr_flwr.pipeline.steps import distilled, freeze_student, invert_all, make_ensemble, split_and_relabel
 from fedmitr_flwr.settings import Settings
 from fedmitr_flwr.stages.distillation.pool import make_pool
 
@@ -51,10 +51,14 @@ def run_pipeline(inputs: PipelineInputs) -> PipelineResult:
     if state is None:
         with observer.stage("distill"):
             model.load_state_dict(student_start(inputs, ensemble))
+            trunk = freeze_student(inputs, ensemble, model, settings.distill)
             generator = torch.Generator().manual_seed(inputs.seed)
-            pool = make_pool(ensemble, made, context.grid, settings.distill, generator=generator)
+            pool = make_pool(ensemble, made, context.grid, settings.distill, generator=generator, trunk=trunk)
             observer.event("distill", labelled_images=len(pool))
-            harder = HardImages(context, model, known, pool, seed=inputs.seed, generator=generator, observer=observer)
+            seed = inputs.seed
+            harder = HardImages(
+                context, model, known, pool, seed=seed, generator=generator, observer=observer, trunk=trunk
+            )
             grow = harder if settings.distill.adversarial_rounds > 0 else None
             state = distilled(inputs, ensemble, model, pool, settings.distill, generator, grow)
         if checkpoints is not None:

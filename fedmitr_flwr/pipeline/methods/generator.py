@@ -42,9 +42,10 @@ from fedmitr_flwr.models.vit import forward_patches
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
 from fedmitr_flwr.pipeline.methods.common import the_ensemble, untrained_result
 from fedmitr_flwr.pipeline.starts import student_start
-from fedmitr_flwr.pipeline.steps import distilled, make_ensemble
+from fedmitr_flwr.pipeline.steps import distilled, freeze_student, make_ensemble
 from fedmitr_flwr.settings import GeneratorSettings, Settings
 from fedmitr_flwr.stages.density import PatchSplit
+from fedmitr_flwr.stages.distillation.frozen import StudentTrunk
 from fedmitr_flwr.stages.distillation.pool import Pool, gather
 from fedmitr_flwr.stages.relabel import soften
 from fedmitr_flwr.stages.synthetic import SyntheticImages
@@ -157,6 +158,8 @@ class InTurn(ABC):
     patches, labels
         ``(N, P, E)`` and ``(N,)``: all images generated so far, with their further images. The label is -1 for images
         without one.
+    trunk
+        Frozen blocks of the student whose output the pool keeps; None: it keeps none.
     """
 
     def __init__(self, inputs: PipelineInputs) -> None:
@@ -173,6 +176,7 @@ class InTurn(ABC):
         self.labels = torch.empty(0, dtype=torch.int64, device=inputs.device)
         self._made: list[SyntheticImages] = []
         self._starts = round_starts(self.settings.rounds, self.recipe.steps)
+        self.trunk: StudentTrunk | None = None
 
     @abstractmethod
     def loss(self, patches: Tensor, labels: Tensor) -> Tensor:
@@ -191,7 +195,7 @@ class InTurn(ABC):
         inputs, result = self.inputs, untrained_result(self.inputs, self.teachers)
         with inputs.observer.stage("distill"):
             self.student.load_state_dict(student_start(inputs, self.teachers))
-            self.student.to(inputs.device)
+            self.trunk = freeze_student(inputs, self.teachers, self.student, self.recipe, (self._most_images(), 0))
             first = self._grow(0)
             assert first is not None
             state = distilled(inputs, self.teachers, self.student, first, self.recipe, self.random, grow=self._grow)
@@ -199,6 +203,15 @@ class InTurn(ABC):
         split = PatchSplit(torch.ones_like(made.kept, dtype=torch.bool))
         seconds = dict(inputs.observer.seconds)
         return replace(result, state=state, synthetic=made, split=split, seconds=seconds)
+
+    def _most_images(self) -> int:
+        """Return an upper bound on the images of a pool: all that are generated, or those of the steps of a round."""
+        recipe, rounds = self.recipe, self.settings.rounds
+        noise = recipe.noise * self.inputs.settings.inversion.images
+        made = math.ceil(rounds * self.settings.batch_size * (recipe.views + recipe.mix) + noise)
+        ends = [*self._starts[1:], recipe.steps]
+        longest = max(end - start for start, end in zip(self._starts, ends, strict=True))
+        return max(made, longest * recipe.batch_size)
 
     def _grow(self, step: int) -> Pool | None:
         """Run the rounds that are due before a step of the student, and return the new pool; None: keep the old one."""

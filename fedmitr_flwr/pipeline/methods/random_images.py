@@ -18,7 +18,7 @@ from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
 from fedmitr_flwr.pipeline.methods.common import Method, the_ensemble, untrained_result
 from fedmitr_flwr.pipeline.starts import student_start
-from fedmitr_flwr.pipeline.steps import distilled
+from fedmitr_flwr.pipeline.steps import distilled, freeze_student
 from fedmitr_flwr.stages.distillation.pool import label_patches, unnamed_pool
 from fedmitr_flwr.stages.random_images.families import random_images
 
@@ -58,7 +58,8 @@ def distil_on(inputs: PipelineInputs, draw: Callable[[int, PatchGrid, torch.Gene
         generator = torch.Generator().manual_seed(inputs.seed)
         count = round(settings.inversion.images * (recipe.views + recipe.mix + recipe.noise))
         patches = grid.to_patches(draw(count, grid, generator).to(inputs.device))
-        pool = unnamed_pool(patches, label_patches(result.ensemble, patches, recipe))
+        trunk = freeze_student(inputs, result.ensemble, student, recipe, (count, 0))
+        pool = unnamed_pool(patches, label_patches(result.ensemble, patches, recipe, trunk=trunk))
         state = distilled(inputs, result.ensemble, student, pool, recipe, generator)
     return replace(result, state=state, seconds=dict(inputs.observer.seconds))
 

@@ -131,7 +131,8 @@ def _flops(settings: Settings, result: PipelineResult, grid: PatchGrid) -> dict[
         return {}
     if result.synthetic is None:  # and so no hard images either
         settings = settings.replace(**{"distill.adversarial-rounds": 0})
-    found = stage_flops(settings, result.ensemble.teachers[0], grid, result.ensemble.num_models)
+    ensemble = result.ensemble
+    found = stage_flops(settings, ensemble.teachers[0], grid, ensemble.num_models, ensemble.shared_blocks)
     left_out = set() if method_of(settings).distils else {"distill"}
     if result.synthetic is None:
         left_out |= {"invert", "invert_dense", "relabel"}

@@ -19,6 +19,7 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from fedmitr_flwr.settings import DistillSettings, TrainSettings
+from fedmitr_flwr.stages.distillation.frozen import train_mode
 from fedmitr_flwr.stages.distillation.losses import LossTerms, loss_terms
 from fedmitr_flwr.stages.distillation.pool import Pool
 from fedmitr_flwr.stages.distillation.teacher_heads import Branches
@@ -51,7 +52,8 @@ def distill(
     Parameters
     ----------
     student
-        A timm ViT with its starting weights, on the device of the pool.
+        A timm ViT with its starting weights, on the device of the pool. Parameters without `requires_grad` are not
+        trained; leading blocks without a trained parameter run in eval mode.
     pool
         Labelled images.
     settings
@@ -78,7 +80,7 @@ def distill(
     )
     learner = nn.ModuleList([student] if branches is None else [student, branches])
     optimizer, scheduler = make_optimizer(learner, recipe, settings.steps)
-    student.train()
+    train_mode(student)
     queue = torch.empty(0, dtype=torch.int64)
     total = torch.zeros(())
     start = 0
@@ -91,7 +93,7 @@ def distill(
     for step in range(start, settings.steps):
         if grow is not None and (grown := grow(step)) is not None:
             pool, queue = grown, queue[:0]
-            student.train()
+            train_mode(student)
         while len(queue) < settings.batch_size:
             queue = torch.cat([queue, torch.randperm(len(pool), generator=generator)])
         rows, queue = queue[: settings.batch_size], queue[settings.batch_size :]

@@ -12,9 +12,10 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 from torch.nn import functional as F
 
-from fedmitr_flwr.models.vit import forward_patches
+from fedmitr_flwr.models.vit import forward_patches, forward_tokens, read_tokens
 from fedmitr_flwr.settings import DistillSettings
 from fedmitr_flwr.stages.density import subsets
+from fedmitr_flwr.stages.distillation.frozen import PartTokens
 from fedmitr_flwr.stages.distillation.pool import PoolBatch
 from fedmitr_flwr.stages.distillation.teacher_heads import Branches, last_norms
 from fedmitr_flwr.stages.relabel import soften
@@ -73,22 +74,28 @@ def loss_terms(
     branches
         Maps to the teachers' tokens, or None: no `feature` and `teacher` terms.
     """
-    images, count = batch.images, len(batch.images)
+    images, count, targets = batch.images, len(batch.images), batch.images.targets
     kl = ce = low = feature = teacher = torch.zeros((), device=images.labels.device)
     full_ce = settings.ce_weight > 0 and settings.ce_on == "full"
     if settings.kl_weight > 0 or full_ce or branches is not None:
-        seen = forward_patches(student, images.patches, None)
-        kl = kl_divergence(images.targets.probabilities, seen.logits, settings.temperature)
+        if targets.tokens is None:
+            seen = forward_patches(student, images.patches, None)
+        else:
+            seen = forward_tokens(student, targets.tokens.float(), targets.blocks)
+        kl = kl_divergence(targets.probabilities, seen.logits, settings.temperature)
         if full_ce:
             ce = F.cross_entropy(seen.logits, images.labels, ignore_index=-1, reduction="sum") / count
-        if branches is not None and images.targets.features is not None:
-            feature, teacher = branches(last_norms(student)(seen.features), images.targets.features)
+        if branches is not None and targets.features is not None:
+            feature, teacher = branches(last_norms(student)(seen.features), targets.features)
     if settings.ce_weight > 0 and settings.ce_on == "high" and len(batch.inverted):
-        out = subset_logits(student, images.patches[batch.inverted], batch.split.high)
+        high, chosen = batch.high_tokens, images.patches[batch.inverted]
+        out = subset_logits(student, chosen, batch.split.high, high, targets.blocks)
         ce = F.cross_entropy(out, images.labels[batch.inverted], reduction="sum") / count
     present = batch.low_targets.present.nonzero().squeeze(1)
     if settings.low_weight > 0 and len(present):
-        out = subset_logits(student, images.patches[batch.inverted[present]], batch.split.low[present])
+        low_tokens = None if batch.low_tokens is None else batch.low_tokens[present]
+        chosen = images.patches[batch.inverted[present]]
+        out = subset_logits(student, chosen, batch.split.low[present], low_tokens, targets.blocks)
         low = kl_divergence(batch.low_targets.probabilities[present], out, 1.0) * (len(present) / count)
     return LossTerms(kl, ce, low, feature, teacher)
 
@@ -109,12 +116,27 @@ def kl_divergence(target: Tensor, logits: Tensor, temperature: float) -> Tensor:
     return F.kl_div(log_student, target, reduction="batchmean") * temperature**2
 
 
-def subset_logits(student: VisionTransformer, patches: Tensor, mask: Tensor) -> Tensor:
-    """Return ``(B, C)`` logits from [CLS] and the masked patches alone; a row without masked patches is zero."""
+def subset_logits(
+    student: VisionTransformer, patches: Tensor, mask: Tensor, tokens: PartTokens | None = None, blocks: int = 0
+) -> Tensor:
+    """Return ``(B, C)`` logits from [CLS] and the masked patches alone; a row without masked patches is zero.
+
+    Parameters
+    ----------
+    patches, mask
+        ``(B, P, E)`` and ``(B, P)`` bool.
+    tokens, blocks
+        Output of the student's frozen blocks for these patches, and their number; None: all blocks run.
+    """
     parts, places = [], []
     for rows, index in subsets(mask):
-        chosen = patches[rows].gather(1, index[..., None].expand(-1, -1, patches.shape[-1]))
-        parts.append(forward_patches(student, chosen, index).logits)
+        if tokens is None:
+            chosen = patches[rows].gather(1, index[..., None].expand(-1, -1, patches.shape[-1]))
+            parts.append(forward_patches(student, chosen, index).logits)
+        else:
+            whole = blocks == len(student.blocks)
+            count = read_tokens(student) if whole else index.shape[1] + student.num_prefix_tokens
+            parts.append(forward_tokens(student, tokens.of(rows, count), blocks).logits)
         places.append(rows)
     logits = torch.cat(parts)
     return logits.new_zeros(len(patches), logits.shape[1]).index_copy(0, torch.cat(places), logits)

@@ -4,7 +4,8 @@ The pool holds the synthetic images and three kinds of further images: augmented
 keep the pseudo-label y; images that mix the patches of two synthetic images; and random images. The further images are
 not in the FedMITR paper; ``views = 1``, ``mix = 0`` and ``noise = 0`` turn them off. They have targets for
 KL(A(x) || s(x)), but no density split. The ensemble labels the whole pool once, because a forward pass of K teachers
-costs more than one of the student, and the student passes over the pool several times.
+costs more than one of the student, and the student passes over the pool several times. If blocks of the student are
+frozen, the pool also keeps their output for each image (`frozen.py`).
 
 Letters: B images, K teachers, C classes, D embedding, P patches of the full grid, E pixels of a patch, N images of the
 pool.
@@ -24,6 +25,7 @@ from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.settings import DistillSettings
 from fedmitr_flwr.stages.density import PatchSplit
+from fedmitr_flwr.stages.distillation.frozen import PartTokens, StudentTrunk, uses_high
 from fedmitr_flwr.stages.distillation.teacher_heads import last_norms
 from fedmitr_flwr.stages.random_images.families import random_images
 from fedmitr_flwr.stages.relabel import LowTargets, RelabelledImages
@@ -32,7 +34,7 @@ from fedmitr_flwr.training.augment import augment
 
 @dataclass(frozen=True)
 class Targets:
-    """Targets of full images.
+    """Targets of full images, and the output of the student's frozen blocks for them.
 
     Attributes
     ----------
@@ -40,20 +42,32 @@ class Targets:
         ``(N, C)`` A(x) of each image, or its most probable class as a one-hot row.
     features
         ``(N, K, D)`` bf16, each teacher's [CLS] token as its head receives it; None if no loss term needs them.
+    tokens
+        Output of the student's frozen blocks, ``(N, tokens, D)`` fp32 or bf16; None if it is not kept.
+    blocks
+        Number of these blocks; 0 without `tokens`.
     """
 
     probabilities: Tensor
     features: Tensor | None
+    tokens: Tensor | None = None
+    blocks: int = 0
 
     @staticmethod
     def join(parts: Sequence[Targets]) -> Targets:
         """Concatenate the targets of all images of `parts`."""
         features = [part.features for part in parts if part.features is not None]
-        probabilities = torch.cat([part.probabilities for part in parts])
-        return Targets(probabilities, torch.cat(features) if features else None)
+        tokens = [part.tokens for part in parts if part.tokens is not None]
+        return Targets(
+            torch.cat([part.probabilities for part in parts]),
+            torch.cat(features) if features else None,
+            torch.cat(tokens) if tokens else None,
+            parts[0].blocks,
+        )
 
     def __getitem__(self, rows: slice | Tensor) -> Targets:
-        return Targets(self.probabilities[rows], None if self.features is None else self.features[rows])
+        features, tokens = (None if each is None else each[rows] for each in (self.features, self.tokens))
+        return Targets(self.probabilities[rows], features, tokens, self.blocks)
 
 
 @dataclass(frozen=True)
@@ -102,12 +116,16 @@ class PoolBatch:
         ``(m,)`` int64 positions of the unchanged synthetic images among them; only these have a density split.
     split, low_targets
         Density split and q_low of these m images.
+    high_tokens, low_tokens
+        As in `Pool`, for these m images.
     """
 
     images: LabelledImages
     inverted: Tensor
     split: PatchSplit
     low_targets: LowTargets
+    high_tokens: PartTokens | None = None
+    low_tokens: PartTokens | None = None
 
 
 @dataclass(frozen=True)
@@ -122,12 +140,17 @@ class Pool:
         Density split and q_low of the same B images.
     further
         Augmented views, mixed images and random images.
+    high_tokens, low_tokens
+        Output of the student's frozen blocks for the high- and for the low-density patches of the B synthetic images;
+        None if it is not kept or no loss term needs it.
     """
 
     inverted: LabelledImages
     split: PatchSplit
     low_targets: LowTargets
     further: LabelledImages
+    high_tokens: PartTokens | None = None
+    low_tokens: PartTokens | None = None
 
     def __post_init__(self) -> None:
         counts = {len(self.inverted), len(self.split.high), len(self.low_targets.present)}
@@ -159,7 +182,8 @@ class Pool:
         inverted, further = rows[places].to(self.device), rows[others].to(self.device) - B
         order = torch.cat([places, others]).argsort().to(self.device)
         images = LabelledImages.join([self.inverted[inverted], self.further[further]])[order]
-        return PoolBatch(images, places.to(self.device), self.split[inverted], self.low_targets[inverted])
+        high, low = (None if part is None else part[inverted] for part in (self.high_tokens, self.low_tokens))
+        return PoolBatch(images, places.to(self.device), self.split[inverted], self.low_targets[inverted], high, low)
 
     def features(self) -> tuple[Tensor, ...] | None:
         """Return the teachers' tokens of all images as parts ``(n, K, D)``; None if no loss term needs them."""
@@ -174,7 +198,13 @@ class Pool:
             PatchSplit(torch.cat([self.split.high, other.split.high])),
             LowTargets.join([self.low_targets, other.low_targets]),
             LabelledImages.join([self.further, other.further]),
+            _joined(self.high_tokens, other.high_tokens),
+            _joined(self.low_tokens, other.low_tokens),
         )
+
+
+def _joined(one: PartTokens | None, other: PartTokens | None) -> PartTokens | None:
+    return None if one is None or other is None else PartTokens.join([one, other])
 
 
 @torch.no_grad()
@@ -186,6 +216,7 @@ def make_pool(
     *,
     generator: torch.Generator,
     batch_size: int = 128,
+    trunk: StudentTrunk | None = None,
 ) -> Pool:
     """Add further images to the synthetic ones and label all of them by the ensemble.
 
@@ -204,12 +235,18 @@ def make_pool(
         CPU generator of augmentation, mixing and random images.
     batch_size
         Number of images in a forward pass of the ensemble.
+    trunk
+        Frozen blocks of the student whose output the pool keeps; None: it keeps none.
     """
     synthetic = made.synthetic
     patches, labels = gather(synthetic.images, synthetic.labels, grid, settings, generator)
-    everything = LabelledImages(patches, labels, label_patches(ensemble, patches, settings, batch_size))
-    B = len(synthetic.labels)
-    return Pool(everything[:B], made.split, made.low_targets, everything[B:])
+    everything = LabelledImages(patches, labels, label_patches(ensemble, patches, settings, batch_size, trunk))
+    B, high, low = len(synthetic.labels), None, None
+    if trunk is not None and uses_high(settings):
+        high = PartTokens.of_patches(trunk, patches[:B], made.split.high, batch_size)
+    if trunk is not None and settings.low_weight > 0:
+        low = PartTokens.of_patches(trunk, patches[:B], made.split.low & made.low_targets.present[:, None], batch_size)
+    return Pool(everything[:B], made.split, made.low_targets, everything[B:], high, low)
 
 
 def gather(
@@ -246,21 +283,43 @@ def unnamed_pool(patches: Tensor, targets: Targets) -> Pool:
 
 
 @torch.no_grad()
-def label_patches(ensemble: Ensemble, patches: Tensor, settings: DistillSettings, batch_size: int = 128) -> Targets:
-    """Compute the targets of full images, ``(N, P, E)`` fp32 patches, that the loss terms of `settings` need."""
+def label_patches(
+    ensemble: Ensemble,
+    patches: Tensor,
+    settings: DistillSettings,
+    batch_size: int = 128,
+    trunk: StudentTrunk | None = None,
+) -> Targets:
+    """Compute the targets of full images that the loss terms of `settings` need.
+
+    Parameters
+    ----------
+    ensemble
+        The weighted teachers.
+    patches
+        ``(N, P, E)`` fp32.
+    batch_size
+        Number of images in a forward pass of the ensemble.
+    trunk
+        Frozen blocks of the student whose output is kept. If the teachers share them, they run once for teachers and
+        student. None: nothing is kept.
+    """
     teachers = ensemble.teachers if settings.learns_teachers else ()
     norms = [copy.deepcopy(last_norms(teacher)).float() for teacher in teachers]
-    probabilities, features = [], []
+    probabilities, features, tokens = [], [], []
     for part in patches.split(batch_size):
-        seen = ensemble.see(part, features=bool(norms))
+        seen = ensemble.see(part, features=bool(norms), tokens=trunk is not None and trunk.shared)
         probabilities.append(ensemble.combine(seen.logits))
         if seen.features is not None:
-            tokens = [norm(of_one) for norm, of_one in zip(norms, seen.features, strict=True)]
-            features.append(torch.stack(tokens, 1).bfloat16())
+            of_each = [norm(of_one) for norm, of_one in zip(norms, seen.features, strict=True)]
+            features.append(torch.stack(of_each, 1).bfloat16())
+        if trunk is not None:
+            tokens.append(trunk(part) if seen.tokens is None else seen.tokens.to(trunk.dtype))
     targets = torch.cat(probabilities)
     if settings.labels == "hard":
         targets = F.one_hot(targets.argmax(1), targets.shape[1]).to(targets)
-    return Targets(targets, torch.cat(features) if features else None)
+    kept = torch.cat(tokens) if tokens else None
+    return Targets(targets, torch.cat(features) if features else None, kept, trunk.blocks if trunk else 0)
 
 
 def mix_patches(images: Tensor, count: int, grid: PatchGrid, generator: torch.Generator) -> Tensor:

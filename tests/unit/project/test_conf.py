@@ -58,7 +58,9 @@ def test_a_run_on_own_images_with_a_pretrained_model_follows_the_recipe(path: Pa
     for overrides in ([], ["model.init=file:vit.safetensors"]):
         settings = run_settings(ROOT, path, overrides)
         recipe = settings.applied_recipe()
-        assert (recipe.name, recipe.named) == ("pretrained", ())
+        assert recipe.name == "pretrained"
+        # 55 classes need more images than the recipe has.
+        assert recipe.named == (("inversion.images",) if path.stem == "emojihome" else ())
         assert settings.data.image_size % 14 == 0
     assert len(OWN) == 4
 
