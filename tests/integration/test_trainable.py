@@ -24,7 +24,7 @@ def test_a_run_of_small_uploads_is_resumed_with_the_same_model(tmp_path: Path, v
     assert first.returncode == 0, first.stdout + first.stderr
     directory = tmp_path / "part"
     log = (directory / "log.txt").read_text("utf-8")
-    assert f"(train.trainable = {value}; all weights have 0.0739 MB)" in log
+    assert f"(train.trainable = {value}; all weights have 0.106 MB)" in log
     sizes = [file.stat().st_size for file in stored(directory)]
     assert len(sizes) == 3
     assert metrics(directory)["upload_mb"] == pytest.approx(sum(sizes) / 3e6, abs=0.001)
