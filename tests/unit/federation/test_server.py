@@ -42,7 +42,7 @@ def test_the_metrics_have_exactly_the_promised_keys() -> None:
         "per_class": {"global": (0.7, None)},
         "clients": {"asked": 5, "accepted": 2, "refused": 1, "failed": 1, "empty": 1},
         "seconds": {"clients": 1.235, "collect": 0, "invert": 2, "relabel": 0, "distill": 0, "evaluate": 0},
-        "upload_mb": 1.235,
+        "upload_mb": 1.23456,
         "memory_budget_mb": None,
     }
 
