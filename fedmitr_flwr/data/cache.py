@@ -11,15 +11,24 @@ import numpy as np
 from numpy.typing import NDArray
 
 from fedmitr_flwr.runs.atomic import atomic_path
+from fedmitr_flwr.settings.home import expand
 
 log = logging.getLogger("fedmitr.data")
 
 
 def cache_dir() -> Path:
-    """Return the cache directory: FEDMITR_CACHE, else XDG_CACHE_HOME/fedmitr, else ~/.cache/fedmitr."""
+    """Return the cache directory: FEDMITR_CACHE, else XDG_CACHE_HOME/fedmitr, else ~/.cache/fedmitr.
+
+    Raises
+    ------
+    SettingsError
+        If one of the variables begins with ``~NAME`` and there is no user of this name.
+    """
     own = os.environ.get("FEDMITR_CACHE")
+    if own:
+        return expand(own, "FEDMITR_CACHE", reachable=False)
     shared = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(own).expanduser() if own else Path(shared).expanduser() / "fedmitr"
+    return expand(shared, "XDG_CACHE_HOME", reachable=False) / "fedmitr"
 
 
 def cached_array(name: str, make: Callable[[], NDArray[np.uint8]]) -> NDArray[np.uint8]:

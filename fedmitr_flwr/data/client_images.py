@@ -25,7 +25,7 @@ from fedmitr_flwr.data.presets import Geometry
 from fedmitr_flwr.data.sources.files import exists
 from fedmitr_flwr.data.sources.folder import HeldOut, load_folder
 from fedmitr_flwr.data.sources.npz import load_npz
-from fedmitr_flwr.data.sources.raw import TRAIN, Header, Origin, RawSource
+from fedmitr_flwr.data.sources.raw import TEST, TRAIN, Header, Origin, RawSource
 from fedmitr_flwr.data.spec import ImageSpec
 from fedmitr_flwr.settings import DataSettings, PartitionSettings, Settings, SettingsError
 
@@ -78,7 +78,9 @@ def client_images(
 
 
 def site_images(settings: DataSettings, origin: Origin, spec: ImageSpec) -> ImageSet:
-    """Return the images of a folder or ``.npz`` file, without the test data of the file, converted to a spec.
+    """Return the images of a folder or ``.npz`` file to evaluate a model on, converted to a spec.
+
+    Of a file that marks test data, these are its test data; of another file, all images.
 
     Raises
     ------
@@ -125,9 +127,13 @@ def _site(
     def accept(header: Header, labels: Labels) -> None:
         match_classes(labels, header, class_names)
 
-    raw = load_npz(path, origin) if kind == "npz" else load_folder(path, origin, held_out=held_out, accept=accept)
+    if kind == "npz":
+        raw = load_npz(path, origin)
+    else:
+        raw = load_folder(path, origin, held_out=held_out, known=class_names, accept=accept)
     spec = spec or _site_spec(settings, raw, class_names)
-    rows = np.flatnonzero(raw.split == TRAIN)
+    evaluated = held_out == "refuse"
+    rows = np.flatnonzero(raw.split == (TEST if evaluated and TEST in raw.split else TRAIN))
     _check_channels(raw.header.geometry, spec, origin)
     images = ImageSet(
         labels=match_classes(raw.labels[rows], raw.header, spec.class_names),
@@ -137,14 +143,11 @@ def _site(
         image_size=spec.image_size,
         columns={name: column[rows] for name, column in raw.columns.items()},
     )
-    log_images(origin, spec, {"training" if held_out == "ignore" else "to evaluate": images}, _unused(raw, rows))
+    others = len(raw.labels) - len(rows)
+    phrase = f"{others} images that it {'does not mark' if evaluated else 'marks'} as test data"
+    left_out = (*raw.left_out, *([phrase] if others else []))
+    log_images(origin, spec, {"to evaluate" if evaluated else "training": images}, left_out)
     return images, spec
-
-
-def _unused(raw: RawSource, rows: Labels) -> tuple[str, ...]:
-    """Return a phrase for what the source leaves out and for its held-out images."""
-    held_out = len(raw.labels) - len(rows)
-    return (*raw.left_out, *([f"{held_out} images that it marks as test data"] if held_out else []))
 
 
 def _site_spec(settings: DataSettings, raw: RawSource, names: tuple[str, ...]) -> ImageSpec:

@@ -176,12 +176,21 @@ def known_geometry(settings: DataSettings) -> Geometry | None:
 
 
 def split_origin(origin: Origin) -> tuple[str, Path]:
-    """Return kind and path of a source; a path without a kind is an archive if it ends in .npz, else a folder."""
+    """Return kind and path of a source; a path without a kind is an archive if it ends in .npz, else a folder.
+
+    Raises
+    ------
+    SettingsError
+        If the path cannot be used (`expand`).
+    """
     kind, colon, rest = origin.value.partition(":")
-    if colon and kind in ("npz", "folder", "hub"):
-        return kind, expand(rest, origin.key)
-    path = expand(origin.value, origin.key)
-    return "npz" if path.suffix.lower() == ".npz" else "folder", path
+    if not colon or kind not in ("npz", "folder", "hub"):
+        kind, rest = "", origin.value
+    try:
+        path = expand(rest)
+    except SettingsError as error:
+        raise origin.error(error.problems[0][2]) from None
+    return kind or ("npz" if path.suffix.lower() == ".npz" else "folder"), path
 
 
 def _load(settings: DataSettings, origin: Origin) -> RawSource:
@@ -190,7 +199,7 @@ def _load(settings: DataSettings, origin: Origin) -> RawSource:
     kind, path = split_origin(origin)
     if kind == "hub":
         return load_hub(origin.value.partition(":")[2], origin, settings)
-    return load_npz(path, origin) if kind == "npz" else load_folder(path, origin)
+    return load_npz(path, origin) if kind == "npz" else load_folder(path, origin, known=given_names(settings))
 
 
 def _named(settings: DataSettings, header: Header) -> Header:

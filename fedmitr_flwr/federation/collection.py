@@ -149,7 +149,7 @@ class Collection:
         return "accepted"
 
     def _accept(self, content: RecordDict, node: int) -> StoredUpload | None:
-        """Validate a reply's records and store the upload; None from a client without data."""
+        """Validate a reply's records and store the upload; return None if the client has no data."""
         config = content.config_records.get("config", ConfigRecord())
         metrics = content.metric_records.get("metrics", MetricRecord())
         arrays = content.array_records.get("arrays")
@@ -173,18 +173,18 @@ class Collection:
             decode_state(arrays, self.store.layout, config.get("dtype")),
             num_examples=num_examples,
             numbers={number.name: metrics.get(number.name) for number in REPORTED},
-            # One that was not asked for is not kept, whatever the client thinks of it.
+            # A histogram that was not asked for is not kept.
             histogram=metrics.get("histogram") if self.histograms else None,
         )
 
 
 def close_collection(path: Path, counts: ClientCounts, uploads: Sequence[StoredUpload]) -> None:
-    """Write down that a round's collection is over, and what it has: nobody is asked again."""
+    """Write a file that marks a round's collection as finished, with its counts and the uploads' checksums."""
     write_json(path, {"clients": counts.as_dict(), "uploads": _checksums(uploads)})
 
 
 def closed_collection(path: Path, uploads: Sequence[StoredUpload]) -> ClientCounts | None:
-    """Return the counts of a collection that an earlier process finished, or None.
+    """Return the counts of a collection that an earlier process finished, or None if none did.
 
     Raises
     ------

@@ -19,6 +19,7 @@ import psutil
 from packaging.requirements import InvalidRequirement, Requirement
 
 from fedmitr_flwr.launch.private_flower import bin_dir
+from fedmitr_flwr.settings import SettingsError
 from fedmitr_flwr.settings.home import expand
 from fedmitr_flwr.version import __version__
 
@@ -141,7 +142,10 @@ def _gpu() -> Finding:
 
 
 def _disk(what: str, path: Path) -> Finding:
-    path = expand(path).absolute()
+    try:
+        path = expand(path, what).absolute()
+    except SettingsError as error:
+        return Finding(f"disk for {what}", "problem", str(error))
     there = next(parent for parent in (path, *path.parents) if parent.exists())
     if not os.access(there, os.W_OK):
         return Finding(f"disk for {what}", "problem", f"{there} cannot be written")

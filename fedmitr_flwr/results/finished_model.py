@@ -6,6 +6,7 @@ Letters: B images, C classes.
 from __future__ import annotations
 
 import json
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,6 +30,8 @@ from fedmitr_flwr.results.finished_run import FinishedRun
 from fedmitr_flwr.results.metrics import computed
 from fedmitr_flwr.runs.directory import MODEL
 from fedmitr_flwr.settings import Settings, SettingsError
+
+log = logging.getLogger("fedmitr.results")
 
 
 @dataclass(frozen=True)
@@ -105,10 +108,15 @@ def read_images(paths: Sequence[Path], spec: ImageSpec) -> Tensor:
     first = Origin("IMAGE", shown(paths[0]) + (f" and {len(paths) - 1} more" if len(paths) > 1 else ""))
     if spec.channels not in (1, 3):
         raise first.error(f"the model needs {spec.channels} channels, image files have 1 or 3")
+    for path in paths:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            raise Origin("IMAGE", shown(path)).error("is a pipe, a socket or a device; an image must be a file")
     found = inspect_files(paths)
     if found.damaged:
         path, why = found.damaged[0]
         raise Origin("IMAGE", shown(path)).error(f"cannot be read as an image: {why}" if path.is_file() else why)
+    if found.several:
+        log.warning("%d files have several pictures; only the first of each is classified", found.several)
     try:
         white = white_of(found.peaks)
     except ValueError as error:
@@ -122,9 +130,10 @@ def evaluation_images(run: FinishedRun, spec: ImageSpec, data: str | None, split
     Parameters
     ----------
     data
-        ``folder:PATH`` or ``npz:PATH``: all labelled images at this path; classes are matched by name, and a folder
-        must not have several splits. Any other value of `data.source`: the part `split` of that source, which must
-        have the model's classes. None: the part `split` of the run's own source.
+        ``folder:PATH`` or ``npz:PATH``: the labelled images at this path; classes are matched by name. A folder must
+        not have several splits; of a file that marks test data, only these are used. Any other value of `data.source`:
+        the part `split` of that source, which must have the model's classes. None: the part `split` of the run's own
+        source.
     split
         ``test`` or ``validation``.
 

@@ -35,8 +35,10 @@ def ensure_home() -> None:
         os.environ["USER"] = f"user-{os.getuid()}"
 
 
-def expand(path: Path | str, key: str = "path") -> Path:
+def expand(path: Path | str, key: str = "path", *, reachable: bool = True) -> Path:
     """Replace ``~`` at the start of a path by the home directory.
+
+    A path that begins with ``~NAME`` is kept if there is no user of this name but such a file or folder.
 
     Parameters
     ----------
@@ -44,15 +46,29 @@ def expand(path: Path | str, key: str = "path") -> Path:
         A path as a user wrote it.
     key
         Setting or option that has the path, for the message.
+    reachable
+        Whether to refuse a path that cannot be used at all: one with a name that is too long, or below a folder that
+        may not be entered. A path that does not exist is accepted.
 
     Raises
     ------
     SettingsError
-        If the path begins with ``~NAME`` and there is no user of this name.
+        If the path begins with ``~NAME`` and there is neither a user of this name nor such a file, or if the path
+        cannot be used.
     """
     try:
-        return Path(path).expanduser()
+        found = Path(path).expanduser()
+        if reachable:
+            os.lstat(found)
+        return found
+    except (FileNotFoundError, NotADirectoryError):
+        return found
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or error
+        raise SettingsError((key, str(path), f"cannot be used as a path: {reason}")) from None
     except RuntimeError:
+        if os.path.lexists(path):
+            return Path(path)
         allowed = "begins with ~, but no such user has a home directory on this machine; write the whole path"
         raise SettingsError((key, str(path), allowed)) from None
 

@@ -9,6 +9,7 @@ import typer
 
 from fedmitr_flwr.cli.common import bad_input
 from fedmitr_flwr.launch.certs import make
+from fedmitr_flwr.settings.home import expand
 
 
 def certs(
@@ -40,6 +41,6 @@ def certs(
     Exit code: 0 made, 2 invalid input and nothing made.
     """
     with bad_input():
-        made = make(directory, names or [], sites or [], days)
+        made = make(expand(directory, "DIR"), names or [], sites or [], days)
     for path in made:
         typer.echo(path)

@@ -11,6 +11,7 @@ from fedmitr_flwr.cli.common import AppOption, ConfArgument, SetOption, bad_inpu
 from fedmitr_flwr.launch import settings_files
 from fedmitr_flwr.launch.site_data import write_parts
 from fedmitr_flwr.runs.log import console_log
+from fedmitr_flwr.settings.home import expand
 
 
 def split(
@@ -30,6 +31,7 @@ def split(
     Exit code: 0 written, 2 invalid input.
     """
     with bad_input():
+        directory = expand(directory, "DIR")
         settings = settings_files.run_settings(settings_files.app_directory(app_dir), conf, overrides or [])
         with console_log():
             parts = write_parts(settings, clients, directory)

@@ -25,7 +25,7 @@ def evaluate(
         typer.Option(
             "--data",
             metavar="SOURCE",
-            help="folder:PATH or npz:PATH for all its images, or a value of data.source. Default: the run's data.",
+            help="folder:PATH or npz:PATH for its images, or a value of data.source. Default: the run's data.",
         ),
     ] = None,
     split: Annotated[
@@ -36,7 +36,8 @@ def evaluate(
     """Measure a run's global model on labelled images.
 
     The class folders of a folder: source are matched to the model's classes by name; a folder with several splits is
-    invalid, so name the folder of one split. The command prints the accuracy and the accuracy of each class.
+    invalid, so name the folder of one split. Of an npz: source with an array `test`, only the images that it marks are
+    used. The command prints the accuracy and the accuracy of each class.
 
     Exit code: 0 measured, 2 invalid input.
     """

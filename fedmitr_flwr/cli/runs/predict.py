@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from fedmitr_flwr.cli.common import JsonOption, RunArgument, bad_input
+from fedmitr_flwr.settings.home import expand
 
 
 def predict(
@@ -28,9 +29,11 @@ def predict(
         from fedmitr_flwr.data.sources.names import shown
         from fedmitr_flwr.results.finished_model import load_run_model, read_images, top
         from fedmitr_flwr.results.finished_run import load_run
+        from fedmitr_flwr.runs.log import console_log
 
         model = load_run_model(load_run(run))
-        pixels = read_images(images, model.spec)
+        with console_log():
+            pixels = read_images([expand(path, "IMAGE") for path in images], model.spec)
     names = model.spec.class_names
     found = [
         top(row, names, len(names) if as_json else count)

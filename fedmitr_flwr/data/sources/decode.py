@@ -72,6 +72,11 @@ def has_image_ending(path: Path) -> bool:
     return name in Image.OPEN and name not in _NOT_READ
 
 
+def has_several(image: Image.Image) -> bool:
+    """Return whether a file has several pictures, such as an animation; only the first one is read."""
+    return image.format in _SEVERAL and bool(getattr(image, "is_animated", False))
+
+
 def is_image(path: Path) -> bool:
     """Return whether the content of a file is that of an image, whatever its ending.
 
@@ -223,7 +228,7 @@ def inspect_files(paths: Sequence[Path]) -> Inspection:
         try:
             with open_image(path) as image:
                 depth = depth_of(image)
-                several = image.format in _SEVERAL and getattr(image, "is_animated", False)
+                several = has_several(image)
                 image.draft(None, (1, 1))
                 image.load()
                 return "", peaks_of(image, depth), several

@@ -157,6 +157,8 @@ def white_of(peaks: Peaks) -> White:
 def eight_bits(image: Image.Image, depth: Depth, white: White | None = None) -> Image.Image:
     """Return an image with values from 0 to 255, of a mode that PIL converts to grey and colour.
 
+    A transparent value of grey becomes white.
+
     Parameters
     ----------
     image
@@ -178,10 +180,17 @@ def eight_bits(image: Image.Image, depth: Depth, white: White | None = None) -> 
     known = white and (white.real if depth is Depth.FLOAT else white.integer)
     if not known:
         white = white_of(peaks_of(image, depth))
+    clear = image.info.get("transparency")
     if depth is Depth.COLOUR or not white:
+        if isinstance(clear, tuple):  # it has 16 bits as in the file; the pixels have the higher 8
+            image.info["transparency"] = tuple(value >> 8 for value in clear)
         return image
     if depth is Depth.INTEGER:
-        return Image.fromarray((np.asarray(image).astype(np.int64) >> 8).clip(0, 255).astype(np.uint8))
+        values = np.asarray(image).astype(np.int64)
+        grey = (values >> 8).clip(0, 255).astype(np.uint8)
+        if isinstance(clear, int):
+            grey[values == clear] = 255
+        return Image.fromarray(grey)
     if white.real == 255:
         return image
     pixels = np.asarray(image, np.float64) * (255 / (white.real or 1))

@@ -12,7 +12,7 @@ import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Literal
@@ -68,6 +68,7 @@ def load_folder(
     origin: Origin,
     *,
     held_out: HeldOut = "load",
+    known: Sequence[str] = (),
     accept: Callable[[Header, Labels], None] | None = None,
 ) -> RawSource:
     """Find all images, check that each can be decoded and log what was found and what was left out.
@@ -84,6 +85,9 @@ def load_folder(
         What to do with folders for testing and validation. "ignore" is for the data of a site; a class folder may then
         be empty. "refuse" is for one set of images, where it must be clear which images are meant; class folders may be
         empty too.
+    known
+        Names of classes that the settings or the federation give. They decide between the classes where all class
+        folders have the same folders in them.
     accept
         Called with the header and the labels before an image is decoded; may raise a `SettingsError`.
 
@@ -91,8 +95,9 @@ def load_folder(
     ------
     SettingsError
         As for `folder_header`; also if a class has no image for training, if the folders for testing and validation
-        have a class that the training folder does not have, if the same file is in two classes or splits, if a link
-        leads nowhere or in a circle, if a file is damaged, or if the value of white is not known (`depth`).
+        have a class that the training folder does not have, if all class folders have the same folders in them, if the
+        same file is in two classes or splits, if a link leads nowhere or in a circle, if a file is damaged, or if the
+        value of white is not known (`depth`).
     """
     left = _LeftOut()
     parts = _find_parts(root, origin, left)
@@ -100,7 +105,7 @@ def load_folder(
     if held_out == "refuse" and len(parts) > 1:
         names = ", ".join(shown(os.path.relpath(place, root)) for place in parts.values())
         raise origin.error(f"has the splits {names}; name the folder of one of them")
-    search = _Search(header, origin, left, held_out == "load")
+    search = _Search(header, origin, left, held_out == "load", known)
     for part, folder in parts.items():
         if part == TRAIN or held_out == "load":
             search.add(part, folder)
@@ -162,6 +167,8 @@ class _Search:
         What is left out.
     strict
         Whether each class must have an image for training.
+    known
+        Names that are certainly those of classes.
     paths, labels, split, stamps
         File, label, split, and size and time of change of each image.
     numbers, places
@@ -172,6 +179,7 @@ class _Search:
     origin: Origin
     left: _LeftOut
     strict: bool
+    known: Sequence[str]
     paths: list[Path] = field(default_factory=list)
     labels: list[int] = field(default_factory=list)
     split: list[int] = field(default_factory=list)
@@ -206,14 +214,23 @@ class _Search:
             lacking = [name for label, name in enumerate(self.header.class_names) if label not in used]
             log.warning("%s: %s has no image of: %s", shown(self.origin.value), shown(folder), _listed(lacking))
         shared = set.intersection(*below) if len(below) > 1 else set()
-        if shared:
-            text = (
-                f"all class folders ({_listed(list(classes))}) have the same folders ({_listed(sorted(shared))}) and "
-                "no images beside them; if those are the classes, put them directly into one folder"
+        if shared and part == TRAIN:
+            self._check_shared(list(classes), sorted(shared))
+
+    def _check_shared(self, classes: list[str], shared: list[str]) -> None:
+        """Refuse class folders that may be sites, years or splits above the real classes, unless they are known."""
+        if (positions(classes, self.known) >= 0).all():
+            return
+        text = (
+            f"all class folders ({_listed(classes)}) have the same folders ({_listed(shared)}) and no images beside "
+            "them; if those are the classes, put them directly into one folder"
+        )
+        # A single folder, as in CLASS/images, is not a class.
+        if len(shared) > 1 or are_parts(classes):
+            raise self.origin.error(
+                f"{text}; if {_listed(classes[:2])} are classes, set data.class-names to all of them"
             )
-            if are_parts(classes):
-                raise self.origin.error(text)
-            log.warning("%s: %s", shown(self.origin.value), text)
+        log.warning("%s: %s", shown(self.origin.value), text)
 
     def _add_class(self, part: int, label: int, place: Path) -> set[str]:
         """Collect the images of one class; return its folders if there is no image beside them."""

@@ -21,12 +21,12 @@ from torch import Tensor
 
 from fedmitr_flwr.data.images import Column
 from fedmitr_flwr.data.presets import FOLDER, Geometry, Preset, default_geometry, find_preset
-from fedmitr_flwr.data.sources.decode import DECODE_ERRORS, fit_image, open_image, reason
+from fedmitr_flwr.data.sources.decode import DECODE_ERRORS, fit_image, has_several, open_image, reason
 from fedmitr_flwr.data.sources.depth import Depth, White, depth_of, highest, peaks_of, white_of
 from fedmitr_flwr.data.sources.folder import load_folder
 from fedmitr_flwr.data.sources.hub_files import load_files
 from fedmitr_flwr.data.sources.labels import ALLOWED, LabelColumn, LabelError, match_splits, read_arrow
-from fedmitr_flwr.data.sources.names import same_name, shown
+from fedmitr_flwr.data.sources.names import SplitNamesError, same_name, shown, split_folders
 from fedmitr_flwr.data.sources.raw import TEST, TRAIN, VALIDATION, Header, Origin, RawSource
 from fedmitr_flwr.settings import DataSettings, SettingsError
 from fedmitr_flwr.settings.home import expand
@@ -85,7 +85,8 @@ def load_hub(name: str, origin: Origin, settings: DataSettings) -> RawSource:
     """Open a dataset; without a preset, a few images are decoded to find their size.
 
     Without a preset, the splits test, validation, valid and val are used in this order: the first that exists is the
-    test set, the second the validation set. Names of splits may be in capitals. A split without any label is not used.
+    test set, the second the validation set. Names of splits may be in capitals. If there is no split train or none of
+    these, `names.split_folders` finds the splits by their names. A split without any label is not used.
     The classes are those of the training split; the labels of the other splits are matched to them by name.
 
     Raises
@@ -96,15 +97,16 @@ def load_hub(name: str, origin: Origin, settings: DataSettings) -> RawSource:
     """
     preset = find_preset(name)
     splits = _open(name, origin)
-    train_name = _find(splits, preset.train if preset else "train")
+    wanted = preset.train if preset else "train"
+    by_name = {} if preset else _splits_by_name(splits)
+    train_name = _find(splits, wanted) or by_name.get(TRAIN)
     if train_name is None:
-        wanted = preset.train if preset else "train"
         raise origin.error(f"has no split {wanted!r}; its splits are: {', '.join(splits)}")
     if len(splits[train_name]) == 0:
         raise origin.error(f"has no image in the split {train_name!r}")
     image_column = _image_column(splits[train_name], settings, preset)
     label_column = _label_column(splits[train_name], settings, preset, image_column)
-    chosen, left_out = _used_splits(splits, train_name, preset)
+    chosen, left_out = _used_splits(splits, train_name, preset, by_name)
     names = {"data.image-column": image_column, "data.label-column": label_column}
     labels: dict[str, LabelColumn] = {}
     for split in chosen:
@@ -150,6 +152,8 @@ def _joined(
     images = datasets.concatenate_datasets([_images(table, image_column, origin) for table in tables])
     probes = _probe(images, image_column, origin)
     geometry = preset.geometry if preset else _geometry(probes)
+    if any(probe.several for probe in probes):
+        left_out += ("all but the first picture of images with several",)
     parts = zip((TRAIN, TEST, VALIDATION), tables, strict=False)
     return RawSource(
         Header(origin, names, named, geometry, labels[used[0]].listed or preset is not None),
@@ -223,7 +227,17 @@ def _same(split: str, wanted: str) -> bool:
     return split.casefold() == wanted.casefold()
 
 
-def _used_splits(splits: dict[str, Dataset], train: str, preset: Preset | None) -> tuple[list[str], list[str]]:
+def _splits_by_name(splits: Iterable[str]) -> dict[int, str]:
+    """Return the splits that are recognised by words in their names; empty if these do not tell."""
+    try:
+        return split_folders(list(splits))
+    except SplitNamesError:
+        return {}
+
+
+def _used_splits(
+    splits: dict[str, Dataset], train: str, preset: Preset | None, by_name: Mapping[int, str]
+) -> tuple[list[str], list[str]]:
     """Return the splits that may be used, the training split first, and a phrase for each other split."""
     wanted = [preset.test, preset.validation] if preset else ["test", "validation", "valid", "val"]
     found = [train]
@@ -231,6 +245,8 @@ def _used_splits(splits: dict[str, Dataset], train: str, preset: Preset | None) 
         split = _find(splits, name) if name else None
         if split and split not in found and len(splits[split]):
             found.append(split)
+    if len(found) == 1 and by_name.get(TRAIN) == train:
+        found += [by_name[part] for part in (TEST, VALIDATION) if part in by_name and len(splits[by_name[part]])]
     return found, [f"the split {name} ({len(table)} images)" for name, table in splits.items() if name not in found]
 
 
@@ -353,11 +369,12 @@ def _other_columns(tables: list[Dataset], taken: set[str]) -> dict[str, Column]:
 
 @dataclass(frozen=True)
 class _Probe:
-    """Properties of one image: how its pixels are stored, its mode in PIL, and its size."""
+    """Properties of one image: how its pixels are stored, mode in PIL, size, and whether there are several pictures."""
 
     depth: Depth
     mode: str
     size: tuple[int, int]
+    several: bool
 
 
 def _probe(table: Dataset, column: str, origin: Origin) -> list[_Probe]:
@@ -369,7 +386,7 @@ def _probe(table: Dataset, column: str, origin: Origin) -> list[_Probe]:
             with _open_cell(cell) as image:
                 depth = depth_of(image)
                 image.load()
-                found.append(_Probe(depth, image.mode, image.size))
+                found.append(_Probe(depth, image.mode, image.size, has_several(image)))
     except DECODE_ERRORS as error:
         raise origin.error(f"an image among the rows {rows} cannot be read: {reason(error)}") from None
     return found

@@ -93,7 +93,7 @@ class LabelColumn:
             unknown = [text for text in texts if place[text] < 0]
             if unknown:
                 hint = almost(unknown[0], names)
-                raise LabelError(f"has labels that are not among the class names: {shown(unknown)}{hint}")
+                raise LabelError(f"has labels that are not among the class names: {first_few(unknown)}{hint}")
         table = np.array([place[value] for value in self.values] or [0], np.int64)
         rows = np.where(self.rows < 0, -1, table[self.rows])
         return LabelColumn(tuple(names), rows, listed=True, unlabelled=self.unlabelled)
@@ -208,22 +208,22 @@ def match_splits(splits: Mapping[str, LabelColumn]) -> tuple[tuple[str, ...], bo
             if one.numbers and other.listed and list(other.values) != [str(n) for n in range(len(other.values))]:
                 numbers, named = (first, split) if one is train else (split, first)
                 raise LabelError(
-                    f"has numbers without names in the split {numbers!r} and the class names {shown(other.values)} in "
-                    f"the split {named!r}; the same names are required in all splits"
+                    f"has numbers without names in the split {numbers!r} and the class names "
+                    f"{first_few(other.values)} in the split {named!r}; the same names are required in all splits"
                 )
         texts = [str(value) for value in column.values]
         table = positions(texts, names)
         unknown = [texts[number] for number in np.unique(column.rows).tolist() if table[number] < 0]
         if unknown:
             raise LabelError(
-                f"has labels in the split {split!r} that the split {first!r} does not have: {shown(unknown)}; the "
-                f"labels of {first!r} are {shown(names)}{almost(unknown[0], names)}"
+                f"has labels in the split {split!r} that the split {first!r} does not have: {first_few(unknown)}; the "
+                f"labels of {first!r} are {first_few(names)}{almost(unknown[0], names)}"
             )
         labels.append(table[column.rows])
     return names, not train.numbers, labels
 
 
-def shown(values: Sequence[object]) -> str:
+def first_few(values: Sequence[object]) -> str:
     """Join values with commas; list the first ones and count the rest."""
     more = f" and {len(values) - _SHOWN} more" if len(values) > _SHOWN else ""
     return ", ".join(str(value) for value in values[:_SHOWN]) + more
@@ -270,7 +270,7 @@ def _from_one_hot(rows: NDArray[np.generic]) -> Labels:
     wrong = np.flatnonzero((ones.sum(1) != 1) | ((rows != 0) & ~ones).any(1))
     if wrong.size:
         row = int(wrong[0])
-        values = shown(rows[row].tolist())
+        values = first_few(rows[row].tolist())
         raise LabelError(f"has rows that are not one-hot (a single 1 and otherwise 0), such as row {row}: {values}")
     places: Labels = ones.argmax(1).astype(np.int64)
     return places

@@ -166,6 +166,16 @@ def held_out_only(name: str) -> bool:
     return role not in ("", _TRAIN) and not rest and name.casefold() != "valid"
 
 
+def says_split(name: str) -> bool:
+    """Return whether a name is that of a split or of a column of splits, as "x_test", "is_train" and "Split" are."""
+    return _role(name)[0] != "" or name.casefold() in ("split", "splits", "subset", "phase")
+
+
+def is_held_out(name: str) -> bool:
+    """Return whether a word of a name names a split for testing or validation, as in "seg_test-00000" and "HOLDOUT"."""
+    return _role(name)[0] not in ("", _TRAIN)
+
+
 def are_parts(names: Iterable[str]) -> bool:
     """Return whether names number the parts of a data set, as "fold1" and "fold2" do."""
     words = {re.sub(r"[\W\d_]+", "", name.casefold()) for name in names}

@@ -1,8 +1,11 @@
 """Images in one NumPy archive: `npz:PATH`.
 
 Required arrays: `images` ``(N, S, S)`` or ``(N, S, S, ch)``, and `label` ``(N,)``. Optional arrays: `class_names`
-``(C,)`` texts, `domain` ``(N,)`` integers or texts, `domain_names` texts, and `test` ``(N,)`` bool. Other arrays are
-not used. Arrays of objects are refused, because unpickling them can run code.
+``(C,)`` texts, `domain` ``(N,)`` integers or texts, `domain_names` texts, and `test` ``(N,)`` bool. Arrays of objects
+are refused, because unpickling them can run code.
+
+Other arrays are not used. They are refused if their name is that of a split, such as `x_test`, or differs from a name
+above only in capitals and signs: the images of a split would be in another one.
 
 Pixels are uint8. Other types are converted by the rule of `_as_uint8`. `labels` describes the accepted labels. With
 `class_names`, numbers are positions in it.
@@ -21,6 +24,7 @@ from numpy.typing import NDArray
 from fedmitr_flwr.data.images import ArrayReader, Column
 from fedmitr_flwr.data.presets import default_geometry
 from fedmitr_flwr.data.sources.labels import LabelColumn, LabelError, read_array
+from fedmitr_flwr.data.sources.names import says_split
 from fedmitr_flwr.data.sources.raw import TEST, TRAIN, Header, Origin, RawSource
 from fedmitr_flwr.settings import SettingsError
 
@@ -101,11 +105,26 @@ def _contents(path: Path, origin: Origin) -> tuple[tuple[int, ...], np.dtype[np.
                 one = version == (1, 0)
                 reader = np.lib.format.read_array_header_1_0 if one else np.lib.format.read_array_header_2_0
                 shape, _, dtype = reader(member)
-                return shape, dtype, [name for name in names if name not in KNOWN]
+                others = [name for name in names if name not in KNOWN]
+                _check_others(others, path, origin)
+                return shape, dtype, others
     except SettingsError:
         raise
     except READ_ERRORS as error:
         raise origin.error(f"{path} is not a readable .npz archive: {error}") from None
+
+
+def _check_others(names: list[str], path: Path, origin: Origin) -> None:
+    """Refuse arrays that are not used although they seem to be a split or one of the known arrays."""
+    for name in names:
+        plain = "".join(letter for letter in name.casefold() if letter.isalnum())
+        meant = next((known for known in KNOWN if plain in (known.replace("_", ""), known + "s")), "")
+        if meant or says_split(name):
+            hint = f"; rename it to `{meant}`" if meant else ""
+            raise origin.error(
+                f"{path} has the array `{name}`, which would not be used{hint}; all images belong into `images`, and "
+                "`test` (booleans, one for each image) marks the test images"
+            )
 
 
 def _read(path: Path, origin: Origin, names: list[str] | tuple[str, ...]) -> Arrays:

@@ -104,6 +104,69 @@ def test_parquet_files_are_read_from_a_folder(tmp_path):
     assert len(source.train) + len(source.validation) == 24
 
 
+@pytest.mark.parametrize(
+    ("files", "said"),
+    [
+        (["Training", "Testing"], "Testing.parquet, which `datasets` reads as training data"),
+        (["TRAIN", "TEST"], "TEST.parquet, which `datasets` reads as training data"),
+        (["part1", "holdout"], "holdout.parquet, which `datasets` reads as training data"),
+        (["a", "VAL/b"], "VAL/b.parquet, which `datasets` reads as training data"),
+        (["train", "TEST"], "TEST.parquet, which `datasets` does not read"),
+        (["train", "Prueba"], "Prueba.parquet, which `datasets` does not read"),
+    ],
+)
+def test_files_of_a_held_out_split_that_datasets_does_not_know_are_refused(tmp_path, files, said):
+    for name in files:
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        table().to_parquet(tmp_path / f"{name}.parquet")
+    with pytest.raises(SettingsError, match=said):
+        load_source(DataSettings(source=f"hub:{tmp_path}"))
+
+
+@pytest.mark.parametrize(
+    ("files", "test", "left_out"),
+    [
+        (["train-00000-of-00001-ab1", "validation-00000-of-00001-ab2"], 30, ""),
+        (["seg_train", "seg_test"], 30, ""),
+        (["train", "test", "extra"], 30, "left out: 1 files that `datasets` does not read (extra.parquet)"),
+        (["train"], 3, ""),
+    ],
+)
+def test_files_of_splits_that_datasets_knows_are_read(tmp_path, caplog, files, test, left_out):
+    for name in files:
+        table().to_parquet(tmp_path / f"{name}.parquet")
+    assert len(load_source(DataSettings(source=f"hub:{tmp_path}", test_fraction=0.1)).test) == test
+    assert (left_out or "{") in caplog.text + "{"
+
+
+def test_a_card_may_put_any_file_into_any_split(tmp_path):
+    for name in ("TEST", "other"):
+        table().to_parquet(tmp_path / f"{name}.parquet")
+    lines = ["---", "configs:", "- config_name: default", "  data_files:"]
+    lines += ["  - {split: train, path: other.parquet}", "  - {split: test, path: TEST.parquet}", "---", "A card."]
+    (tmp_path / "README.md").write_text("\n".join(lines))
+    assert len(load_source(DataSettings(source=f"hub:{tmp_path}")).test) == 30
+
+
+@pytest.mark.parametrize(
+    ("splits", "test", "validation"),
+    [
+        (["training", "testing"], 12, None),
+        (["seg_train", "seg_test"], 12, None),
+        (["train", "eval"], 12, None),
+        (["train", "dev", "holdout"], 12, 15),
+        (["train", "valid", "testing"], 15, None),
+    ],
+)
+def test_splits_of_other_names_are_found_by_their_words(tmp_path, splits, test, validation):
+    sizes = {"valid": 15, "dev": 15}
+    tables = {name: table(sizes.get(name, 12 if place else 30)) for place, name in enumerate(splits)}
+    source = load_source(save(tmp_path, **tables))
+    assert len(source.test) == test
+    assert validation in (None, len(source.validation))
+    assert len(source.train) + (len(source.validation) if validation is None else 0) == 30
+
+
 def test_a_domain_column_divides_the_clients(tmp_path):
     kind = datasets.ClassLabel(names=["Art", "Clipart", "Product"])
     domain = ([row // 10 for row in range(30)], kind)
@@ -226,3 +289,12 @@ def test_a_folder_in_which_datasets_overlooks_something_is_refused(tmp_path, cha
     change(tmp_path)
     with pytest.raises(SettingsError, match=message):
         load_source(DataSettings(source=f"hub:{tmp_path}", image_size=8))
+
+
+def test_the_log_says_that_only_the_first_of_several_pictures_is_read(tmp_path, caplog):
+    first, other = (Image.fromarray(pixels) for pixels in patterned(2))
+    first.save(tmp_path / "x.gif", save_all=True, append_images=[other])
+    rows = {"image": [{"bytes": (tmp_path / "x.gif").read_bytes(), "path": None}] * 12, "label": [0, 1, 2] * 4}
+    kinds = datasets.Features({"image": datasets.Image(), "label": CLASSES})
+    load_source(save(tmp_path / "saved", train=datasets.Dataset.from_dict(rows, features=kinds)))
+    assert "left out: all but the first picture of images with several" in caplog.text

@@ -140,21 +140,51 @@ def test_folders_that_are_splits_and_not_classes_are_refused(tmp_path, folders, 
         site(tmp_path)
 
 
-def test_class_folders_with_the_same_folders_in_them_are_warned_of(tmp_path, caplog):
-    for group in ("2019", "2020"):
-        write_folder(tmp_path / group, {"cat": 3, "dog": 3})
-    load_source(settings(tmp_path))
-    assert "all class folders (2019, 2020) have the same folders (cat, dog)" in caplog.text
-
-
-@pytest.mark.parametrize("names", [("fold1", "fold2", "fold3"), ("Part_A1", "Part_A2"), ("batch-0", "Batch-1")])
-def test_numbered_parts_of_a_data_set_are_no_classes(tmp_path, names):
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("fold1", "fold2", "fold3"),
+        ("Part_A1", "Part_A2"),
+        ("2019", "2020"),
+        ("Charite", "Mayo", "UCSF"),
+        ("imagesTr", "imagesTs"),
+        ("te", "tr"),
+        ("\u043e\u0431\u0443\u0447\u0435\u043d\u0438\u0435", "\u0442\u0435\u0441\u0442"),
+    ],
+)
+def test_folders_that_all_have_the_same_folders_are_classes_only_if_their_names_are_given(tmp_path, names):
     for name in names:
         write_folder(tmp_path / name, {"cat": 3, "dog": 3})
-    if names[0] == "Part_A1":
-        assert load_source(settings(tmp_path)).spec.class_names == names
-        return
-    with pytest.raises(SettingsError, match=r"have the same folders \(cat, dog\) and no images beside them"):
+    write_folder(tmp_path / names[-1], {"elk": 3})
+    message = r"have the same folders \(cat, dog\) and no images beside them.* set data.class-names"
+    with pytest.raises(SettingsError, match=message):
+        load_source(settings(tmp_path))
+    with pytest.raises(SettingsError, match=message):
+        site(tmp_path)
+    assert load_source(settings(tmp_path, class_names=",".join(names))).spec.class_names == names
+    spec = ImageSpec(names, 3, 8, (0.5,) * 3, (0.5,) * 3)
+    assert site(tmp_path, spec).histogram(len(names)).tolist() == [6] * (len(names) - 1) + [9]
+
+
+def test_one_folder_in_every_class_folder_is_no_class(tmp_path, caplog):
+    for name in ("n01", "n02"):
+        write_folder(tmp_path / name, {"images": 3})
+    assert load_source(settings(tmp_path)).spec.class_names == ("n01", "n02")
+    assert "have the same folders (images)" in caplog.text
+
+
+def test_class_folders_that_share_some_of_their_folders_are_classes(tmp_path):
+    write_folder(tmp_path / "cat", {"day": 3, "night": 3})
+    write_folder(tmp_path / "dog", {"day": 3})
+    write_folder(tmp_path / "elk", {"day": 3, "night": 3, ".": 1})
+    assert load_source(settings(tmp_path)).spec.class_names == ("cat", "dog", "elk")
+
+
+@pytest.mark.parametrize("names", [("fold1", "fold2"), ("batch-0", "Batch-1")])
+def test_numbered_parts_with_one_folder_are_refused(tmp_path, names):
+    for name in names:
+        write_folder(tmp_path / name, {"cat": 3})
+    with pytest.raises(SettingsError, match=r"have the same folders \(cat\) and no images beside them"):
         load_source(settings(tmp_path))
 
 

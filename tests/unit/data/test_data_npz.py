@@ -106,3 +106,62 @@ def test_a_missing_or_foreign_file_is_named(tmp_path):
     (tmp_path / "text.npz").write_text("hello")
     with pytest.raises(SettingsError, match=r"text\.npz is not a readable \.npz archive"):
         load_spec(settings(tmp_path / "text.npz"))
+
+
+@pytest.mark.parametrize(
+    ("name", "hint"),
+    [
+        ("Test", "rename it to `test`"),
+        ("Class-Names", "rename it to `class_names`"),
+        ("labels", "rename it to `label`"),
+        ("is_test", "would not be used; all images belong into `images`"),
+        ("x_test", "would not be used; all images"),
+        ("train_mask", "would not be used; all images"),
+        ("Split", "would not be used; all images"),
+        ("validation", "would not be used; all images"),
+    ],
+)
+def test_an_array_that_seems_to_be_a_split_or_a_known_one_is_refused(tmp_path, name, hint):
+    path = write_npz(tmp_path / "x.npz", **{name: np.arange(30) > 20})
+    for load in (load_source, load_spec):
+        with pytest.raises(SettingsError, match=f"has the array `{name}`, which .*{hint}"):
+            load(settings(path))
+
+
+def test_arrays_of_other_names_are_left_out(tmp_path, caplog):
+    path = write_npz(tmp_path / "x.npz", weight=np.ones(30), patient=np.arange(30), latest=np.ones(30))
+    assert len(load_source(settings(path)).test) > 0
+    assert "left out: the arrays weight, patient, latest" in caplog.text
+
+
+def cut(content: bytes) -> bytes:
+    return content[: len(content) // 2]
+
+
+def changed(content: bytes) -> bytes:
+    middle = content.index(b"images.npy") + 400  # within the pixels
+    return content[:middle] + bytes(255 - byte for byte in content[middle : middle + 50]) + content[middle + 50 :]
+
+
+@pytest.mark.parametrize(
+    ("damage", "message"),
+    [
+        (cut, r"x\.npz is not a readable \.npz archive: File is not a zip file"),
+        (changed, r"x\.npz cannot be read: Bad CRC-32 for file 'images.npy'"),
+        (lambda content: b"", r"x\.npz is not a readable \.npz archive: File is not a zip file"),
+        (lambda content: content.replace(b"NUMPY", b"numpy"), r"x\.npz is not a readable \.npz archive: "),
+    ],
+)
+def test_a_damaged_file_is_one_line_that_names_it(tmp_path, damage, message):
+    path = write_npz(tmp_path / "x.npz")
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(SettingsError, match=message) as caught:
+        load_source(settings(path))
+    assert len(str(caught.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize("name", ["~nonesuch/x.npz", "x" * 300 + ".npz"])
+def test_a_path_that_cannot_be_used_is_one_line_with_the_whole_value(name):
+    with pytest.raises(SettingsError, match=rf'^data.source = "npz:{name}": ') as caught:
+        load_source(settings(name))
+    assert len(str(caught.value).splitlines()) == 1

@@ -1,6 +1,8 @@
 """Images of more than 8 bits, and images that EXIF data turns: the same pixels in every reader, or a refusal."""
 
 import io
+import struct
+import zlib
 
 import numpy as np
 import pytest
@@ -257,3 +259,26 @@ def test_damaged_exif_data_does_not_matter():
     Image.fromarray((255 * RAMP).astype(np.uint8)).save(stream, "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01")
     with open_image(stream) as image:
         assert (np.diff(fit_image(image, 1, 16)[0, 0].astype(int)) > 0).all()
+
+
+def with_clear(path, *values):
+    """Add the chunk to a PNG of 16 bits that makes one value transparent."""
+    content = path.read_bytes()
+    chunk = b"tRNS" + struct.pack(f">{len(values)}H", *values)
+    chunk = struct.pack(">I", 2 * len(values)) + chunk + struct.pack(">I", zlib.crc32(chunk))
+    place = content.index(b"IDAT") - 4
+    path.write_bytes(content[:place] + chunk + content[place:])
+    return path
+
+
+def test_the_transparent_value_of_16_bits_becomes_white_and_no_other(tmp_path):
+    grey = np.array([[0, 0x1234], [0x1235, 65535]], np.uint16).repeat(8, 0).repeat(8, 1)
+    for channels in (1, 3):
+        with open_image(with_clear(png16(tmp_path / "grey.png", grey), 0x1234)) as image:
+            found = fit_image(image, channels, 16)
+        assert (found[:, ::8, ::8] == [[0, 255], [0x12, 255]]).all()
+    colours = np.zeros((16, 16, 3), np.uint16)
+    colours[:8, 8:], colours[8:] = (0x1200, 0x3400, 0x5600), 65535
+    with open_image(with_clear(png16(tmp_path / "colours.png", colours), 0x1200, 0x3400, 0x5600)) as image:
+        found = fit_image(image, 3, 16)
+    assert (found[:, ::8, ::8] == [[0, 255], [255, 255]]).all()

@@ -6,6 +6,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -94,6 +95,17 @@ def test_predict_gives_a_digit_the_same_classes_however_its_file_stores_it(run: 
         assert rates == pytest.approx(expected, abs=1e-6), name
 
 
+def test_predict_says_that_it_takes_the_first_of_several_pictures(run: Path, tmp_path: Path) -> None:
+    first, other = (Image.open(save_digit(tmp_path / f"{row}.png", row)) for row in (0, 1))
+    for name in ("x.gif", "x.tif", "x.webp"):
+        options = {"lossless": True} if name == "x.webp" else {}
+        first.save(tmp_path / name, save_all=True, append_images=[other], **options)
+        result = fedmitr("predict", run, tmp_path / "0.png", tmp_path / name, "--json")
+        assert "1 files have several pictures; only the first of each is classified" in result.stderr
+        plain, found = (answer["classes"] for answer in json.loads(result.stdout))
+        assert [entry["name"] for entry in found] == [entry["name"] for entry in plain]
+
+
 def test_predict_names_a_file_whose_name_is_not_utf8(run: Path, tmp_path: Path) -> None:
     file = save_digit(tmp_path / "a.png", 0).rename(tmp_path / os.fsdecode(b"caf\xe9.png"))
     result = fedmitr("predict", run, file)
@@ -146,6 +158,20 @@ def test_evaluate_matches_classes_of_a_folder_by_name(run: Path, tmp_path: Path)
     assert found["per_class"][0] is None
 
 
+@pytest.mark.parametrize(("test", "used"), [([4, 5], [4, 5]), (range(6), range(6)), ([], range(6))])
+def test_evaluate_takes_the_test_images_of_an_archive_that_marks_them(
+    run: Path, tmp_path: Path, test: Sequence[int], used: Sequence[int]
+) -> None:
+    marked = np.isin(np.arange(6), test)
+    images = SOURCE.test.images(range(6))[:, 0].numpy()
+    np.savez(tmp_path / "x.npz", images=images, label=np.arange(6), test=marked)
+    result = fedmitr("evaluate", run, "--data", f"npz:{tmp_path / 'x.npz'}", "--json")
+    confusion = json.loads(result.stdout)["confusion"]
+    assert [label for label, row in enumerate(confusion) if sum(row)] == list(used)
+    assert f"{len(used)} to evaluate" in result.stderr
+    assert ("left out: 4 images that it does not mark as test data" in result.stderr) == (len(test) == 2)
+
+
 def test_evaluate_takes_another_source_with_the_same_classes(run: Path) -> None:
     result = fedmitr("evaluate", run, "--data", "mnist-5k", "--json")
     assert result.exit_code == 0, result.output
@@ -170,6 +196,13 @@ def test_evaluate_takes_another_source_with_the_same_classes(run: Path) -> None:
         (["evaluate", "RUN", "--data", "npz:other.npz"], '--data = "npz:other.npz": does not exist'),
         (["evaluate", "RUN", "--data", "folder:none"], "does not exist"),
         (["evaluate", "RUN", "--data", "folder:other"], "classes that the federation does not have: cat"),
+        (["predict", "RUN", "pipe.png"], 'IMAGE = "pipe.png": is a pipe, a socket or a device'),
+        (["predict", "RUN", "~nonesuch/a.png"], 'IMAGE = "~nonesuch/a.png": begins with ~, but no such user'),
+        (["evaluate", "RUN", "--data", "folder:~nonesuch"], '--data = "folder:~nonesuch": begins with ~'),
+        (["evaluate", "RUN", "--data", "hub:~nonesuch"], '--data = "hub:~nonesuch": begins with ~'),
+        (["evaluate", "~nonesuch"], 'RUN = "~nonesuch": begins with ~'),
+        (["split", "~nonesuch"], 'DIR = "~nonesuch": begins with ~'),
+        (["certs", "~nonesuch", "--site", "a"], 'DIR = "~nonesuch": begins with ~'),
         (["export", "RUN", "--onnx", "no/such/folder.onnx"], "cannot be written"),
         (["export", "DAMAGED", "--onnx", "x.onnx"], "its model cannot be loaded"),
     ],
@@ -186,6 +219,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
         save_digit(Path("other", name, "a.png"), 0)
     Image.fromarray(np.full((8, 8), 4095, np.uint16)).save("12-bits.png")
     Path("dangling.png").symlink_to("nowhere.png")
+    os.mkfifo("pipe.png")
     Path("circle.png").symlink_to("circle.png")
     for name in ("split/Train/3", "split/Test/3", "circle/3", "dangling/3"):
         Path(name).mkdir(parents=True)

@@ -90,3 +90,16 @@ def test_the_home_of_an_unknown_user_is_one_clear_error(tmp_path: Path, monkeypa
     assert expand("~/x") == tmp_path / "x"
     with pytest.raises(SettingsError, match=r'run.output = "~nonesuch/x": begins with ~, but no such user'):
         expand("~nonesuch/x", "run.output")
+
+
+def test_a_file_whose_name_begins_with_a_tilde_is_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("~nonesuch.png").touch()
+    assert expand("~nonesuch.png") == Path("~nonesuch.png")
+
+
+@pytest.mark.parametrize("name", ["x" * 300, "x" * 300 + "/y", "a\0b"])
+def test_a_path_that_cannot_be_used_is_one_clear_error(tmp_path: Path, name: str) -> None:
+    with pytest.raises(SettingsError, match=r"run.output = .*: cannot be used as a path: "):
+        expand(tmp_path / name, "run.output")
+    assert expand(tmp_path / "missing" / "below") == tmp_path / "missing" / "below"
