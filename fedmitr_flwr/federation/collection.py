@@ -143,7 +143,7 @@ class Collection:
             "accepted",
             client=upload.client,
             num_examples=upload.num_examples,
-            upload_mb=round(size, 3),
+            upload_mb=round(size, 6),
             **upload.numbers,
             histogram=upload.histogram or (),
         )

@@ -110,7 +110,7 @@ def make_metrics(
         "metrics": {name: dict(values) for name, values in evaluation.metrics.items()} if evaluation else None,
         "per_class": {"global": evaluation.per_class["global"] if evaluation else None},
         "clients": clients.as_dict(),
-        "upload_mb": None if upload_mb is None else round(upload_mb, 3),
+        "upload_mb": None if upload_mb is None else round(upload_mb, 6),
         "seconds": {stage: round(observer.seconds.get(stage, 0.0), 3) for stage in _STAGES},
         "peak_rss_mb": round(peak_rss_mb(), 1),
         "memory_budget_mb": budget_mb or None,

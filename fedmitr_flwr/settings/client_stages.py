@@ -123,7 +123,7 @@ class TrainSettings(Stage):
 
     trainable: str = Field(
         "all",
-        pattern=r"^(all|head|last-[1-9][0-9]*|lora)$",
+        pattern=r"^(all|head|last-[1-9][0-9]{0,3}|lora)$",
         description="Weights that a client trains and uploads. All others stay those of the common initialisation and "
         "are not uploaded. `all`: all weights. `head`: the classifier head. `last-N`: the last N transformer blocks, "
         "the last norm and the head; N is at least 1 and at most the number of blocks. `lora`: low-rank adapters of "

@@ -146,7 +146,7 @@ class Trunk:
     """The part of a model before its first trained block, for the images of a client.
 
     If it is frozen, it runs without autograd. Without augmentation its tokens are then the same in every epoch: they
-    are computed once for each image, and kept if those of all images need at most `CACHE_BYTES`.
+    are computed once for each image if a block is frozen and all images need at most `CACHE_BYTES`.
 
     Parameters
     ----------
@@ -177,7 +177,7 @@ class Trunk:
         if self._frozen is None:
             return leading_tokens(self._model, self._pixels(chosen, generator), 0)
         with torch.no_grad():
-            if self._augmentation != "none":
+            if self._augmentation != "none" or self._frozen == 0:
                 return leading_tokens(self._model, self._pixels(chosen, generator), self._frozen)
             return self._remembered(chosen, generator, self._frozen)
 

@@ -390,6 +390,26 @@ def test_settings_names_the_keys_that_plain_flwr_run_refuses_without_naming_them
     assert result.stdout == ""
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["train.trainable=last-0"], 'train.trainable = "last-0": must be a string matching'),
+        (["train.trainable=last-5"], 'train.trainable = "last-5": the model has 4 blocks; must be'),
+        (
+            ["train.trainable=last-13", "model.options="],
+            'train.trainable = "last-13": the model has 12 blocks; must be',
+        ),
+        (["train.trainable=lora", "train.lora-rank=65"], "train.lora-rank = 65: must be at most 64"),
+    ],
+)
+def test_settings_check_what_is_trained_against_the_model(changes: list[str], said: str):
+    options = [part for change in changes for part in ("--set", change)]
+    result = CliRunner().invoke(cli.app, ["settings", *options])
+    assert result.exit_code == cli.BAD_INPUT
+    assert said in result.stderr
+    assert CliRunner().invoke(cli.app, ["settings", "--set", "train.trainable=last-4"]).exit_code == 0
+
+
 @pytest.mark.parametrize("style", ["table", "toml", "json"])
 def test_settings_are_printed_in_every_format(style: str):
     result = CliRunner().invoke(cli.app, ["settings", "--format", style])

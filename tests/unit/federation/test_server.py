@@ -32,7 +32,9 @@ EVALUATION = Evaluation(
 def test_the_metrics_have_exactly_the_promised_keys() -> None:
     observer = Observer()
     observer.seconds.update({"clients": 1.23456, "invert": 2.0, "something": 9.0})
-    metrics = make_metrics(EVALUATION, ClientCounts(asked=5, accepted=2, refused=1, failed=1, empty=1), observer)
+    metrics = make_metrics(
+        EVALUATION, ClientCounts(asked=5, accepted=2, refused=1, failed=1, empty=1), observer, 0, 1.23456
+    )
     peak = metrics.pop("peak_rss_mb")
     assert isinstance(peak, float)
     assert 50 < peak <= peak_rss_mb() + 1
@@ -42,6 +44,7 @@ def test_the_metrics_have_exactly_the_promised_keys() -> None:
         "per_class": {"global": (0.7, None)},
         "clients": {"asked": 5, "accepted": 2, "refused": 1, "failed": 1, "empty": 1},
         "seconds": {"clients": 1.235, "collect": 0, "invert": 2, "relabel": 0, "distill": 0, "evaluate": 0},
+        "upload_mb": 1.23456,
         "memory_budget_mb": None,
         "upload_mb": None,
     }

@@ -130,7 +130,7 @@ def test_a_rank_above_the_width_is_refused():
 
 
 @pytest.mark.parametrize(
-    "value", ["last-0", "last-", "last-01", "last--1", "last-1.5", "LAST-2", "blocks", "", "last-2\n"]
+    "value", ["last-0", "last-", "last-01", "last--1", "last-1.5", "last-99999", "LAST-2", "blocks", "", "last-2\n"]
 )
 def test_a_value_of_no_known_kind_is_refused_with_the_settings(value: str):
     with pytest.raises(SettingsError, match=r"train\.trainable = "):

@@ -170,3 +170,16 @@ def test_a_client_uploads_what_its_settings_name(value: str):
     expected = trained_part(settings.train, initial).uploaded(initial)
     assert {name: tensor.shape for name, tensor in upload.state.items()} == {n: t.shape for n, t in expected.items()}
     assert math.isfinite(upload.loss)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("kind", ["none", "shift"])
+@pytest.mark.parametrize("value", PARTS)
+def test_a_part_trains_on_a_gpu(value: str, kind: str):
+    model, initial = fresh(), fresh().state_dict()
+    settings = TrainSettings(trainable=value, augment=kind, min_steps=6, batch_size=16, lora_rank=4)
+    result = train_local(model, IMAGES, SOURCE.spec, settings, seed=3, device=torch.device("cuda"))
+    state = {name: tensor.cpu() for name, tensor in model.state_dict().items()}
+    changed = {name for name in initial if not torch.equal(state[name], initial[name])}
+    assert changed == set(trained_part(settings, initial).changed)
+    assert all(not tensor.is_cuda for tensor in result.adapters.values())
