@@ -46,7 +46,6 @@ def test_the_metrics_have_exactly_the_promised_keys() -> None:
         "seconds": {"clients": 1.235, "collect": 0, "invert": 2, "relabel": 0, "distill": 0, "evaluate": 0},
         "upload_mb": 1.23456,
         "memory_budget_mb": None,
-        "upload_mb": None,
     }
 
 

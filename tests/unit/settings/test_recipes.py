@@ -289,16 +289,16 @@ def test_the_command_lists_values_and_where_each_comes_from(tmp_path: Path) -> N
     assert lines[0].endswith(f"it sets {total - 2} of its {total} keys, because the others are named")
     assert "train.epochs = 2    [an integer >= 0 and <= 10000; default 1; from --set]" in lines
     assert f"train.min-steps = 300    [an integer >= 0 and <= 1000000; from {conf}]" in lines
-    assert 'train.augment = "flip"    [one of "none", "shift", "flip", "strong"; default "shift"; from recipe pre' in (
+    assert 'train.augment = "none"    [one of "none", "shift", "flip", "strong"; default "shift"; from recipe pre' in (
         "\n".join(lines)
     )
     assert "train.max-steps = 100000    [an integer >= 1; the default]" in lines
     entries = {entry["key"]: entry for entry in json.loads(CliRunner().invoke(cli.app, [*ask, "-f", "json"]).stdout)}
-    assert (entries["train.augment"]["value"], entries["train.augment"]["origin"]) == ("flip", "recipe pretrained")
-    assert entries["train.augment"]["recipes"] == {"pretrained": "flip"}
+    assert (entries["train.augment"]["value"], entries["train.augment"]["origin"]) == ("none", "recipe pretrained")
+    assert entries["train.augment"]["recipes"] == {"pretrained": "none"}
     assert entries["run.seed"]["origin"] == "default"
     text = CliRunner().invoke(cli.app, [*ask, "-f", "toml"]).stdout
-    assert 'train.augment = "flip"  # recipe pretrained' in text
+    assert 'train.augment = "none"  # recipe pretrained' in text
     assert (
         dict(docs.flatten(tomllib.loads(text))) == run_settings(ROOT, conf, ["train.epochs=2"], absolute=False).flat()
     )
