@@ -10,9 +10,9 @@ from dataclasses import asdict, dataclass
 import torch
 from torch import Tensor
 
-from fedmitr_flwr.pipeline.stage_costs import stage_costs
 from fedmitr_flwr.stages.inversion.batch import InversionTask
 from fedmitr_flwr.stages.inversion.methods import patches_left
+from fedmitr_flwr.stages.stage_costs import stage_costs
 from fedmitr_flwr.stages.synthetic import SyntheticImages
 
 LOOKED_AT = 256

@@ -15,8 +15,7 @@ from fedmitr_flwr.pipeline.methods.dense_inversion import DENSE_INVERSION, DENSE
 from fedmitr_flwr.pipeline.methods.fedavg import FEDAVG
 from fedmitr_flwr.pipeline.methods.fedmitr import FEDMITR
 from fedmitr_flwr.pipeline.methods.hard_labels import HARD_LABELS
-from fedmitr_flwr.pipeline.methods.head_aggregation import HEAD_AGGREGATION
-from fedmitr_flwr.pipeline.methods.merging import ACE_MERGING, TASK_ARITHMETIC, WUDI_MERGING
+from fedmitr_flwr.pipeline.methods.merging import ACE_MERGING, HEAD_AGGREGATION, TASK_ARITHMETIC, WUDI_MERGING
 from fedmitr_flwr.pipeline.methods.random_images import RANDOM_IMAGES
 from fedmitr_flwr.settings import Settings
 

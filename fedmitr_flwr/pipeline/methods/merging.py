@@ -1,4 +1,8 @@
-"""Merging of the uploads' weights beyond averaging: task arithmetic, ACE-Merging and WUDI-Merging.
+"""Merging of the uploads' weights: class-wise head aggregation, task arithmetic, ACE-Merging and WUDI-Merging.
+
+Class-wise head aggregation averages the client updates, with class-wise weights for the rows of the head. The weights
+are those of `ensemble.weighting` and `ensemble.power`. The mean update of all other weights is scaled by
+`distill.merge-scale`. The other methods differ in how they merge all but the head.
 
 `ensemble.merging` has formulas, sources and departures. Each model is the one from which FedMITR's student starts with
 the same name in `distill.start`.
@@ -27,6 +31,16 @@ def _sentence(how: str) -> str:
     )
 
 
+HEAD_AGGREGATION = Method(
+    partial(merged_by, "merged"),
+    "averaging with class-wise weights for the classifier head",
+    lambda settings: (
+        "It averaged the uploaded weights. For each class, it averaged the row of the classifier head with the "
+        "clients' weights for this class. It distilled nothing."
+    ),
+    distils=False,
+    inverts=False,
+)
 TASK_ARITHMETIC = Method(
     partial(merged_by, "task-arithmetic"),
     "task arithmetic ([arXiv 2212.04089](https://arxiv.org/abs/2212.04089))",

@@ -35,9 +35,9 @@ def test_only_the_images_differ_and_each_is_seen_as_it_is(federation: Federation
     pools = {}
     real = random_images.label_patches
 
-    def label(ensemble: Any, patches: torch.Tensor, *more: Any) -> Any:
+    def label(ensemble: Any, patches: torch.Tensor, *more: Any, **named: Any) -> Any:
         pools[len(pools)] = patches
-        return real(ensemble, patches, *more)
+        return real(ensemble, patches, *more, **named)
 
     monkeypatch.setattr(random_images, "label_patches", label)
     settings = settings_for("digits", "0.1", 44, SHORT)

@@ -12,10 +12,10 @@ from safetensors.torch import load_file
 import server_app.app as server_module
 from fedmitr_flwr.federation import code_digest, prepare, strategy
 from fedmitr_flwr.federation.exchange import windowed_grid
-from fedmitr_flwr.pipeline.stage_costs import StageCost
 from fedmitr_flwr.results import write as results
 from fedmitr_flwr.settings import RunConfigValue, Settings
 from fedmitr_flwr.settings.recipes import KEYS, UNNAMED
+from fedmitr_flwr.stages.stage_costs import StageCost
 from fedmitr_flwr.training.client import train_client
 from tests.unit.federation.fake_federation import FakeGrid, honest, install
 

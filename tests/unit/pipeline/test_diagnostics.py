@@ -4,10 +4,10 @@ import torch
 from fedmitr_flwr.ensemble.engine.flops import pass_flops
 from fedmitr_flwr.ensemble.ensemble import Ensemble
 from fedmitr_flwr.pipeline.diagnostics import diagnose, diversity
-from fedmitr_flwr.pipeline.stage_costs import stage_costs
 from fedmitr_flwr.settings import InversionSettings
 from fedmitr_flwr.stages.inversion.batch import InversionTask
 from fedmitr_flwr.stages.inversion.sparse import invert
+from fedmitr_flwr.stages.stage_costs import stage_costs
 from fedmitr_flwr.stages.synthetic import SyntheticImages
 from tests.unit.tiny import CLASSES, tiny_ensemble, tiny_grid, tiny_vit
 
