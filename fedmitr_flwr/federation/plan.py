@@ -32,7 +32,7 @@ from fedmitr_flwr.models.moments import Moments
 from fedmitr_flwr.models.patch_grid import PatchGrid
 from fedmitr_flwr.models.trainable import trained_part
 from fedmitr_flwr.pipeline.methods import method_of
-from fedmitr_flwr.pipeline.steps import planned_images
+from fedmitr_flwr.pipeline.steps import images_in_memory
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError
 from fedmitr_flwr.settings.home import expand
 from fedmitr_flwr.stages.distillation.frozen import token_numbers
@@ -185,7 +185,7 @@ def _cache_mb(settings: Settings, model: VisionTransformer) -> int:
     """Return MiB of the output of the student's frozen blocks for the pool, if a block is frozen, as fp32."""
     if settings.distill.trainable == "all" or not method_of(settings).distils:
         return 0
-    return _mb(4 * token_numbers(model, 1, settings.distill, *planned_images(settings)))
+    return _mb(4 * token_numbers(model, 1, settings.distill, *images_in_memory(settings)))
 
 
 def _activations_mb(settings: Settings, model: VisionTransformer, spec: ImageSpec, models: int) -> tuple[int, int]:

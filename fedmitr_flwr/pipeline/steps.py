@@ -116,13 +116,17 @@ def _scaled_logits(state: Mapping[str, Tensor], factor: float) -> dict[str, Tens
     return {name: factor * value if name.startswith("head") else value for name, value in state.items()}
 
 
-def planned_images(settings: Settings) -> tuple[int, int]:
-    """Return the largest number of images in the pool, and how many of them have a density split."""
+def images_in_memory(settings: Settings) -> tuple[int, int]:
+    """Return the largest number of images of pools in memory, and how many of them have a density split.
+
+    With hard images the pool grows, and the old pool is in memory while the new one is joined.
+    """
     distill, each = settings.distill, images_per_run(settings.inversion)
     made = runs(settings.inversion) * each
     hard = distill.adversarial_rounds * -(-distill.adversarial_images // each) * each
     further = (distill.views - 1) * (made + hard) + math.ceil((distill.mix + distill.noise) * made) + 1
-    return made + hard + further, made + hard
+    pools = 2 if hard else 1
+    return pools * (made + hard + further), pools * (made + hard)
 
 
 def freeze_student(
@@ -141,7 +145,7 @@ def freeze_student(
     settings
         Settings of the distillation.
     images
-        Largest number of images in the pool, and of those with a density split; None: `planned_images`.
+        Largest number of images of pools in memory, and of those with a density split; None: `images_in_memory`.
 
     Returns
     -------
@@ -157,7 +161,7 @@ def freeze_student(
     part = clients_part(settings.trainable, ensemble)
     student.to(inputs.device)
     freeze(student, part)
-    trunk = student_trunk(student, part, ensemble, settings, *(images or planned_images(inputs.settings)))
+    trunk = student_trunk(student, part, ensemble, settings, *(images or images_in_memory(inputs.settings)))
     if part.blocks is not None:
         kept = "none" if trunk is None else str(trunk.dtype).removeprefix("torch.")
         inputs.observer.event("distill", frozen_blocks=f"{part.blocks} of {len(student.blocks)}", kept_tokens=kept)

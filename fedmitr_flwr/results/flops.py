@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedmitr_flwr.models.flops import count_flops, count_parts
 from fedmitr_flwr.models.patch_grid import PatchGrid
-from fedmitr_flwr.pipeline.steps import planned_images
+from fedmitr_flwr.pipeline.steps import images_in_memory
 from fedmitr_flwr.settings import InversionSettings, Settings
 from fedmitr_flwr.stages.distillation.frozen import frozen_part, keeps_tokens
 from fedmitr_flwr.stages.inversion.methods import INVERSION, images_per_run, runs
@@ -92,7 +92,7 @@ def stage_flops(
     steps = float(distill.steps * distill.batch_size)
     if frozen == 0:
         student = 3 * steps * (before + after)
-    elif keeps_tokens(model, frozen, distill, *planned_images(settings)):
+    elif keeps_tokens(model, frozen, distill, *images_in_memory(settings)):
         student = 3 * steps * after + (0 if frozen == shared_blocks else pool * before)
     else:
         student = steps * (before + 3 * after)

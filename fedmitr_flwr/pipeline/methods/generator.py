@@ -205,13 +205,17 @@ class InTurn(ABC):
         return replace(result, state=state, synthetic=made, split=split, seconds=seconds)
 
     def _most_images(self) -> int:
-        """Return an upper bound on the images of a pool: all that are generated, or those of the steps of a round."""
+        """Return an upper bound on the images of pools in memory.
+
+        A pool has all images that are generated, or those of the steps of a round. Two pools and their parts are in
+        memory while the new one is joined.
+        """
         recipe, rounds = self.recipe, self.settings.rounds
         noise = recipe.noise * self.inputs.settings.inversion.images
         made = math.ceil(rounds * self.settings.batch_size * (recipe.views + recipe.mix) + noise)
         ends = [*self._starts[1:], recipe.steps]
         longest = max(end - start for start, end in zip(self._starts, ends, strict=True))
-        return max(made, longest * recipe.batch_size)
+        return 3 * max(made, longest * recipe.batch_size)
 
     def _grow(self, step: int) -> Pool | None:
         """Run the rounds that are due before a step of the student, and return the new pool; None: keep the old one."""

@@ -171,7 +171,7 @@ def student_trunk(
     settings
         `distill.cache-memory-mb`, and the loss terms that need the tokens of a part of the patches.
     images
-        Largest number of images in the pool.
+        Largest number of images of pools in memory.
     inverted
         Number of these with a density split.
     """

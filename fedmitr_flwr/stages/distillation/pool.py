@@ -306,19 +306,23 @@ def label_patches(
     """
     teachers = ensemble.teachers if settings.learns_teachers else ()
     norms = [copy.deepcopy(last_norms(teacher)).float() for teacher in teachers]
-    probabilities, features, tokens = [], [], []
-    for part in patches.split(batch_size):
+    probabilities, features = [], []
+    kept: Tensor | None = None
+    for first in range(0, max(1, len(patches)), batch_size):
+        part = patches[first : first + batch_size]
         seen = ensemble.see(part, features=bool(norms), tokens=trunk is not None and trunk.shared)
         probabilities.append(ensemble.combine(seen.logits))
         if seen.features is not None:
             of_each = [norm(of_one) for norm, of_one in zip(norms, seen.features, strict=True)]
             features.append(torch.stack(of_each, 1).bfloat16())
         if trunk is not None:
-            tokens.append(trunk(part) if seen.tokens is None else seen.tokens.to(trunk.dtype))
+            tokens = trunk(part) if seen.tokens is None else seen.tokens
+            if kept is None:
+                kept = tokens.new_empty(len(patches), *tokens.shape[1:], dtype=trunk.dtype)
+            kept[first : first + batch_size] = tokens
     targets = torch.cat(probabilities)
     if settings.labels == "hard":
         targets = F.one_hot(targets.argmax(1), targets.shape[1]).to(targets)
-    kept = torch.cat(tokens) if tokens else None
     return Targets(targets, torch.cat(features) if features else None, kept, trunk.blocks if trunk else 0)
 
 

@@ -11,7 +11,7 @@ from fedmitr_flwr.models.vit import in_trunk
 from fedmitr_flwr.pipeline.checkpoints import Checkpoints, Progress
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult, Upload
 from fedmitr_flwr.pipeline.methods import METHODS
-from fedmitr_flwr.pipeline.steps import planned_images
+from fedmitr_flwr.pipeline.steps import images_in_memory
 from fedmitr_flwr.results import evaluate as results_evaluate
 from fedmitr_flwr.results.flops import stage_flops
 from fedmitr_flwr.runs.observer import Observer
@@ -141,10 +141,10 @@ def test_a_part_that_the_model_does_not_have_is_refused_before_a_client_is_asked
         prepare(settings, None)
 
 
-def test_the_planned_images_are_those_of_the_pool():
+def test_the_images_in_memory_are_those_of_the_pool():
     observer = Noted()
     run(observer=observer)
-    images, inverted = planned_images(RUN)
+    images, inverted = images_in_memory(RUN)
     assert inverted == 25
     assert images - 1 == observer.found["labelled_images"]
 
