@@ -51,7 +51,12 @@ WEIGHTS_ALONE: Mapping[str, Mapping[str, RunConfigValue]] = {
     "task-arithmetic": {"run.method": "task-arithmetic"},
     "ace-merging": {"run.method": "ace-merging"},
     "random-images": {"run.method": "random-images"},
-    "dense-inversion": {"run.method": "fedmitr", "inversion.stops": "", "density.rule": "quantile"},
+    "dense-inversion": {
+        "run.method": "fedmitr",
+        "inversion.stops": "",
+        "inversion.fractions": "",
+        "density.rule": "quantile",
+    },
     "fedmitr": {"run.method": "fedmitr"},
 }
 WITH_MOMENTS: Mapping[str, Mapping[str, RunConfigValue]] = {
