@@ -186,7 +186,7 @@ class InversionSettings(Stage):
         ge=0,
         description="Memory limit in MiB for the weights of all teachers, including their packed copies. Above it each "
         "teacher is held once, in bf16. If that exceeds the limit too, the teachers are read from the uploads on disk "
-        "for every pass. 0: always read from disk.",
+        "for every pass. Blocks that are the same in all uploads count once. 0: always read from disk.",
     )
 
     @model_validator(mode="after")
