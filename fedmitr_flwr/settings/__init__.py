@@ -17,14 +17,13 @@ from fedmitr_flwr.settings.choices import (
     Weighting,
 )
 from fedmitr_flwr.settings.client_stages import DataSettings, ModelSettings, PartitionSettings, TrainSettings
+from fedmitr_flwr.settings.ensemble import EnsembleSettings, MomentsSettings
 from fedmitr_flwr.settings.generator import GeneratorSettings
-from fedmitr_flwr.settings.moments import MomentsSettings
 from fedmitr_flwr.settings.run import RunSettings, Settings, flat_fields
 from fedmitr_flwr.settings.run_config import RunConfigValue, SettingsError
 from fedmitr_flwr.settings.server_stages import (
     DensitySettings,
     DistillSettings,
-    EnsembleSettings,
     InversionSettings,
     RelabelSettings,
 )

@@ -34,20 +34,19 @@ PRETRAINED: Mapping[str, Value] = {
     "train.learning-rate": 1e-4,  # keeps what the weights already know
     "train.weight-decay": 0.0,  # would pull weights to 0 and not to the common initialisation
     "train.augment": "none",  # the frozen blocks then run once for each image; mirrored images did not help
-    "train.batch-size": 32,  # fits images of 224 pixels into a small GPU
-    "ensemble.merged-weight": 1.0,  # the merged model is often better than the ensemble, and both together than each
+    "ensemble.merged-weight": 1.0,  # the merged model is often better than the ensemble
     "inversion.start": "shapes",  # as for distill.noise-kind
-    "inversion.images": 80,  # each takes as long as a hundred of a small model; more did not help
+    "inversion.images": 80,  # each costs much more than one of a small model, and they were worth little
     "distill.views": 3,  # two further views of each synthetic image
-    "distill.noise": 10.0,  # random images for each synthetic image; 100 would take most of the run's time
+    "distill.noise": 10.0,  # random images for each synthetic image; each costs much more than one of a small model
     "distill.steps": 300,  # the student starts close to its goal
-    "distill.feature-weight": 0.0,  # the student has the teachers' first blocks, so it needs no maps to their tokens
+    "distill.feature-weight": 0.0,  # off, together with the next one: not measured with frozen blocks
     "distill.teacher-weight": 0.0,
     "distill.learning-rate": 1e-4,  # keeps what the student's start already knows
-    "distill.noise-kind": "shapes",  # resembles photographs of things more than noise or writing does
+    "distill.noise-kind": "shapes",  # better than fields on CIFAR-10
     "distill.augment": "strong",  # the pool has few images, so each needs many different views
 }
-"""For a ViT with pretrained weights and photographs."""
+"""For a ViT with pretrained weights and photographs; `benchmarks/results/pretrained-notes.md` has the measurements."""
 
 RECIPES: Mapping[str, Mapping[str, Value]] = {"scratch": SCRATCH, "pretrained": PRETRAINED}
 

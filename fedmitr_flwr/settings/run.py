@@ -11,13 +11,12 @@ from pydantic.fields import FieldInfo
 from fedmitr_flwr.settings import recipes
 from fedmitr_flwr.settings.choices import METHODS, MOMENT_METHODS, RECIPES, MethodName, RecipeName, described
 from fedmitr_flwr.settings.client_stages import DataSettings, ModelSettings, PartitionSettings, TrainSettings
+from fedmitr_flwr.settings.ensemble import EnsembleSettings, MomentsSettings
 from fedmitr_flwr.settings.generator import GeneratorSettings
-from fedmitr_flwr.settings.moments import MomentsSettings
 from fedmitr_flwr.settings.run_config import RunConfigValue, SettingsError, Stage, kebab, problems_of, unknown_hint
 from fedmitr_flwr.settings.server_stages import (
     DensitySettings,
     DistillSettings,
-    EnsembleSettings,
     InversionSettings,
     RelabelSettings,
 )
