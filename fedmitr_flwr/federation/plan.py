@@ -139,8 +139,7 @@ def plan_memory(settings: Settings, spec: ImageSpec, clients: int, device: torch
     """Divide `run.memory-mb` between teachers and activations.
 
     The teachers come first: in fp32 if they fit, otherwise in bf16, otherwise read from disk at each use. The
-    activations get the rest. The plan is made before any client uploads, so it does not know which blocks the teachers
-    share; teachers that share blocks need less.
+    activations get the rest. Blocks that `train.trainable` leaves out are the same in all teachers and count once.
 
     Parameters
     ----------
@@ -150,7 +149,8 @@ def plan_memory(settings: Settings, spec: ImageSpec, clients: int, device: torch
     model = build_model(settings.model, spec)
     weights = 4 * sum(value.numel() for value in model.state_dict().values())
     moments = _moments_bytes(settings, model, spec)
-    upload = Layout.of(trained_part(settings.train, model.state_dict()).uploaded(model.state_dict())).size("fp32")
+    part = trained_part(settings.train, model.state_dict())
+    upload = Layout.of(part.uploaded(model.state_dict())).size("fp32")
     collection = _mb(_INITIAL_COPIES * weights + _UPLOADS_AT_ONCE * (upload + moments))
     asked = settings.inversion
     if device.type != "cpu":
@@ -167,8 +167,9 @@ def plan_memory(settings: Settings, spec: ImageSpec, clients: int, device: torch
     beside = distillation if settings.distill.adversarial_rounds > 0 else 0
     room = settings.run.memory_mb - PROCESS_MB - max(fewest + beside, distillation)
     models = clients + bool(settings.expert)
-    held = MemoryLimits(teachers=asked.teacher_memory_mb).within(room << 20, model, models)
-    teachers = _mb(held.size(model, models))
+    shared = part.frozen_blocks or 0  # blocks that all teachers share are held once
+    held = MemoryLimits(teachers=asked.teacher_memory_mb).within(room << 20, model, models, shared)
+    teachers = _mb(held.size(model, models, shared))
     room = settings.run.memory_mb - PROCESS_MB - teachers
     # The passes need work space in addition to the activations that they keep.
     activation_limit = min(asked.activation_memory_mb, max(0, room - fewest - beside))

@@ -77,8 +77,9 @@ class StoredUpload:
 
     @property
     def megabytes(self) -> float:
-        """Size of the upload in MB (10^6 bytes), as it is stored."""
-        return self.path.stat().st_size / 1e6
+        """Size of the upload in MB (10^6 bytes), weights and moments, as it is stored."""
+        files = [self.path, *([_beside(self.path)] if self.moments else [])]
+        return sum(file.stat().st_size for file in files) / 1e6
 
 
 class UploadStore:
