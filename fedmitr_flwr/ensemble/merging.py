@@ -29,12 +29,8 @@ def task_arithmetic(initial: State, states: Sequence[State], weights: Tensor, sc
 
     Parameters
     ----------
-    initial
-        State dict of the common initialisation.
-    states
-        K uploads.
-    weights
-        ``(K, C)`` of the ensemble, for the head; columns sum to one. A client with weight 0 in every class is left out.
+    initial, states, weights
+        As for `averaging.merged`. A client with weight 0 in every class is left out.
     scale
         Factor on the sum of the updates of all weights but the head.
     """

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fedmitr_flwr.models.moments import Moments
+from fedmitr_flwr.models.moments import Moments, class_means, scatter_within
 
 ABSENT = -100.0
 """Bias of a class without images, relative to the mean logit of the other classes. Its probability is below 1e-43."""
@@ -51,11 +51,11 @@ class PooledMoments:
 
     def means(self) -> Tensor:
         """Return the mean feature m_c of each class, ``(C, D)``; zeros for a class without images."""
-        return self.sums / torch.where(self.present, self.counts, torch.ones_like(self.counts))[:, None]
+        return class_means(self.counts, self.sums)
 
     def within(self) -> Tensor:
         """Return the scatter of the features around the means of their classes, ``M - sum_c s_c s_c^T / n_c``."""
-        return self.second - self.sums.T @ self.means()
+        return scatter_within(self.counts, self.sums, self.second)
 
 
 @dataclass(frozen=True)

@@ -64,6 +64,10 @@ class Moments:
         full[row, column] = full[column, row] = self.products.double()
         return full
 
+    def within(self) -> Tensor:
+        """Return the scatter of the features around the means of their classes, ``(D, D)`` fp64."""
+        return scatter_within(self.counts.double(), self.sums.double(), self.second())
+
     def tensors(self) -> dict[str, Tensor]:
         """Return the three tensors by name, for records and files."""
         return {"counts": self.counts, "sums": self.sums, "products": self.products}
@@ -71,6 +75,16 @@ class Moments:
     def size(self) -> int:
         """Return the number of bytes."""
         return sum(value.numel() * value.element_size() for value in self.tensors().values())
+
+
+def class_means(counts: Tensor, sums: Tensor) -> Tensor:
+    """Return the mean feature of each class, ``(C, D)``, given counts ``(C,)`` and sums; zeros without images."""
+    return sums / torch.where(counts > 0, counts, torch.ones_like(counts))[:, None]
+
+
+def scatter_within(counts: Tensor, sums: Tensor, second: Tensor) -> Tensor:
+    """Return ``M - sum_c s_c s_c^T / n_c``, ``(D, D)``, given n ``(C,)``, s ``(C, D)`` and M ``(D, D)``, all fp64."""
+    return second - sums.T @ class_means(counts, sums)
 
 
 def feature_moments(

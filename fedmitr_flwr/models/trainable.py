@@ -17,6 +17,7 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from fedmitr_flwr.models.vit import in_trunk
 from fedmitr_flwr.settings import SettingsError, TrainSettings
 
 KEY = "train.trainable"
@@ -152,28 +153,56 @@ def trained_part(settings: TrainSettings, state: Mapping[str, Tensor]) -> Traine
             allowed = f"must be at most {least}, the smallest side of a matrix that train.trainable = lora adapts"
             raise SettingsError(("train.lora-rank", settings.lora_rank, allowed))
         return TrainedPart(after, adapted, 0, settings.lora_rank, settings.lora_alpha / settings.lora_rank)
+    before = blocks_before(value, depth, KEY)
+    blocks = tuple(f"blocks.{number}." for number in range(before, depth))
+    return TrainedPart(_starting(state, (*blocks, *_AFTER_BLOCKS)), frozen_blocks=before)
+
+
+def blocks_before(value: str, depth: int, key: str) -> int:
+    """Return how many leading blocks a value ``last-N`` of a setting leaves out.
+
+    Parameters
+    ----------
+    value
+        The value.
+    depth
+        Number of blocks of the model.
+    key
+        Name of the setting, for the message.
+
+    Raises
+    ------
+    SettingsError
+        If the model has fewer than N blocks.
+    """
     last = int(value.removeprefix("last-"))
     if last > depth:
-        allowed = f'the model has {depth} blocks; must be "all", "head", "lora" or "last-N" with N from 1 to {depth}'
-        raise SettingsError((KEY, value, allowed))
-    blocks = tuple(f"blocks.{number}." for number in range(depth - last, depth))
-    return TrainedPart(_starting(state, (*blocks, *_AFTER_BLOCKS)), frozen_blocks=depth - last)
+        raise SettingsError((key, value, f'the model has {depth} blocks; must be "last-N" with N from 1 to {depth}'))
+    return depth - last
 
 
 def freeze(model: VisionTransformer, part: TrainedPart) -> None:
-    """Let only a part of a model train: the other parameters get no gradient, and no dropout acts in frozen blocks.
-
-    The model is put into train mode, except for its embedding and the leading blocks that are frozen.
-    """
+    """Let only a part of a model train, and put the model into `train_mode`."""
     trained = set(part.trained)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_(name in trained or ".lora_" in name)
+    train_mode(model)
+
+
+def train_mode(model: VisionTransformer) -> None:
+    """Put a model into train mode, except for its embedding and leading blocks if they have no trained parameter.
+
+    Dropout and drop path do not act in that part, so its output for an image is the same in every step.
+    """
     model.train()
-    if part.frozen_blocks is not None:
-        for module in (model.patch_embed, model.pos_drop, model.patch_drop, model.norm_pre):
-            module.eval()
-        for block in model.blocks[: part.frozen_blocks]:
-            block.eval()
+    if any(value.requires_grad for name, value in model.named_parameters() if in_trunk(name, 0)):
+        return
+    for module in (model.patch_embed, model.pos_drop, model.patch_drop, model.norm_pre):
+        module.eval()
+    for block in model.blocks:
+        if any(parameter.requires_grad for parameter in block.parameters()):
+            break
+        block.eval()
 
 
 def adapter_names(weight: str) -> tuple[str, str]:

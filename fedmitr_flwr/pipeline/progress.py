@@ -12,10 +12,10 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
+from fedmitr_flwr.models.trainable import train_mode
 from fedmitr_flwr.models.vit import forward_patches
 from fedmitr_flwr.runs.observer import Observer
 from fedmitr_flwr.settings import InversionSettings
-from fedmitr_flwr.stages.distillation.frozen import train_mode
 from fedmitr_flwr.stages.distillation.losses import LossTerms
 from fedmitr_flwr.stages.distillation.pool import Pool
 from fedmitr_flwr.stages.inversion.batch import Watch

@@ -68,7 +68,7 @@ def discriminant(moments: Moments, prior: FeaturePrior) -> tuple[Tensor, Tensor]
     n = counts.sum()
     base = prior.covariance.double()
     base = (1 - RIDGE) * base + RIDGE * base.trace() / D * torch.eye(D, dtype=torch.float64)
-    own = moments.second() - sums.T @ (sums / counts.clamp_min(1.0)[:, None])
+    own = moments.within()
     own = own * (base.trace() / own.trace().clamp_min(1e-12))
     free = (n - (counts > 0).sum()).clamp_min(0.0)
     covariance = (PRIOR_IMAGES * base + free * own) / (PRIOR_IMAGES + free)

@@ -10,12 +10,14 @@ the same name in `distill.start`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 
 from fedmitr_flwr.pipeline.inputs import PipelineInputs, PipelineResult
 from fedmitr_flwr.pipeline.methods.common import Method, untrained_result
 from fedmitr_flwr.pipeline.starts import STARTS
+from fedmitr_flwr.settings import Settings
 
 
 def merged_by(start: str, inputs: PipelineInputs) -> PipelineResult:
@@ -24,41 +26,33 @@ def merged_by(start: str, inputs: PipelineInputs) -> PipelineResult:
     return replace(result, state=STARTS[start](inputs, result.ensemble))
 
 
-def _sentence(how: str) -> str:
-    return (
-        f"It merged the uploaded weights {how}. For each class, it averaged the row of the classifier head with the "
-        "clients' weights for this class. It distilled nothing."
-    )
+def _merging(start: str, title: str, how: Callable[[Settings], str]) -> Method:
+    """Return the method whose model is a start of the student; `how` says in the model card how it merged."""
+
+    def server_part(settings: Settings) -> str:
+        return (
+            f"It merged the uploaded weights {how(settings)}. For each class, it averaged the row of the classifier "
+            "head with the clients' weights for this class. It distilled nothing."
+        )
+
+    return Method(partial(merged_by, start), title, server_part, distils=False, inverts=False)
 
 
-HEAD_AGGREGATION = Method(
-    partial(merged_by, "merged"),
-    "averaging with class-wise weights for the classifier head",
-    lambda settings: (
-        "It averaged the uploaded weights. For each class, it averaged the row of the classifier head with the "
-        "clients' weights for this class. It distilled nothing."
-    ),
-    distils=False,
-    inverts=False,
+HEAD_AGGREGATION = _merging(
+    "merged", "averaging with class-wise weights for the classifier head", lambda settings: "by averaging"
 )
-TASK_ARITHMETIC = Method(
-    partial(merged_by, "task-arithmetic"),
+TASK_ARITHMETIC = _merging(
+    "task-arithmetic",
     "task arithmetic ([arXiv 2212.04089](https://arxiv.org/abs/2212.04089))",
-    lambda settings: _sentence(f"by adding {settings.distill.task_scale:g} times the sum of their changes"),
-    distils=False,
-    inverts=False,
+    lambda settings: f"by adding {settings.distill.task_scale:g} times the sum of their changes",
 )
-ACE_MERGING = Method(
-    partial(merged_by, "ace-merging"),
+ACE_MERGING = _merging(
+    "ace-merging",
     "ACE-Merging ([arXiv 2603.02945](https://arxiv.org/abs/2603.02945))",
-    lambda settings: _sentence("by input covariances estimated from their changes"),
-    distils=False,
-    inverts=False,
+    lambda settings: "by input covariances estimated from their changes",
 )
-WUDI_MERGING = Method(
-    partial(merged_by, "wudi-merging"),
+WUDI_MERGING = _merging(
+    "wudi-merging",
     "WUDI-Merging ([arXiv 2503.08099](https://arxiv.org/abs/2503.08099))",
-    lambda settings: _sentence("so that their changes interfere little with each other"),
-    distils=False,
-    inverts=False,
+    lambda settings: "so that their changes interfere little with each other",
 )

@@ -18,8 +18,8 @@ import torch
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
+from fedmitr_flwr.models.trainable import train_mode
 from fedmitr_flwr.settings import DistillSettings, TrainSettings
-from fedmitr_flwr.stages.distillation.frozen import train_mode
 from fedmitr_flwr.stages.distillation.losses import LossTerms, loss_terms
 from fedmitr_flwr.stages.distillation.pool import Pool
 from fedmitr_flwr.stages.distillation.teacher_heads import Branches

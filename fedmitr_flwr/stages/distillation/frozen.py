@@ -21,8 +21,9 @@ from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor
 
 from fedmitr_flwr.ensemble.ensemble import Ensemble
+from fedmitr_flwr.models.trainable import blocks_before, train_mode
 from fedmitr_flwr.models.vit import forward_trunk, in_trunk, read_tokens
-from fedmitr_flwr.settings import DistillSettings, SettingsError
+from fedmitr_flwr.settings import DistillSettings
 from fedmitr_flwr.stages.density import subsets
 from fedmitr_flwr.stages.distillation.teacher_heads import last_norms
 
@@ -70,11 +71,7 @@ def frozen_part(value: str, depth: int, shared_blocks: int = 0, shared_norm: boo
         return FrozenPart(shared_blocks, norm=shared_blocks == depth and shared_norm)
     if value == "head":
         return FrozenPart(depth, norm=True)
-    last = int(value.removeprefix("last-"))
-    if last > depth:
-        allowed = f'the model has {depth} blocks; must be "auto", "all", "head" or "last-N" with N from 1 to {depth}'
-        raise SettingsError((KEY, value, allowed))
-    return FrozenPart(depth - last)
+    return FrozenPart(blocks_before(value, depth, KEY))
 
 
 def clients_part(value: str, ensemble: Ensemble) -> FrozenPart:
@@ -101,22 +98,6 @@ def freeze(student: VisionTransformer, part: FrozenPart) -> None:
     for name, parameter in student.named_parameters():
         frozen = part.blocks is not None and in_trunk(name, part.blocks)
         parameter.requires_grad_(not frozen and not (part.norm and name.startswith(("norm.", "fc_norm."))))
-
-
-def train_mode(student: VisionTransformer) -> None:
-    """Put the student into train mode, except for leading blocks without a trained parameter and the embedding.
-
-    Dropout and drop path do not act in the frozen part, so that its output is the same in every step.
-    """
-    student.train()
-    if any(value.requires_grad for name, value in student.named_parameters() if in_trunk(name, 0)):
-        return
-    for module in (student.patch_embed, student.pos_drop, student.patch_drop, student.norm_pre):
-        module.eval()
-    for block in student.blocks:
-        if any(parameter.requires_grad for parameter in block.parameters()):
-            break
-        block.eval()
 
 
 class StudentTrunk:
