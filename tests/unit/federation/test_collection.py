@@ -33,12 +33,13 @@ from tests.unit.federation.fake_federation import (
     changed,
     counts,
     honest,
-    install,
     make,
     silent,
     start,
     with_nan,
 )
+
+pytestmark = pytest.mark.usefixtures("fakes")
 
 SMALL: dict[str, RunConfigValue] = {
     "data.source": "digits",
@@ -54,17 +55,6 @@ SMALL: dict[str, RunConfigValue] = {
     "distill.batch-size": 10,
     "distill.noise": 1.0,
 }
-
-
-@pytest.fixture(autouse=True)
-def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[RunDirectory]:
-    with RunDirectory.create(str(tmp_path), "run") as directory:
-        yield directory
 
 
 def test_a_refused_upload_has_no_effect_on_the_model(tmp_path: Path) -> None:

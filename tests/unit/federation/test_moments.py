@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import tracemalloc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -27,10 +27,12 @@ from fedmitr_flwr.models.moments import Moments
 from fedmitr_flwr.models.vit import forward_images, head_input
 from fedmitr_flwr.runs.directory import COLLECTED, RunDirectory
 from fedmitr_flwr.settings import RunConfigValue, Settings, SettingsError
-from tests.unit.federation.fake_federation import FakeGrid, changed, counts, fake_moments, honest, install, make, start
+from tests.unit.federation.fake_federation import FakeGrid, changed, counts, fake_moments, honest, make, start
 from tests.unit.models.test_moments import ONE_HEAD
 from tests.unit.models.test_vit import make as make_vit
 from tests.unit.models.test_vit import make_images
+
+pytestmark = pytest.mark.usefixtures("fakes")
 
 SHARED: dict[str, RunConfigValue] = {"train.share-moments": True}
 NUMBERS = {"loss": 0.5, "accuracy": 0.75}
@@ -39,17 +41,6 @@ LABELS = torch.tensor([0, 0, 0, 0, 2, 2, 2])
 FEATURES = 1 + torch.randn(7, WIDTH, generator=torch.Generator().manual_seed(0))
 GOOD = Moments.of_features(FEATURES, LABELS, CLASSES)
 WEIGHTS = {"head.weight": torch.zeros(CLASSES, WIDTH), "head.bias": torch.zeros(CLASSES)}
-
-
-@pytest.fixture(autouse=True)
-def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[RunDirectory]:
-    with RunDirectory.create(str(tmp_path), "run") as directory:
-        yield directory
 
 
 @pytest.fixture

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
@@ -29,23 +29,13 @@ from tests.unit.federation.fake_federation import (
     counts,
     failing,
     honest,
-    install,
     make,
     silent,
     start,
     with_nan,
 )
 
-
-@pytest.fixture(autouse=True)
-def _fakes(monkeypatch: pytest.MonkeyPatch) -> None:
-    install(monkeypatch)
-
-
-@pytest.fixture
-def run(tmp_path: Path) -> Iterator[RunDirectory]:
-    with RunDirectory.create(str(tmp_path), "run") as directory:
-        yield directory
+pytestmark = pytest.mark.usefixtures("fakes")
 
 
 def test_every_client_gets_the_common_model_and_all_it_needs(run: RunDirectory) -> None:
